@@ -1,0 +1,57 @@
+"""How much an update disturbs what should be kept: activation bias per module and in all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sage_hub.shards import Measurement
+
+
+def summarize(measured: Sequence[Measurement]) -> dict[str, Any]:
+    """The audit as data, the modules with the largest part of the retention bias first.
+
+    Biases are relative: `B / tr(W_b C W_bᵀ)`. `retain_after` is what the chosen λ would leave,
+    `share` a module's part of the model's retention bias, `forget_kept` the part of the
+    forgetting carrier that stays (without a gain).
+    """
+    total = math.fsum(m.retain for m in measured)
+    whole = math.fsum(m.base for m in measured)
+    modules = [
+        {
+            "module": m.module,
+            "rank": m.rank,
+            "retain_before": _ratio(m.retain, m.base),
+            "retain_after": _ratio(m.retain_filtered, m.base),
+            "share": _ratio(m.retain, total),
+            "forget_before": _ratio(m.forget, m.base),
+            "forget_kept": _ratio(m.forget_filtered, m.forget),
+        }
+        for m in sorted(measured, key=lambda m: (-m.retain, m.module))
+    ]
+    forget, forget_filtered = (
+        _sum(m.forget for m in measured),
+        _sum(m.forget_filtered for m in measured),
+    )
+    return {
+        "model": {
+            "weights": len(measured),
+            "retain_before": _ratio(total, whole),
+            "retain_after": _ratio(math.fsum(m.retain_filtered for m in measured), whole),
+            "forget_kept": _ratio(forget_filtered, forget),
+            "matching_gain": (
+                math.sqrt(forget / forget_filtered) if forget and forget_filtered else None
+            ),
+        },
+        "modules": modules,
+    }
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) if known else None
+
+
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None

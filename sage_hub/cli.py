@@ -1,0 +1,358 @@
+"""What a person types: commands, options, exit statuses. A thin layer over `sage_hub.release`."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sage_hub import __version__
+from sage_hub.errors import DiskSpaceError, OutOfMemoryError, SageHubError
+from sage_hub.progress import Progress
+
+SETTINGS = (
+    "retain",
+    "forget",
+    "heldout",
+    "strength",
+    "energy",
+    "rank",
+    "gain",
+    "max_tokens",
+    "max_length",
+    "batch_size",
+    "device",
+    "seed",
+    "chat_template",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the only place where an error becomes a sentence and a status."""
+    args = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], None] = args.command
+    try:
+        command(args)
+        sys.stdout.flush()
+    except SageHubError as error:
+        return _fail(str(error), error.status)
+    except KeyboardInterrupt:
+        return _fail("Interrupted; nothing was published and no output was left half done.", 130)
+    except BrokenPipeError:
+        # The reader of stdout went away, as `| head` does; that is no error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("SAGE_HUB_DEBUG"):
+            traceback.print_exc()
+        known = _explain_machine(error)
+        if known is not None:
+            return _fail(str(known), known.status)
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        return _fail(
+            f"Internal error ({type(error).__name__}: {reason}). Please report it with the "
+            "traceback that SAGE_HUB_DEBUG=1 prints.",
+            1,
+        )
+    return 0
+
+
+def _fail(sentence: str, status: int) -> int:
+    print(f"sage-hub: error: {sentence}", file=sys.stderr)
+    return status
+
+
+def _explain_machine(error: Exception) -> SageHubError | None:
+    """A full disk or memory, which any line of ours or of a library may run into."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskSpaceError(
+            "The disk is full; nothing was published. Free some space, or set --output or "
+            "HF_HOME to a larger disk."
+        )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return OutOfMemoryError(
+            "Memory ran out; lower --batch-size or --max-length, or use --device cpu."
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return SageHubError(f"{error.filename}: {error.strerror}.")
+    return None
+
+
+def _push(args: argparse.Namespace) -> None:
+    from sage_hub import release
+    from sage_hub.checkpoint import parse_location
+
+    target = (
+        parse_location(args.to)
+        if args.to
+        else release.default_target(parse_location(args.unlearned))
+    )
+    options = {"private": args.private, "create_pr": args.create_pr}
+    _run(args, target, options)
+
+
+def _sanitize(args: argparse.Namespace) -> None:
+    from sage_hub.checkpoint import Location
+
+    _run(args, Location(folder=args.output), {})
+
+
+def _run(args: argparse.Namespace, target: Any, options: dict[str, Any]) -> None:
+    """Plan, show the plan, ask if a person is there to be asked, run, show the result."""
+    from sage_hub import release, report
+
+    progress = Progress(quiet=args.quiet)
+    job = release.prepare(
+        args.base,
+        args.unlearned,
+        target,
+        settings=_settings(args, args.unlearned),
+        statistics=args.stats,
+        force=args.force,
+        progress=progress,
+        **options,
+    )
+    progress.note(report.plan_text(job))
+    if args.dry_run:
+        if args.json:
+            _print_json({"plan": job.plan.describe(), "settings": job.settings.describe()})
+        return
+    if target.folder is None and not args.yes and sys.stdin.isatty() and sys.stderr.isatty():
+        print(f"Publish to {target.repo}? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            progress.note("Nothing was done.")
+            return
+    done = release.run(job, progress)
+    if args.json:
+        _print_json(report.release_json(done))
+    else:
+        print(report.release_text(done))
+
+
+def _stats(args: argparse.Namespace) -> None:
+    from sage_hub import release
+
+    result = release.collect_statistics(
+        args.model,
+        args.output,
+        settings=_settings(args, None),
+        progress=Progress(quiet=args.quiet),
+    )
+    if args.json:
+        _print_json(result)
+    else:
+        print(args.output)
+
+
+def _audit(args: argparse.Namespace) -> None:
+    from sage_hub import release, report
+
+    result = release.audit(
+        args.base,
+        args.unlearned,
+        settings=_settings(args, args.unlearned),
+        statistics=args.stats,
+        progress=Progress(quiet=args.quiet),
+    )
+    if args.json:
+        _print_json(result)
+    else:
+        print(report.audit_text(result, top=args.top))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from sage_hub import demo, report
+
+    done, commands = demo.run(
+        args.output,
+        model=args.model,
+        method=args.method,
+        seed=args.seed,
+        given=_given(args),
+        force=args.force,
+        progress=Progress(quiet=args.quiet),
+    )
+    if args.json:
+        _print_json(report.release_json(done) | {"commands": commands})
+    else:
+        print(report.release_text(done))
+        print("\nRun it again by hand:\n")
+        print("\n".join(f"  {command}" for command in commands))
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given on the command line, and no others."""
+    return {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+
+
+def _settings(args: argparse.Namespace, unlearned: str | None) -> Any:
+    from sage_hub.checkpoint import open_checkpoint
+    from sage_hub.settings import CONFIG, load_settings
+
+    given = _given(args)
+    if args.config is not None or Path(CONFIG).is_file() or unlearned is None:
+        return load_settings(given, config=args.config, unlearned=None)
+    return load_settings(given, config=None, unlearned=open_checkpoint(unlearned))
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _gain(text: str) -> float | str:
+    return text if text == "match" else float(text)
+
+
+_gain.__name__ = "number or 'match'"  # argparse shows it in "invalid ... value"
+
+PROXY_HELP = (
+    "A proxy is a .jsonl, .json, .csv, .parquet or .txt file, or "
+    "hf://datasets/org/name[@revision][/file][?config=NAME&split=NAME], with the columns "
+    "question/answer, prompt/completion, messages or text."
+)
+EPILOG = {
+    "push": """examples:
+  sage-hub push org/base org/unlearned
+  sage-hub push org/base org/unlearned --retain retain.jsonl --forget forget.jsonl \\
+      --heldout heldout.jsonl --gain match --create-pr
+  sage-hub push ./base ./unlearned --to ./unlearned-sage --dry-run""",
+    "sanitize": """example:
+  sage-hub sanitize org/base@v1 ./unlearned --output ./release --retain retain.jsonl""",
+    "stats": """example:
+  sage-hub stats org/base --retain retain.jsonl --output base.safetensors
+  sage-hub push org/base org/unlearned --stats base.safetensors""",
+    "audit": """example:
+  sage-hub audit org/base org/unlearned --retain retain.jsonl --strength 10""",
+    "demo": """examples:
+  sage-hub demo
+  sage-hub demo --model smollm2 --output ./smollm2-demo""",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sage-hub",
+        description="Repair an unlearned language model from its two checkpoints, and publish it.",
+        epilog="Exit statuses: see the README. Each command has its own --help.",
+    )
+    parser.add_argument("--version", action="version", version=f"sage-hub {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], what: str) -> Any:
+        command = commands.add_parser(
+            name,
+            help=what,
+            description=f"{what} {PROXY_HELP}" if name != "demo" else what,
+            epilog=EPILOG[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(command=run)
+        return command
+
+    push = add("push", _push, "Sanitize the update from BASE to UNLEARNED and publish it.")
+    _add_sources(push)
+    push.add_argument(
+        "--to",
+        metavar="TARGET",
+        help="Hub repo or folder (default: UNLEARNED with -sage)",
+    )
+    push.add_argument("--private", action="store_true", help="create the target repo private")
+    push.add_argument(
+        "--create-pr", action="store_true", help="open a pull request instead of committing"
+    )
+    sanitize = add("sanitize", _sanitize, "The same as push, into a local folder.")
+    _add_sources(sanitize)
+    sanitize.add_argument("--output", type=Path, required=True, metavar="DIR")
+    sanitize.set_defaults(private=False, create_pr=False)
+    for command in (push, sanitize):
+        command.add_argument(
+            "--force", action="store_true", help="replace a target that sage-hub did not make"
+        )
+        command.add_argument("--dry-run", action="store_true", help="show the plan and stop")
+        command.add_argument("--yes", "-y", action="store_true", help="don't ask before publishing")
+        _add_settings(command, "retain", "forget", "heldout")
+
+    stats = add("stats", _stats, "Calibrate MODEL once and keep the statistics for --stats.")
+    stats.add_argument("model", metavar="MODEL", help="Hub repo[@revision] or folder")
+    stats.add_argument("--output", type=Path, required=True, metavar="FILE")
+    _add_settings(stats, "retain", "forget", skip=("strength", "gain"))
+
+    audit = add("audit", _audit, "Show how much the update disturbs what should be kept.")
+    _add_sources(audit)
+    audit.add_argument(
+        "--top", type=int, default=15, metavar="N", help="modules to show (default: 15)"
+    )
+    _add_settings(audit, "retain", "forget", skip=("gain",))
+
+    demo = add("demo", _demo, "Make a small unlearning problem and run the main job on it.")
+    demo.add_argument("--output", type=Path, default=Path("sage-demo"), metavar="DIR")
+    demo.add_argument("--model", choices=("people", "smollm2"), default="people")
+    demo.add_argument("--method", choices=("npo", "ga"), default="npo", help="how to unlearn")
+    demo.add_argument("--force", action="store_true", help="replace what is in the folder")
+    _add_settings(demo)
+    demo.set_defaults(seed=0)
+    return parser
+
+
+def _add_sources(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "base", metavar="BASE", help="before unlearning: repo[@revision] or folder"
+    )
+    command.add_argument("unlearned", metavar="UNLEARNED", help="after unlearning: the same")
+    command.add_argument(
+        "--stats", type=Path, metavar="FILE", help="ready statistics of BASE, from sage-hub stats"
+    )
+
+
+def _add_settings(command: argparse.ArgumentParser, *sets: str, skip: Sequence[str] = ()) -> None:
+    """Options of `sage_hub.settings.Settings`; absent ones stay absent, so sage.yaml can speak."""
+    absent = argparse.SUPPRESS
+    helps = {
+        "retain": "what must be kept (default: a general-purpose proxy)",
+        "forget": "what must go",
+        "heldout": "retained knowledge outside the proxy, to evaluate on",
+    }
+    for name in sets:
+        command.add_argument(f"--{name}", metavar="PROXY", default=absent, help=helps[name])
+
+    def add(name: str, kind: Callable[[str], Any], metavar: str, what: str) -> None:
+        if name not in skip:
+            command.add_argument(
+                f"--{name.replace('_', '-')}",
+                type=kind,
+                metavar=metavar,
+                default=absent,
+                help=what,
+            )
+
+    add("strength", float, "λ", "how strongly retained directions are protected (default: 1)")
+    add("energy", float, "ρ", "share of the retain energy that is protected (default: 0.9)")
+    add("rank", int, "K", "protect at most K directions per site")
+    add("gain", _gain, "γ", "turn up what remains: a number or 'match' (default: 1)")
+    add("max_tokens", int, "N", "tokens of each proxy to calibrate on (default: 131072)")
+    add("max_length", int, "N", "longest row in tokens (default: 2048)")
+    add("batch_size", int, "N", "rows at a time (default: 8)")
+    add("device", str, "DEVICE", "cpu, cuda, mps (default: cuda if there is one)")
+    add("seed", int, "N", "for the choice of rows (default: 0)")
+    command.add_argument(
+        "--no-chat-template",
+        dest="chat_template",
+        action="store_false",
+        default=absent,
+        help="use the rows' plain form even if the tokenizer has a chat template",
+    )
+    command.add_argument(
+        "--config", metavar="FILE", help="settings file (default: sage.yaml here, or in UNLEARNED)"
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    command.add_argument("--quiet", "-q", action="store_true", help="no plan, notes or bars")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

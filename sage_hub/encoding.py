@@ -1,0 +1,131 @@
+"""Rows to tokens: the chat template, where the answer begins, and padded batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sage_hub.architecture import quiet_transformers
+from sage_hub.checkpoint import Checkpoint
+from sage_hub.errors import ArchitectureError, ProxyError
+from sage_hub.proxies import Proxy, Row
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row as tokens; the loss is over `ids[answer_start:]`."""
+
+    ids: tuple[int, ...]
+    answer_start: int
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right: (rows, longest) each. `answer` marks the tokens with a loss."""
+
+    ids: Tensor
+    mask: Tensor
+    answer: Tensor
+    rows: tuple[int, ...]  # their places in the sequence that was batched
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The checkpoint's own tokenizer. Raises ArchitectureError if it has none that loads."""
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(checkpoint.model_folder(), trust_remote_code=False)
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        raise ArchitectureError(
+            f"The tokenizer of {checkpoint.name} cannot be loaded (remote code is not run): "
+            f"{reason}"
+        ) from None
+
+
+def row_limit(checkpoint: Checkpoint, max_length: int) -> int:
+    """The longest row in tokens: `max_length`, or the model's context if that is shorter."""
+    config = checkpoint.config
+    context = config.get("max_position_embeddings") or config.get("n_positions")
+    return min(max_length, context) if isinstance(context, int) else max_length
+
+
+def encode_row(
+    row: Row, tokenizer: PreTrainedTokenizerBase, *, chat: bool, max_length: int
+) -> Encoded:
+    """The tokens of `row`, cut at `max_length`.
+
+    With `chat` and a row of turns the tokenizer's chat template writes the text, else the row's
+    plain form does. The answer begins where the tokens of prompt and full text part, so a token
+    that joins the end of the prompt with the answer counts as answer.
+    """
+    if chat and row.turns:
+        before = [{"role": role, "content": content} for role, content in row.turns]
+        after = [*before, {"role": "assistant", "content": row.answer.strip()}]
+        prompt = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
+        full = tokenizer.apply_chat_template(after, tokenize=False)
+        # The template has written the special tokens already.
+        ids, head = (
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (full, prompt)
+        )
+    else:
+        ids = tokenizer(row.prompt + row.answer)["input_ids"]
+        head = tokenizer(row.prompt)["input_ids"] if row.prompt else []
+    start = next(
+        (i for i, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b),
+        min(len(head), len(ids)),
+    )
+    # The first token has nothing before it to be predicted from.
+    return Encoded(tuple(ids[:max_length]), max(start, 1), truncated=len(ids) > max_length)
+
+
+def encode(
+    proxy: Proxy, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool, max_length: int
+) -> list[Encoded]:
+    """All rows of `proxy` as tokens, in order. Raises ProxyError for a row without tokens."""
+    chat = chat_template and getattr(tokenizer, "chat_template", None) is not None
+    encoded = [encode_row(row, tokenizer, chat=chat, max_length=max_length) for row in proxy.rows]
+    for number, row in enumerate(encoded, 1):
+        if not row.ids:
+            raise ProxyError(f"{proxy.name}, row {number}: the tokenizer makes no token of it.")
+    return encoded
+
+
+def take_tokens(rows: Sequence[Encoded], max_tokens: int, seed: int) -> list[int]:
+    """The places of the rows that fit into `max_tokens`, a random choice fixed by `seed`.
+
+    All of them where they fit, and always one at least.
+    """
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    chosen: list[int] = []
+    total = 0
+    for place in order:
+        total += len(rows[place].ids)
+        if chosen and total > max_tokens:
+            break
+        chosen.append(place)
+    return sorted(chosen)
+
+
+def batches(rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
+    """Batches of rows of like length, longest first, so that memory runs out at once or never."""
+    order = sorted(range(len(rows)), key=lambda place: (-len(rows[place].ids), place))
+    for first in range(0, len(order), batch_size):
+        places = order[first : first + batch_size]
+        width = len(rows[places[0]].ids)
+        # A masked token is never looked at, so any id pads.
+        ids = torch.zeros(len(places), width, dtype=torch.long)
+        mask = torch.zeros(len(places), width, dtype=torch.long)
+        answer = torch.zeros(len(places), width, dtype=torch.bool)
+        for line, place in enumerate(places):
+            row = rows[place]
+            ids[line, : len(row.ids)] = torch.tensor(row.ids)
+            mask[line, : len(row.ids)] = 1
+            answer[line, row.answer_start : len(row.ids)] = True
+        yield Batch(ids, mask, answer, tuple(places))

@@ -1,0 +1,121 @@
+"""Everything that can go wrong with the user's input, each with its own exit status.
+
+A command has no try/except of its own: it raises one of these, `cli.main` prints the sentence on
+stderr and exits with `status`. A sentence says what is wrong, where, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class SageHubError(Exception):
+    """Base of all errors that are explained to the user in one sentence."""
+
+    status = 1
+
+
+class UsageError(SageHubError):
+    """A wrong option or a wrong key or value in sage.yaml."""
+
+    status = 2
+
+
+class NotFoundError(SageHubError):
+    """A repo, revision, folder or file that does not exist."""
+
+    status = 10
+
+
+class AccessError(SageHubError):
+    """The Hub wants a token, another token, or an accepted licence."""
+
+    status = 11
+
+
+class ArchitectureError(SageHubError):
+    """The two sides are not the same model, or not one that transformers can build."""
+
+    status = 12
+
+
+class MissingTensorError(SageHubError):
+    """A tensor that one side has and the other has not."""
+
+    status = 13
+
+
+class NothingToDoError(SageHubError):
+    """Base and unlearned hold the same weights."""
+
+    status = 14
+
+
+class NonFiniteError(SageHubError):
+    """NaN or Inf in a weight or an activation."""
+
+    status = 15
+
+
+class PickledWeightsError(SageHubError):
+    """The only weights are pickles, which are never loaded."""
+
+    status = 16
+
+
+class CorruptCheckpointError(SageHubError):
+    """A safetensors file, index or config that cannot be what it claims to be."""
+
+    status = 17
+
+
+class ProxyError(SageHubError):
+    """A proxy that is empty, malformed or of unknown format."""
+
+    status = 18
+
+
+class OverlapError(SageHubError):
+    """The same row in two sets that must be disjoint."""
+
+    status = 19
+
+
+class QuantizedError(SageHubError):
+    """A quantized checkpoint, whose stored numbers are not the weights."""
+
+    status = 20
+
+
+class DiskSpaceError(SageHubError):
+    """Not enough free disk for the run."""
+
+    status = 21
+
+
+class StatisticsError(SageHubError):
+    """A statistics file of another model, tokenizer, setting or format."""
+
+    status = 22
+
+
+class TargetError(SageHubError):
+    """A target that exists and is not ours to overwrite."""
+
+    status = 23
+
+
+class PublishError(SageHubError):
+    """The Hub did not take the release; the target is as it was."""
+
+    status = 24
+
+
+class NetworkError(SageHubError):
+    """The Hub did not answer, or answered with a server error."""
+
+    status = 25
+
+
+class OutOfMemoryError(SageHubError):
+    """Host or device memory ran out."""
+
+    status = 26

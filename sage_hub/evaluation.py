@@ -1,0 +1,91 @@
+"""Evaluate the four models of a release, one after the other, on the same rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sage_hub.architecture import load_model, read_architecture
+from sage_hub.checkpoint import Checkpoint
+from sage_hub.encoding import Encoded, encode, load_tokenizer, row_limit, take_tokens
+from sage_hub.errors import ArchitectureError
+from sage_hub.metrics import Result, blend_towards_base, evaluate
+from sage_hub.plan import Plan
+from sage_hub.progress import SILENT, Progress
+from sage_hub.proxies import Proxy
+from sage_hub.settings import SETS, Settings
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All results, the data that they are of, and what was not run and why."""
+
+    results: list[Result]
+    data: dict[str, dict[str, Any]]
+    not_run: list[dict[str, str]]
+
+
+def evaluate_release(
+    plan: Plan,
+    sanitized: Checkpoint,
+    alpha: float,
+    proxies: Mapping[str, Proxy],
+    settings: Settings,
+    progress: Progress = SILENT,
+) -> Evaluation:
+    """Evaluate base, unlearned, the control W_b + αΔ and `sanitized` on the sets there are.
+
+    The same rows and the base's tokenizer for all, one model in memory at a time.
+    """
+    tokenizer = load_tokenizer(plan.base)
+    limit = row_limit(plan.base, settings.max_length)
+    sets: dict[str, list[Encoded]] = {}
+    data: dict[str, dict[str, Any]] = {}
+    not_run = []
+    for which in SETS:
+        proxy = proxies.get(which)
+        if proxy is None:
+            not_run.append({"what": f"{which} metrics", "reason": f"no --{which} was given"})
+            continue
+        rows = encode(
+            proxy,
+            tokenizer,
+            chat_template=settings.chat_template,
+            max_length=limit,
+        )
+        places = take_tokens(rows, settings.max_tokens, settings.seed)
+        sets[which] = [rows[place] for place in places]
+        data[which] = {
+            **proxy.describe(),
+            "rows_used": len(places),
+            "seen_by_calibration": which != "heldout",
+        }
+    not_run.append(
+        {
+            "what": "robustness to quantization and relearning",
+            "reason": "this version of sage-hub does not measure it",
+        }
+    )
+    models = {
+        "base": plan.base,
+        "unlearned": plan.unlearned,
+        "control": plan.unlearned,
+        "sanitized": sanitized,
+    }
+    results: list[Result] = []
+    for name, checkpoint in models.items() if sets else ():
+        model = load_model(checkpoint, settings.device)
+        if name == "control":
+            try:
+                blend_towards_base(model, plan.base, read_architecture(plan.base), alpha)
+            except ArchitectureError as error:
+                not_run.append({"what": "the norm-matched control", "reason": str(error)})
+                continue
+        results += evaluate(name, model, sets, batch_size=settings.batch_size, progress=progress)
+    for result in results:
+        if not math.isfinite(result.value):
+            what = f"{result.metric} of {result.model} on {result.set}"
+            not_run.append({"what": what, "reason": f"it came out as {result.value}"})
+    return Evaluation([r for r in results if math.isfinite(r.value)], data, not_run)

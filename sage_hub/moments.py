@@ -1,0 +1,108 @@
+"""Second moments of a stream of activations, and their spectra. Pure: no model, no files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class SecondMoment:
+    """The uncentred second moment `C = (1/n) Σ_t x_t x_tᵀ` of vectors x_t ∈ R^in, as they come.
+
+    Products are taken in float32 at least and summed in float64, so the order of the rows matters
+    to rounding only.
+    """
+
+    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+        # The MPS backend has no float64; nothing else we run on lacks it.
+        wide = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        self.total = torch.zeros(size, size, dtype=wide, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in `x` of shape (n, in)."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        self.total += x.T @ x
+        self.tokens += x.shape[0]
+
+    def matrix(self) -> Tensor:
+        """`C`, shape (in, in). Raises ValueError before the first vector."""
+        if self.tokens == 0:
+            raise ValueError("a second moment of no tokens is undefined")
+        return self.total / self.tokens
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The dominant part of a second moment.
+
+    `basis` (k, in) holds orthonormal directions as rows, `values` (k,) their eigenvalues in
+    falling order, `trace` is tr C over *all* directions, so the energy outside the basis is known
+    exactly even though its directions are not.
+    """
+
+    basis: Tensor
+    values: Tensor
+    trace: float
+    tokens: int
+
+    @property
+    def size(self) -> int:
+        """The number of input features, `in`."""
+        return int(self.basis.shape[1])
+
+    @property
+    def rank(self) -> int:
+        """The number of directions held, k."""
+        return int(self.basis.shape[0])
+
+    @property
+    def mean_eigenvalue(self) -> float:
+        """`s̄ = tr C / in`, the scale that makes λ comparable between sites."""
+        return self.trace / self.size
+
+    @property
+    def tail(self) -> float:
+        """The mean eigenvalue outside the basis: the rest of the trace over the other directions.
+
+        Where a bias needs the tail, it is taken as isotropic with this eigenvalue.
+        """
+        outside = self.size - self.rank
+        if outside == 0:
+            return 0.0
+        return max(self.trace - float(self.values.sum()), 0.0) / outside
+
+    def rank_for(self, energy: float) -> int:
+        """The smallest k whose first k values hold `energy` of the trace (all of them at most)."""
+        return dominant_rank(self.values, self.trace, energy)
+
+
+def dominant_rank(values: Tensor, trace: float, energy: float) -> int:
+    """The smallest k with `Σ_{i≤k} s_i ≥ energy · trace`, at least 1, at most len(values).
+
+    `values` (m,) in falling order; `energy` in (0, 1].
+    """
+    if energy >= 1:
+        return len(values)
+    held = torch.cumsum(values.double(), 0)
+    # A hair below the target counts as reached, or rounding would cost a direction.
+    k = int(torch.searchsorted(held, energy * trace * (1 - 1e-12))) + 1
+    return min(max(k, 1), len(values))
+
+
+def spectrum(moment: SecondMoment, energy: float, rank: int | None = None) -> Spectrum:
+    """The directions of `moment` that hold `energy` of its trace, `rank` of them at most."""
+    values, vectors = torch.linalg.eigh(moment.matrix())
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    trace = float(values.sum())
+    k = dominant_rank(values, trace, energy)
+    if rank is not None:
+        k = min(k, rank)
+    return Spectrum(
+        basis=vectors[:, :k].T.to("cpu", torch.float32).contiguous(),
+        values=values[:k].to("cpu", torch.float64).contiguous(),
+        trace=trace,
+        tokens=moment.tokens,
+    )

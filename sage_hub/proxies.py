@@ -1,0 +1,235 @@
+"""Forget and retain sets: read from a file, a Hub dataset or the package, and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from sage_hub.errors import NotFoundError, OverlapError, ProxyError, UsageError
+from sage_hub.hub import explained
+
+BUILTIN = Path(__file__).parent / "data" / "general_proxy.jsonl"
+BUILTIN_NAME = "sage-hub general-purpose proxy"
+DATASET_SCHEME = "hf://datasets/"
+READERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+COLUMNS = "question/answer, prompt/completion, messages or text"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example: what comes before, and what the loss is taken over.
+
+    `turns` holds chat messages (role, content) for question and messages rows, () otherwise;
+    `prompt` is the same as plain text, with the separator at its end.
+    """
+
+    prompt: str
+    answer: str
+    turns: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def hash(self) -> str:
+        """The same for rows with the same words, whatever the case and the white space."""
+        words = " ".join(f"{self.prompt} {self.answer}".casefold().split())
+        return hashlib.sha256(words.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A set of rows and where they came from; `name` is fit to publish (no local path)."""
+
+    name: str
+    rows: tuple[Row, ...]
+    revision: str | None = None  # the dataset's commit SHA, if it is on the Hub
+    builtin: bool = False
+
+    @property
+    def row_hashes(self) -> list[str]:
+        """The hash of each row, in order."""
+        return [row.hash for row in self.rows]
+
+    @property
+    def fingerprint(self) -> str:
+        """A SHA-256 over the rows, whatever their order."""
+        hashes = sorted(hashlib.sha256(repr(row).encode()).hexdigest() for row in self.rows)
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """What the record says of this set."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "rows": len(self.rows),
+            "fingerprint": self.fingerprint,
+        }
+
+
+def read_proxy(source: str | None) -> Proxy:
+    """Read the proxy that `source` names; None is the general-purpose one in the package.
+
+    `source` is a local .jsonl, .json, .csv, .parquet or .txt file, or
+    `hf://datasets/org/name[@revision][/file][?config=NAME&split=NAME]`. Raises ProxyError with
+    the line for a row that cannot be used, NotFoundError for a file that is not there.
+    """
+    if source is None:
+        rows = parse_rows(_read_file(BUILTIN), BUILTIN_NAME)
+        return Proxy(BUILTIN_NAME, rows, builtin=True)
+    if source.startswith(DATASET_SCHEME):
+        return _read_dataset(source)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise NotFoundError(
+            f"The proxy file {source} does not exist "
+            f"(a Hub dataset is written {DATASET_SCHEME}org/name)."
+        )
+    return Proxy(path.name, parse_rows(_read_file(path), path.name))
+
+
+def parse_rows(records: Iterable[Mapping[str, Any]], name: str) -> tuple[Row, ...]:
+    """Rows of the one form that their columns show. Raises ProxyError with the row's number."""
+    rows = tuple(
+        _parse_row(record, f"{name}, row {number}") for number, record in enumerate(records, 1)
+    )
+    if not rows:
+        raise ProxyError(f"{name} has no rows.")
+    return rows
+
+
+def check_disjoint(sets: Mapping[str, tuple[str, Sequence[str]]]) -> None:
+    """Raise OverlapError if a row is in two of `sets`, naming the sets and the row.
+
+    `sets` maps a set ("retain") to its name and the hashes of its rows.
+    """
+    for (first, (one, hashes)), (second, (other, others)) in itertools.combinations(
+        sets.items(), 2
+    ):
+        where = {row: number for number, row in enumerate(hashes, 1)}
+        for number, row in enumerate(others, 1):
+            if row in where:
+                raise OverlapError(
+                    f"Row {number} of the {second} set ({other}) is also row {where[row]} of the "
+                    f"{first} set ({one}); rows must be in one set only, or the metrics prove "
+                    "nothing. Remove it from one of them."
+                )
+
+
+def _parse_row(record: Mapping[str, Any], where: str) -> Row:
+    def text(column: str) -> str:
+        value = record[column]
+        if not isinstance(value, str) or not value.strip():
+            raise ProxyError(f"{where}: {column!r} is empty or not text.")
+        return value
+
+    if "question" in record and "answer" in record:
+        question, answer = text("question"), text("answer")
+        return Row(f"Question: {question}\nAnswer:", f" {answer}", (("user", question),))
+    if "prompt" in record and "completion" in record:
+        return Row(text("prompt"), text("completion"))
+    if "messages" in record:
+        return _parse_messages(record["messages"], where)
+    if "text" in record:
+        return Row("", text("text"))
+    found = ", ".join(sorted(record)) or "none"
+    raise ProxyError(f"{where}: expected the columns {COLUMNS}, found {found}.")
+
+
+def _parse_messages(messages: Any, where: str) -> Row:
+    turns = []
+    for message in messages if isinstance(messages, Sequence) else ():
+        if not isinstance(message, Mapping) or not all(
+            isinstance(message.get(key), str) and message[key].strip()
+            for key in ("role", "content")
+        ):
+            raise ProxyError(f"{where}: each message needs a 'role' and a 'content' in text.")
+        turns.append((message["role"], message["content"]))
+    if not turns or turns[-1][0] != "assistant":
+        raise ProxyError(f"{where}: 'messages' must end with a message of the assistant.")
+    *before, (_, answer) = turns
+    prompt = "".join(f"{role}: {content}\n" for role, content in before) + "assistant:"
+    return Row(prompt, f" {answer}", tuple(before))
+
+
+def _read_file(path: Path) -> Iterator[Mapping[str, Any]]:
+    reader = READERS.get(path.suffix)
+    if reader is None:
+        raise ProxyError(
+            f"{path.name} has an unknown format; use one of {', '.join(READERS)} "
+            "(or the name of a Hub dataset)."
+        )
+    if path.stat().st_size == 0:
+        raise ProxyError(f"{path.name} is empty.")
+    try:
+        for record in _load(reader, data_files=str(path), split="train"):
+            if reader != "text" or record["text"].strip():  # a text file has a row a line
+                yield record
+    except Exception as error:
+        raise ProxyError(_explain_unreadable(path, error)) from None
+
+
+def _load(*args: Any, **kwargs: Any) -> Iterator[Mapping[str, Any]]:
+    import datasets
+
+    # Streaming reads in place; the other way would leave a converted copy in the user's cache.
+    datasets.disable_progress_bars()
+    yield from datasets.load_dataset(*args, streaming=True, **kwargs)
+
+
+def _explain_unreadable(path: Path, error: Exception) -> str:
+    """One sentence with the line, which pyarrow's own error for JSON Lines does not have."""
+    if READERS[path.suffix] == "json":
+        lines = path.read_bytes().splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                fine = not line.strip() or isinstance(json.loads(line), dict)
+            except ValueError:
+                fine = False
+            if not fine:
+                return f"{path.name}, line {number}: not a JSON object."
+    reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+    return f"{path.name} cannot be read: {reason.replace(str(path), path.name)}"
+
+
+def _read_dataset(source: str) -> Proxy:
+    from huggingface_hub import HfApi
+
+    match = re.fullmatch(
+        r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/?]+))?(/(?P<file>[^?]+))?(\?(?P<query>.*))?",
+        source.removeprefix(DATASET_SCHEME),
+    )
+    query = dict(parse_qsl(match["query"] or "")) if match else {}
+    if match is None or query.keys() - {"config", "split"}:
+        raise UsageError(
+            f"{source!r} is not a dataset address; write "
+            f"{DATASET_SCHEME}org/name[@revision][/file][?config=NAME&split=NAME]."
+        )
+    repo = match["repo"]
+    with explained(f"dataset {repo}", match["revision"]):
+        sha = HfApi().dataset_info(repo, revision=match["revision"]).sha
+    name = source.replace(f"@{match['revision']}", "") if match["revision"] else source
+    try:
+        rows = parse_rows(
+            _load(
+                repo,
+                query.get("config"),
+                revision=sha,
+                split=query.get("split", "train"),
+                data_files=match["file"],
+            ),
+            name,
+        )
+    except (ValueError, OSError) as error:
+        raise ProxyError(f"{name} cannot be read: {str(error).splitlines()[0]}") from None
+    return Proxy(name, rows, revision=sha)

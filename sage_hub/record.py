@@ -1,0 +1,137 @@
+"""The record of a release: manifest (what was done, to what) and report (with what result)."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sage_hub.checkpoint import Checkpoint
+from sage_hub.evaluation import Evaluation
+from sage_hub.metrics import retain_recovered
+from sage_hub.plan import Plan
+from sage_hub.settings import Settings
+from sage_hub.shards import TensorRecord
+from sage_hub.statistics import Statistics
+
+MANIFEST_VERSION = 1
+REPORT_VERSION = 1
+METHOD = (
+    "SAGE (arXiv 2606.18309) was available to this tool's authors as an abstract only; the "
+    "formulation follows it and is theirs in detail."
+)
+LIBRARIES = ("sage-hub", "torch", "transformers", "safetensors", "huggingface_hub", "numpy")
+
+
+def describe_source(checkpoint: Checkpoint, fingerprint: str) -> dict[str, Any]:
+    """A source for the record; `commit` is None for a local folder."""
+    return {"name": checkpoint.name, "commit": checkpoint.commit, "fingerprint": fingerprint}
+
+
+def model_bias(records: Sequence[TensorRecord]) -> dict[str, float | None]:
+    """Retention activation bias over all filtered weights, relative to the base's outputs.
+
+    `Σ tr(D C Dᵀ) / Σ tr(W_b C W_bᵀ)`, before (the source's update) and after (what is stored).
+    """
+    whole = math.fsum(record.retain_base for record in records)
+    sums = {
+        "before": math.fsum(record.retain_before for record in records),
+        "after": math.fsum(record.retain_after for record in records),
+    }
+    return {name: total / whole if whole > 0 else None for name, total in sums.items()}
+
+
+def make_manifest(
+    plan: Plan,
+    sources: Mapping[str, Mapping[str, Any]],
+    settings: Settings,
+    gain: float,
+    statistics: Statistics,
+    records: Sequence[TensorRecord],
+    hashes: Mapping[str, str],
+) -> dict[str, Any]:
+    """What was done. The same inputs give the same manifest: it holds no time and no host."""
+    tensors = []
+    for record in records:
+        entry = asdict(record)
+        for sums in ("retain_before", "retain_after", "retain_base", "update_norm", "kept_norm"):
+            del entry[sums]
+        tensors.append({key: value for key, value in entry.items() if value not in (None, "")})
+    counts = {
+        action: sum(record.action == action for record in records)
+        for action in ("filtered", "identical", "copied")
+    }
+    return {
+        "format_version": MANIFEST_VERSION,
+        "method": METHOD,
+        "sources": dict(sources),
+        "settings": settings.describe(),
+        "gain": gain,
+        "statistics": {
+            "fingerprint": statistics.fingerprint,
+            "model": statistics.origin.model,
+            "commit": statistics.origin.commit,
+            "data": statistics.origin.published_data,
+            "settings": statistics.origin.settings,
+            "sites": len(statistics.sites),
+        },
+        "bias": model_bias(records),
+        "counts": counts,
+        "tensors": tensors,
+        "files": dict(hashes),
+        "left_behind": plan.left_behind,
+        "versions": versions(),
+    }
+
+
+def make_report(
+    evaluation: Evaluation,
+    *,
+    alpha: float | None,
+    seed: int,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """The metrics of base, unlearned, control and sanitized, and what was not run and why."""
+    probability = {
+        result.model: result.value
+        for result in evaluation.results
+        if (result.set, result.metric) == ("heldout", "probability")
+    }
+    recovered = None
+    if {"base", "unlearned", "sanitized"} <= probability.keys():
+        recovered = retain_recovered(
+            probability["base"], probability["unlearned"], probability["sanitized"]
+        )
+    return {
+        "format_version": REPORT_VERSION,
+        "data": evaluation.data,
+        "results": [asdict(result) for result in evaluation.results],
+        "heldout_probability_recovered": recovered,
+        "control_alpha": alpha,
+        "not_run": evaluation.not_run,
+        "seed": seed,
+        "seconds": {stage: round(spent, 2) for stage, spent in seconds.items()},
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as readable JSON. Raises ValueError for NaN or Inf, which JSON has not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every library that the result depends on."""
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = "not installed as a package"
+    return found

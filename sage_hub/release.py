@@ -1,0 +1,384 @@
+"""The one story: open, plan, calibrate, sanitize, evaluate, write the card, publish."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HOME
+
+from sage_hub import card, shards
+from sage_hub.audit import summarize
+from sage_hub.calibrate import calibrate
+from sage_hub.checkpoint import Location, open_checkpoint, parse_location
+from sage_hub.errors import SageHubError, StatisticsError, UsageError
+from sage_hub.evaluation import evaluate_release
+from sage_hub.hub import MANIFEST, check_target, publish
+from sage_hub.output import carry_files, check_output, staged
+from sage_hub.plan import Plan, check_disk, make_plan
+from sage_hub.progress import SILENT, Progress
+from sage_hub.proxies import Proxy, check_disjoint, read_proxy
+from sage_hub.record import describe_source, make_manifest, make_report, write_json
+from sage_hub.settings import SETS, Settings
+from sage_hub.statistics import Statistics, check_belongs, open_statistics
+
+REPORT = "sage/report.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a run needs, checked: nothing was computed or written yet."""
+
+    plan: Plan
+    settings: Settings
+    proxies: Mapping[str, Proxy]  # those of retain, forget, heldout that there are
+    fingerprints: Mapping[str, str]  # "base", "unlearned", "tokenizer"
+    statistics: Path | None  # a ready file, instead of calibrating
+    target: Location
+    private: bool = False
+    create_pr: bool = False
+    force: bool = False
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Release:
+    """A finished release: where it is, and its record."""
+
+    location: str  # the commit's or PR's URL, or the folder
+    manifest: Mapping[str, Any]
+    report: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
+def push(
+    base: str,
+    unlearned: str,
+    to: str | None = None,
+    *,
+    settings: Settings = Settings(),  # noqa: B008 - frozen
+    statistics: Path | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Release:
+    """Sanitize the update from `base` to `unlearned` and publish the result to `to`.
+
+    Each of the three is a Hub repo (`org/name`, a source also `org/name@revision`) or a local
+    folder; `to` defaults to the unlearned one's name with `-sage`. Nothing is published unless
+    everything went well. Raises the errors of `sage_hub.errors`.
+    """
+    target = parse_location(to) if to else default_target(parse_location(unlearned))
+    job = prepare(
+        base,
+        unlearned,
+        target,
+        settings=settings,
+        statistics=statistics,
+        private=private,
+        create_pr=create_pr,
+        force=force,
+        progress=progress,
+    )
+    return run(job, progress)
+
+
+def sanitize(
+    base: str,
+    unlearned: str,
+    output: Path,
+    *,
+    settings: Settings = Settings(),  # noqa: B008 - frozen
+    statistics: Path | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Release:
+    """The same as `push`, into the folder `output`: nothing leaves the machine."""
+    job = prepare(
+        base,
+        unlearned,
+        Location(folder=output),
+        settings=settings,
+        statistics=statistics,
+        force=force,
+        progress=progress,
+    )
+    return run(job, progress)
+
+
+def prepare(
+    base: str,
+    unlearned: str,
+    target: Location,
+    *,
+    settings: Settings,
+    statistics: Path | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Job:
+    """Open both sides, plan the run, and raise whatever would stop it later."""
+    settings = settings.resolve_device()
+    sides = {"base": open_checkpoint(base), "unlearned": open_checkpoint(unlearned)}
+    plan = make_plan(sides["base"], sides["unlearned"])
+    if target.folder is None:
+        if target.revision:
+            raise UsageError("A target takes no @revision; publish to org/name.")
+        check_target(target.repo, force=force)
+        check_disk(plan, _workspace(target))
+    else:
+        sources = [parse_location(side).folder for side in (base, unlearned)]
+        check_output(target.folder, sources, force=force)
+        check_disk(plan, target.folder)
+    proxies = read_proxies(settings, statistics=statistics)
+    if settings.gain == "match" and statistics is None and "forget" not in proxies:
+        raise UsageError("--gain match is measured on the forget proxy; give --forget.")
+    fingerprints = {name: side.fingerprint(progress) for name, side in sides.items()}
+    fingerprints["tokenizer"] = plan.base.tokenizer_fingerprint()
+    job = Job(plan, settings, proxies, fingerprints, statistics, target, private, create_pr, force)
+    if statistics is not None:
+        with open_statistics(statistics) as opened:
+            _check_statistics(opened, job)
+    return replace(job, warnings=tuple(_warnings(job)))
+
+
+def run(job: Job, progress: Progress = SILENT) -> Release:
+    """Do the job: write the release, and publish it if its target is on the Hub."""
+    if job.target.folder is not None:
+        return write_release(job, job.target.folder, progress)
+    folder = _workspace(job.target)
+    release = write_release(job, folder, progress)
+    try:
+        url = publish(
+            folder,
+            job.target.repo,
+            message=f"Sanitize {job.plan.unlearned.name} with sage-hub",
+            private=job.private,
+            create_pr=job.create_pr,
+            force=job.force,
+            progress=progress,
+        )
+    except SageHubError as error:
+        raise type(error)(f"{error} The finished release is kept in {folder}.") from None
+    shutil.rmtree(folder)
+    return replace(release, location=url)
+
+
+def write_release(job: Job, output: Path, progress: Progress = SILENT) -> Release:
+    """Write the whole release into `output`, which appears only when it is complete."""
+    clock = _Clock()
+    how = shards.Filter(job.settings.strength, job.settings.energy, job.settings.rank)
+    with staged(output, force=job.force) as folder:
+        with _statistics_for(job, folder.parent, progress) as statistics:
+            clock.lap("calibrate")
+            plan = job.plan.observed(statistics.site_of)
+            gain = _choose_gain(plan, statistics, how, job.settings, progress)
+            records, hashes = shards.write_shards(
+                plan, statistics, how, gain, folder, device=job.settings.device, progress=progress
+            )
+            clock.lap("sanitize")
+            manifest = make_manifest(
+                plan, _sources(job), job.settings, gain, statistics, records, hashes
+            )
+        carry_files(plan, folder)
+        alpha = shards.norm_matched_alpha(records)
+        sanitized = open_checkpoint(str(folder))
+        evaluation = evaluate_release(plan, sanitized, alpha, job.proxies, job.settings, progress)
+        clock.lap("evaluate")
+        report = make_report(evaluation, alpha=alpha, seed=job.settings.seed, seconds=clock.laps)
+        write_json(folder / MANIFEST, manifest)
+        write_json(folder / REPORT, report)
+        card.write_card(folder, plan, manifest, report, name=job.target.name, warnings=job.warnings)
+    return Release(str(output), manifest, report, job.warnings)
+
+
+def collect_statistics(
+    model: str,
+    output: Path,
+    *,
+    settings: Settings = Settings(),  # noqa: B008 - frozen
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Calibrate `model` on the proxies of `settings` and write the statistics file `output`.
+
+    Returns what the file belongs to. The retain proxy defaults to the general-purpose one; a
+    forget proxy is taken in if there is one.
+    """
+    settings = settings.resolve_device()
+    checkpoint = open_checkpoint(model)
+    proxies = read_proxies(replace(settings, heldout=None), statistics=None)
+    origin = calibrate(
+        checkpoint,
+        proxies,
+        settings,
+        output,
+        weights=checkpoint.fingerprint(progress),
+        progress=progress,
+    )
+    return {
+        "file": str(output),
+        "model": origin.model,
+        "commit": origin.commit,
+        "data": origin.published_data,
+    }
+
+
+def audit(
+    base: str,
+    unlearned: str,
+    *,
+    settings: Settings = Settings(),  # noqa: B008 - frozen
+    statistics: Path | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Activation bias of the update, per module and for the model; writes no weights.
+
+    Biases are relative to the base weight's own outputs: `before` is the source's, `after` what
+    λ would leave (gain not applied), `share` a module's part of the model's bias.
+    """
+    settings = settings.resolve_device()
+    plan = make_plan(open_checkpoint(base), open_checkpoint(unlearned))
+    proxies = read_proxies(replace(settings, heldout=None), statistics=statistics)
+    fingerprints = {
+        "base": plan.base.fingerprint(progress),
+        "tokenizer": plan.base.tokenizer_fingerprint(),
+    }
+    job = Job(plan, settings, proxies, fingerprints, statistics, Location(folder=None))
+    how = shards.Filter(settings.strength, settings.energy, settings.rank)
+    with (
+        tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch,
+        _statistics_for(job, Path(scratch), progress) as opened,
+    ):
+        observed = plan.observed(opened.site_of)
+        measured = shards.measure(observed, opened, how, device=settings.device, progress=progress)
+        return summarize(measured)
+
+
+def default_target(unlearned: Location) -> Location:
+    """`<unlearned>-sage`, beside the unlearned one."""
+    if unlearned.folder is None:
+        return Location(folder=None, repo=f"{unlearned.repo}-sage")
+    folder = unlearned.folder.resolve()
+    return Location(folder=folder.with_name(f"{folder.name}-sage"))
+
+
+def read_proxies(settings: Settings, *, statistics: Path | None) -> dict[str, Proxy]:
+    """The sets that are given, read and checked to be disjoint.
+
+    Without a retain proxy the general-purpose one stands in, unless ready statistics were given.
+    """
+    sources = {which: getattr(settings, which) for which in SETS}
+    proxies = {
+        which: read_proxy(source)
+        for which, source in sources.items()
+        if source is not None or (which == "retain" and statistics is None)
+    }
+    check_disjoint({which: (proxy.name, proxy.row_hashes) for which, proxy in proxies.items()})
+    return proxies
+
+
+@contextmanager
+def _statistics_for(job: Job, scratch: Path, progress: Progress) -> Iterator[Statistics]:
+    """The given statistics, or new ones of the base model in a temporary file."""
+    if job.statistics is not None:
+        with open_statistics(job.statistics) as opened:
+            _check_statistics(opened, job)
+            yield opened
+        return
+    with tempfile.TemporaryDirectory(prefix=".sage-statistics-", dir=scratch) as folder:
+        path = Path(folder) / "statistics.safetensors"
+        seen = {which: proxy for which, proxy in job.proxies.items() if which != "heldout"}
+        calibrate(
+            job.plan.base,
+            seen,
+            job.settings,
+            path,
+            weights=job.fingerprints["base"],
+            progress=progress,
+        )
+        with open_statistics(path) as opened:
+            yield opened
+
+
+def _check_statistics(statistics: Statistics, job: Job) -> None:
+    check_belongs(
+        statistics,
+        name=job.plan.base.name,
+        weights=job.fingerprints["base"],
+        tokenizer=job.fingerprints["tokenizer"],
+        energy=job.settings.energy,
+    )
+    if job.settings.gain == "match" and not statistics.has("forget"):
+        raise StatisticsError(
+            "--gain match is measured on the forget proxy, which the statistics don't have; "
+            "make them anew with `sage-hub stats --forget`."
+        )
+    seen = statistics.origin.data["retain"]
+    others = {
+        which: (proxy.name, proxy.row_hashes)
+        for which, proxy in job.proxies.items()
+        if which != "retain"
+    }
+    check_disjoint({"retain": (seen["name"], seen["row_hashes"]), **others})
+
+
+def _choose_gain(
+    plan: Plan,
+    statistics: Statistics,
+    how: shards.Filter,
+    settings: Settings,
+    progress: Progress,
+) -> float:
+    if settings.gain != "match":
+        return float(settings.gain)
+    measured = shards.measure(plan, statistics, how, device=settings.device, progress=progress)
+    return shards.gain_that_matches(measured)
+
+
+def _warnings(job: Job) -> Iterator[str]:
+    retain = job.proxies.get("retain")
+    if retain is not None and retain.builtin:
+        yield (
+            "The retain proxy is the general-purpose one that comes with sage-hub. A few hundred "
+            "rows of your own domain, given with --retain, protect what you care for better."
+        )
+    yield from card.licence_warnings(job.plan)
+    ours, theirs = job.plan.unlearned.tokenizer_fingerprint(), job.fingerprints["tokenizer"]
+    if ours != theirs:
+        yield (
+            "The tokenizer files of the two sides differ; the base's are used for calibration and "
+            "evaluation, the unlearned side's are in the release."
+        )
+
+
+def _sources(job: Job) -> dict[str, dict[str, Any]]:
+    return {
+        "base": describe_source(job.plan.base, job.fingerprints["base"]),
+        "unlearned": describe_source(job.plan.unlearned, job.fingerprints["unlearned"]),
+    }
+
+
+def _workspace(target: Location) -> Path:
+    """Where a release is made before it is published."""
+    return Path(HF_HOME) / "sage-hub" / target.repo.replace("/", "--")
+
+
+class _Clock:
+    """Seconds per stage, for the report."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.laps[stage] = now - self._last
+        self._last = now

@@ -1,0 +1,164 @@
+"""Plans, releases and audits as text for a terminal and as JSON for machines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sage_hub.card import MODELS, metric_table
+from sage_hub.checkpoint import Checkpoint
+from sage_hub.release import Job, Release
+from sage_hub.settings import SETS
+
+
+def plan_text(job: Job) -> str:
+    """What is going to happen, before it does."""
+    plan, settings = job.plan, job.settings
+    described = plan.describe()
+    lines = [
+        ("base", _side(plan.base)),
+        ("unlearned", _side(plan.unlearned)),
+        ("target", _target(job)),
+        ("weights", f"{described['filter']} of {described['tensors']} tensors can be filtered"),
+    ]
+    lines += [("", f"copied: {n} × {reason}") for reason, n in described["copy"].items()]
+    for which in SETS:
+        proxy = job.proxies.get(which)
+        if proxy is not None:
+            lines.append((which, f"{proxy.name}, {len(proxy.rows)} rows"))
+        elif which == "retain":
+            lines.append((which, f"ready statistics, {job.statistics}"))
+        else:
+            lines.append((which, f"not given; {which} metrics will not be run"))
+    lines += [
+        (
+            "settings",
+            f"λ={settings.strength:g} ρ={settings.energy:g} rank={settings.rank or 'any'} "
+            f"γ={settings.gain} on {settings.device}",
+        ),
+        (
+            "needs",
+            f"{_size(plan.download_bytes)} to download, {_size(plan.output_bytes)} of disk for "
+            f"the release, at most {_size(plan.statistics_bytes)} for statistics",
+        ),
+    ]
+    lines += [("note", warning) for warning in job.warnings]
+    lines += [("left behind", f"{name} ({reason})") for name, reason in plan.left_behind.items()]
+    return "\n".join(f"  {label:<12}{text}" for label, text in lines)
+
+
+def release_text(release: Release) -> str:
+    """The result of a run: metrics, bias, and where the release is."""
+    parts = []
+    lines = metric_table(release.report)
+    if lines:
+        header = ["set", "metric", "better", *(name.strip("*") for name in MODELS.values())]
+        rows = [
+            [
+                line["set"],
+                line["metric"],
+                line["direction"],
+                *(_number(line.get(model)) for model in MODELS),
+            ]
+            for line in lines
+        ]
+        parts.append(_table(header, rows))
+    recovered = release.report["heldout_probability_recovered"]
+    if recovered is not None:
+        parts.append(f"held-out probability recovered: {100 * recovered:.0f} %")
+    bias = release.manifest["bias"]
+    parts.append(
+        f"retention activation bias: {_number(bias['before'])} before, "
+        f"{_number(bias['after'])} after (relative); gain {release.manifest['gain']:.4g}"
+    )
+    counts = release.manifest["counts"]
+    parts.append(
+        f"tensors: {counts['filtered']} filtered, {counts['identical']} identical, "
+        f"{counts['copied']} copied as they were"
+    )
+    parts += [f"not run: {x['what']} ({x['reason']})" for x in release.report["not_run"]]
+    parts.append(release.location)
+    return "\n".join(parts)
+
+
+def release_json(release: Release) -> dict[str, Any]:
+    """The result of a run for `--json`."""
+    return {
+        "location": release.location,
+        "gain": release.manifest["gain"],
+        "bias": release.manifest["bias"],
+        "counts": release.manifest["counts"],
+        "report": dict(release.report),
+        "warnings": list(release.warnings),
+    }
+
+
+def audit_text(audit: Mapping[str, Any], *, top: int) -> str:
+    """The audit as a table, the `top` worst modules first."""
+    modules: list[dict[str, Any]] = audit["modules"]
+    header = ["module", "rank", "share", "retain before", "retain after", "forget kept"]
+    rows = [
+        [
+            module["module"],
+            str(module["rank"]),
+            _number(module["share"]),
+            _number(module["retain_before"]),
+            _number(module["retain_after"]),
+            _number(module["forget_kept"]),
+        ]
+        for module in modules[:top]
+    ]
+    model = audit["model"]
+    rows.append(
+        [
+            f"whole model ({model['weights']} weights)",
+            "",
+            "1",
+            _number(model["retain_before"]),
+            _number(model["retain_after"]),
+            _number(model["forget_kept"]),
+        ]
+    )
+    parts = [_table(header, rows)]
+    if len(modules) > top:
+        parts.append(f"({len(modules) - top} more modules; --top N shows more, --json all)")
+    if model["matching_gain"] is not None:
+        parts.append(f"gain that keeps the forgetting carrier: {model['matching_gain']:.4g}")
+    return "\n".join(parts)
+
+
+def _side(checkpoint: Checkpoint) -> str:
+    where = checkpoint.commit[:12] if checkpoint.commit else "local folder"
+    shards = len(checkpoint.headers)
+    return (
+        f"{checkpoint.name} ({where}, {shards} shard{'s' if shards > 1 else ''}, "
+        f"{_size(checkpoint.weight_bytes)})"
+    )
+
+
+def _target(job: Job) -> str:
+    if job.target.folder is not None:
+        return f"{job.target.folder} (local folder)"
+    how = "a pull request" if job.create_pr else "one commit"
+    return f"{job.target.repo} on the Hub, in {how}"
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, ["-" * width for width in widths], *rows)
+    )

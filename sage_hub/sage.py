@@ -1,0 +1,112 @@
+"""The mathematics of SAGE: filter, profile, bias, gain. Pure functions on tensors.
+
+SAGE (arXiv 2606.18309) was available to us as an abstract only. The objective here follows it; its
+exact form, the normalisation of λ and the gain are ours.
+
+For one linear map y = W x with update Δ = W_unlearned − W_base and the retain second moment C with
+dominant part C_k = U_k diag(s) U_kᵀ and mean eigenvalue s̄:
+
+    D* = argmin_D ‖D − Δ‖²_F + (λ/s̄) · tr(D C_k Dᵀ)
+       = Δ − (Δ U_k) diag(g) U_kᵀ ,      g_i = λ s_i / (s̄ + λ s_i)
+
+Shapes: Δ, D (out, in); `basis` (k, in), the columns of U_k as rows; g, s, p (k,).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sage_hub.moments import Spectrum
+
+
+def suppression(
+    spectrum: Spectrum, strength: float, energy: float = 1.0, rank: int | None = None
+) -> Tensor:
+    """The share g_i ∈ [0, 1] of Δ that is removed along each dominant direction, shape (k,).
+
+    `strength` is λ ≥ 0 (0 keeps Δ, infinity is the hard projection); k is the smallest rank that
+    holds `energy` of the trace, `rank` at most.
+    """
+    k = spectrum.rank_for(energy)
+    if rank is not None:
+        k = min(k, rank)
+    values = spectrum.values[:k]
+    if math.isinf(strength):
+        # A direction that no retained input takes is not protected, however large λ is.
+        return (values > 0).to(values.dtype)
+    weighted = strength * values
+    total = spectrum.mean_eigenvalue + weighted
+    return torch.where(total > 0, weighted / total, torch.zeros_like(total))
+
+
+def removed_part(delta: Tensor, basis: Tensor, g: Tensor) -> Tensor:
+    """Δ − D = (Δ U_k) diag(g) U_kᵀ, in the dtype of `delta`: 4·out·in·k flops."""
+    u = basis[: len(g)].to(delta)
+    return ((delta @ u.T) * g.to(delta)) @ u
+
+
+def filter_update(delta: Tensor, basis: Tensor, g: Tensor) -> Tensor:
+    """The sanitized update D = Δ − (Δ U_k) diag(g) U_kᵀ, before any gain."""
+    return delta - removed_part(delta, basis, g)
+
+
+def sanitize_weight(
+    base: Tensor, unlearned: Tensor, basis: Tensor, g: Tensor, gain: float = 1.0
+) -> Tensor:
+    """W_b + γD, both weights (out, in) in the precision to compute in.
+
+    Written as W_u + (γ−1)Δ − γ(Δ−D), which for g = 0 and γ = 1 is the source to the last bit.
+    """
+    delta = unlearned - base
+    return unlearned + (gain - 1) * delta - gain * removed_part(delta, basis, g)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What an update does along each direction of a spectrum: p_i = ‖D u_i‖², and ‖D‖²_F.
+
+    Enough to know the bias and the distance at any λ without touching the weights again.
+    """
+
+    along: Tensor  # (k,) float64
+    norm: float  # ‖D‖²_F
+
+    def bias(self, spectrum: Spectrum, g: Tensor | None = None) -> float:
+        """B = tr(D C Dᵀ), the mean of ‖D x‖² over the tokens: after suppression `g`, if given.
+
+        Exact inside the spectrum's basis; outside it the energy is taken as spread evenly.
+        """
+        inside = self.along * spectrum.values
+        if g is not None:
+            inside[: len(g)] *= (1 - g) ** 2
+        outside = max(self.norm - float(self.along.sum()), 0.0)
+        return float(inside.sum()) + spectrum.tail * outside
+
+    def removed(self, g: Tensor) -> float:
+        """‖D − Δ‖²_F after suppression `g`."""
+        return float((self.along[: len(g)] * g**2).sum())
+
+
+def profile(update: Tensor, basis: Tensor) -> Profile:
+    """The profile of `update` (out, in) along the rows of `basis` (k, in)."""
+    projected = update @ basis.to(update).T
+    return Profile(
+        along=projected.square().sum(0, dtype=torch.float64).cpu(),
+        norm=float(update.square().sum(dtype=torch.float64)),
+    )
+
+
+def matching_gain(source: float, filtered: float) -> float:
+    """The γ for which the forgetting carrier keeps its size, Σ B_f(γD) = Σ B_f(Δ).
+
+    `source` is Σ B_f(Δ), `filtered` Σ B_f(D), both over all filtered modules and on the forget
+    proxy. B is quadratic, so γ = √(source / filtered). Raises ValueError if nothing is left of
+    the carrier.
+    """
+    if filtered <= 0:
+        raise ValueError("the filtered update does nothing on the forget proxy")
+    return math.sqrt(source / filtered)

@@ -1,0 +1,149 @@
+"""The settings of a run: command line over sage.yaml over defaults, checked, and recorded whole."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sage_hub.checkpoint import Checkpoint
+from sage_hub.errors import NotFoundError, UsageError
+
+CONFIG = "sage.yaml"
+SETS = ("retain", "forget", "heldout")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that changes the result. `None` for a set means: not given.
+
+    Raises UsageError for a value out of its range.
+    """
+
+    retain: str | None = None  # proxies: see `sage_hub.proxies.read_proxy`
+    forget: str | None = None
+    heldout: str | None = None
+    strength: float = 1.0  # λ ≥ 0; inf is the hard projection
+    energy: float = 0.9  # ρ in (0, 1]
+    rank: int | None = None  # cap on k
+    gain: float | Literal["match"] = 1.0  # γ
+    max_tokens: int = 131_072  # of each proxy, in calibration
+    max_length: int = 2_048  # of a row, in tokens
+    batch_size: int = 8
+    device: str = "auto"
+    seed: int = 0  # which rows are taken where a proxy has more than max_tokens
+    chat_template: bool = True
+
+    def __post_init__(self) -> None:
+        _number(self.strength, "strength", lambda x: x >= 0, "0 or more")
+        _number(self.energy, "energy", lambda x: 0 < x <= 1, "above 0 and at most 1")
+        if self.gain != "match":
+            _number(self.gain, "gain", lambda x: 0 < x < math.inf, "above 0, or 'match'")
+        for name in ("max_tokens", "max_length", "batch_size"):
+            _integer(getattr(self, name), name, least=1)
+        _integer(self.seed, "seed", least=0)
+        if self.rank is not None:
+            _integer(self.rank, "rank", least=1)
+        for name in (*SETS, "device"):
+            value = getattr(self, name)
+            if not (isinstance(value, str) or (value is None and name != "device")):
+                raise UsageError(f"{name} must be text, not {value!r}.")
+        if not isinstance(self.chat_template, bool):
+            raise UsageError(f"chat_template must be true or false, not {self.chat_template!r}.")
+
+    def describe(self) -> dict[str, Any]:
+        """The settings for the record, without local paths."""
+        described = asdict(self)
+        for name in SETS:
+            value = described[name]
+            if value is not None and "://" not in value:
+                described[name] = Path(value).name
+        if math.isinf(self.strength):
+            described["strength"] = "inf"  # JSON has no infinity
+        return described
+
+    def resolve_device(self) -> Settings:
+        """The settings with "auto" replaced. Raises UsageError for a device that is not here."""
+        import torch
+
+        if self.device == "auto":
+            return replace(self, device="cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError):
+            raise UsageError(
+                f"The device {self.device!r} is not available here; use --device cpu."
+            ) from None
+        return self
+
+
+def load_settings(
+    given: Mapping[str, Any], *, config: str | None, unlearned: Checkpoint | None
+) -> Settings:
+    """Settings from `given` (the command line), then sage.yaml, then the defaults.
+
+    The file is `config`, else sage.yaml in the current folder, else the one in the repo of
+    `unlearned`. Paths in it are relative to it. Raises UsageError with the key and file.
+    """
+    return Settings(**{**_read_config(config, unlearned), **given})
+
+
+def _read_config(config: str | None, unlearned: Checkpoint | None) -> dict[str, Any]:
+    if config is not None:
+        if not Path(config).is_file():
+            raise NotFoundError(f"The settings file {config} does not exist.")
+        return _parse(Path(config), str(config), trusted=True)
+    if Path(CONFIG).is_file():
+        return _parse(Path(CONFIG), CONFIG, trusted=True)
+    if unlearned is not None and CONFIG in unlearned.files.sizes:
+        path = unlearned.files.path(CONFIG)
+        values = _parse(path, f"{CONFIG} of {unlearned.name}", trusted=unlearned.commit is None)
+        if unlearned.commit is not None:
+            for name in SETS:
+                if (file := values.get(name)) and "://" not in file:
+                    repo_file = Path(file).relative_to(path.parent).as_posix()
+                    values[name] = str(unlearned.files.path(repo_file))
+        return values
+    return {}
+
+
+def _parse(path: Path, shown: str, *, trusted: bool) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{shown}{line}: not valid YAML.") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{shown} must be a mapping of settings.")
+    known = [field.name for field in fields(Settings)]
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}."
+            raise UsageError(f"{shown}: unknown setting {key!r}; {hint}")
+    for name in SETS:
+        value = values.get(name)
+        if isinstance(value, str) and "://" not in value:
+            # A file that came with somebody's repo must not name files of this machine.
+            if not trusted and (Path(value).is_absolute() or ".." in Path(value).parts):
+                raise UsageError(f"{shown}: {name} must be a file of the repo or hf://datasets/….")
+            values[name] = str(path.parent / value)
+    return values
+
+
+def _number(value: object, name: str, fits: Any, wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
+        raise UsageError(f"{name} must be {wanted}, not {value!r}.")
+
+
+def _integer(value: object, name: str, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UsageError(f"{name} must be a whole number of at least {least}, not {value!r}.")

@@ -1,0 +1,186 @@
+"""The statistics file: what calibration saw of each site, memory-mapped and checked when opened.
+
+A safetensors file. Per set (`retain`, and `forget` if there is one) and site it holds
+`<set>/<site>/basis` (k, in) and `<set>/<site>/values` (k,); its metadata says which model,
+tokenizer, data and settings they belong to. docs/formats.md describes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sage_hub.architecture import Site
+from sage_hub.errors import NotFoundError, StatisticsError
+from sage_hub.moments import SecondMoment, Spectrum, spectrum
+from sage_hub.progress import SILENT, Progress
+from sage_hub.tensorfile import TensorWriter, dtype_name, file_sha256, layout
+
+FORMAT = "sage-hub-statistics"
+VERSION = "1"
+
+# Directions are stored up to this energy even where the filter uses fewer, because a bias is
+# exact only along stored directions.
+STORED_ENERGY = 0.99
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a statistics file belongs to; all of it is checked before the file is used."""
+
+    model: str
+    commit: str | None
+    weights: str  # Checkpoint.fingerprint()
+    tokenizer: str  # Checkpoint.tokenizer_fingerprint()
+    data: dict[str, dict[str, Any]]  # set -> Proxy.describe(), with the tokens that were used
+    settings: dict[str, Any]  # what calibration depends on
+
+    @property
+    def published_data(self) -> dict[str, dict[str, Any]]:
+        """`data` without the row hashes, which serve only to keep evaluation rows apart."""
+        return {
+            which: {key: value for key, value in about.items() if key != "row_hashes"}
+            for which, about in self.data.items()
+        }
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """An open statistics file. Spectra are read from it one at a time."""
+
+    origin: Origin
+    sites: tuple[Site, ...]
+    fingerprint: str
+    _scalars: dict[str, dict[str, Any]]
+    _file: Any
+
+    @property
+    def site_of(self) -> dict[str, Site]:
+        """Module name -> its site."""
+        return {module: site for site in self.sites for module in site.modules}
+
+    def has(self, which: str) -> bool:
+        """Whether there are spectra of the set `which`."""
+        return which in self._scalars
+
+    def spectrum(self, which: str, site: Site) -> Spectrum:
+        """The spectrum of `site` on the set `which`, mapped from the file, not copied."""
+        scalars = self._scalars[which][site.name]
+        return Spectrum(
+            basis=self._file.get_tensor(f"{which}/{site.name}/basis"),
+            values=self._file.get_tensor(f"{which}/{site.name}/values"),
+            trace=scalars["trace"],
+            tokens=scalars["tokens"],
+        )
+
+
+def write_statistics(
+    path: Path,
+    origin: Origin,
+    sites: list[Site],
+    moments: dict[str, dict[str, SecondMoment]],
+    *,
+    energy: float,
+    rank: int | None,
+    progress: Progress = SILENT,
+) -> None:
+    """Decompose `moments` (set -> site -> moment) and write `path`, whole or not at all.
+
+    The moments are dropped one by one as their spectra replace them.
+    """
+    todo = [(which, site) for which in moments for site in sites]
+    spectra: dict[tuple[str, Site], Spectrum] = {
+        (which, site): spectrum(moments[which].pop(site.name), max(energy, STORED_ENERGY), rank)
+        for which, site in progress.each("Decomposing", todo, len(todo), "site")
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {which: {} for which in moments}
+    # float64 goes first: the format wants each tensor aligned to its type.
+    for (which, site), found in spectra.items():
+        tensors[f"{which}/{site.name}/values"] = found.values
+        scalars[which][site.name] = {"trace": found.trace, "tokens": found.tokens}
+    for (which, site), found in spectra.items():
+        tensors[f"{which}/{site.name}/basis"] = found.basis
+    metadata = {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "origin": json.dumps(asdict(origin), sort_keys=True),
+        "sites": json.dumps([asdict(site) for site in sites]),
+        "scalars": json.dumps(scalars),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    infos = layout((name, dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items())
+    with TensorWriter(path, infos, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+@contextmanager
+def open_statistics(path: Path) -> Iterator[Statistics]:
+    """Map the statistics file at `path`. Raises NotFoundError or StatisticsError."""
+    if not path.is_file():
+        raise NotFoundError(f"The statistics file {path} does not exist.")
+    try:
+        file = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise StatisticsError(
+            f"{path} is not a statistics file ({error}); make one with `sage-hub stats`."
+        ) from None
+    with file as mapped:
+        metadata: Mapping[str, str] = mapped.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise StatisticsError(
+                f"{path} is not a statistics file; make one with `sage-hub stats`."
+            )
+        if metadata.get("format_version") != VERSION:
+            raise StatisticsError(
+                f"{path} has the statistics format {metadata.get('format_version')}, this "
+                f"sage-hub reads {VERSION}; make it anew with `sage-hub stats`."
+            )
+        try:
+            statistics = Statistics(
+                origin=Origin(**json.loads(metadata["origin"])),
+                sites=tuple(
+                    Site(site["name"], tuple(site["modules"]), site["size"])
+                    for site in json.loads(metadata["sites"])
+                ),
+                fingerprint=file_sha256(path),
+                _scalars=json.loads(metadata["scalars"]),
+                _file=mapped,
+            )
+        except (KeyError, TypeError, ValueError):
+            raise StatisticsError(
+                f"The metadata of {path} are damaged; make it anew with `sage-hub stats`."
+            ) from None
+        yield statistics
+
+
+def check_belongs(
+    statistics: Statistics, *, name: str, weights: str, tokenizer: str, energy: float
+) -> None:
+    """Raise StatisticsError unless `statistics` were taken of this very model and suffice."""
+    origin = statistics.origin
+    if origin.weights != weights:
+        raise StatisticsError(
+            f"The statistics are of other weights than {name} (they were taken of "
+            f"{origin.model}{'@' + origin.commit if origin.commit else ''}); "
+            "make them anew with `sage-hub stats`."
+        )
+    if origin.tokenizer != tokenizer:
+        raise StatisticsError(
+            f"The statistics were taken with another tokenizer than that of {name}; "
+            "make them anew with `sage-hub stats`."
+        )
+    stored = max(float(origin.settings["energy"]), STORED_ENERGY)
+    if energy > stored:
+        raise StatisticsError(
+            f"The statistics hold directions up to the energy {stored}, not {energy}; make them "
+            f"anew with `sage-hub stats --energy {energy}`."
+        )
