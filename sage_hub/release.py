@@ -177,7 +177,9 @@ def write_release(job: Job, output: Path, progress: Progress = SILENT) -> Releas
     clock = _Clock()
     how = shards.Filter(job.settings.strength, job.settings.energy, job.settings.rank)
     with staged(output, force=job.force) as folder:
-        with _statistics_for(job, folder.parent, progress) as statistics:
+        # The forget proxy is only evaluated on, unless the gain is measured against it.
+        sets = ("retain", "forget") if job.settings.gain == "match" else ("retain",)
+        with _statistics_for(job, sets, folder.parent, progress) as statistics:
             clock.lap("calibrate")
             plan = job.plan.observed(statistics.site_of)
             gain = _choose_gain(plan, statistics, how, job.settings, progress)
@@ -255,7 +257,7 @@ def audit(
     how = shards.Filter(settings.strength, settings.energy, settings.rank)
     with (
         tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch,
-        _statistics_for(job, Path(scratch), progress) as opened,
+        _statistics_for(job, ("retain", "forget"), Path(scratch), progress) as opened,
     ):
         observed = plan.observed(opened.site_of)
         measured = shards.measure(observed, opened, how, device=settings.device, progress=progress)
@@ -286,8 +288,10 @@ def read_proxies(settings: Settings, *, statistics: Path | None) -> dict[str, Pr
 
 
 @contextmanager
-def _statistics_for(job: Job, scratch: Path, progress: Progress) -> Iterator[Statistics]:
-    """The given statistics, or new ones of the base model in a temporary file."""
+def _statistics_for(
+    job: Job, sets: tuple[str, ...], scratch: Path, progress: Progress
+) -> Iterator[Statistics]:
+    """The given statistics, or new ones of the base model on `sets` in a temporary file."""
     if job.statistics is not None:
         with open_statistics(job.statistics) as opened:
             _check_statistics(opened, job)
@@ -295,7 +299,7 @@ def _statistics_for(job: Job, scratch: Path, progress: Progress) -> Iterator[Sta
         return
     with tempfile.TemporaryDirectory(prefix=".sage-statistics-", dir=scratch) as folder:
         path = Path(folder) / "statistics.safetensors"
-        seen = {which: proxy for which, proxy in job.proxies.items() if which != "heldout"}
+        seen = {which: job.proxies[which] for which in sets if which in job.proxies}
         calibrate(
             job.plan.base,
             seen,
