@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -180,10 +185,9 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep the library's own warnings and bars off stderr, where our one sentence belongs."""
-    verbosity, bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    hub_bars = not are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -192,3 +196,5 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+        # transformers switches huggingface_hub's bars along with its own.
+        (enable_progress_bars if hub_bars else disable_progress_bars)()

@@ -275,18 +275,21 @@ class Checkpoint:
         return self.files.folder([name for name in wanted if name in self.files.sizes])
 
 
+def open_files(text: str) -> Files:
+    """The files of the repo or folder that `text` names. Raises NotFoundError or AccessError."""
+    location = parse_location(text)
+    if location.folder is None:
+        return HubFiles(location.repo, location.revision)
+    return LocalFiles(location.folder)
+
+
 def open_checkpoint(text: str) -> Checkpoint:
     """Open the checkpoint that `text` names: config, index and headers, no weights.
 
     Raises the errors of `sage_hub.errors` for all that would stop a run later: missing, private,
     pickled, quantized, corrupt.
     """
-    location = parse_location(text)
-    files: Files = (
-        HubFiles(location.repo, location.revision)
-        if location.folder is None
-        else LocalFiles(location.folder)
-    )
+    files = open_files(text)
     checkpoint = Checkpoint(files, _read_headers(files))
     _refuse_quantized(checkpoint)
     seen: set[str] = set()

@@ -107,7 +107,7 @@ def _run(args: argparse.Namespace, target: Any, options: dict[str, Any]) -> None
     """Plan, show the plan, ask if a person is there to be asked, run, show the result."""
     from sage_hub import release, report
 
-    progress = Progress(quiet=args.quiet)
+    progress = _progress(args)
     job = release.prepare(
         args.base,
         args.unlearned,
@@ -142,7 +142,7 @@ def _stats(args: argparse.Namespace) -> None:
         args.model,
         args.output,
         settings=_settings(args, None),
-        progress=Progress(quiet=args.quiet),
+        progress=_progress(args),
     )
     if args.json:
         _print_json(result)
@@ -158,7 +158,7 @@ def _audit(args: argparse.Namespace) -> None:
         args.unlearned,
         settings=_settings(args, args.unlearned),
         statistics=args.stats,
-        progress=Progress(quiet=args.quiet),
+        progress=_progress(args),
     )
     if args.json:
         _print_json(result)
@@ -176,7 +176,7 @@ def _demo(args: argparse.Namespace) -> None:
         seed=args.seed,
         given=_given(args),
         force=args.force,
-        progress=Progress(quiet=args.quiet),
+        progress=_progress(args),
     )
     if args.json:
         _print_json(report.release_json(done) | {"commands": commands})
@@ -186,19 +186,27 @@ def _demo(args: argparse.Namespace) -> None:
         print("\n".join(f"  {command}" for command in commands))
 
 
+def _progress(args: argparse.Namespace) -> Progress:
+    """What a person watches; the bars of huggingface_hub show where ours do."""
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    (disable_progress_bars if args.quiet or not sys.stderr.isatty() else enable_progress_bars)()
+    return Progress(quiet=args.quiet)
+
+
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given on the command line, and no others."""
     return {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
 
 
 def _settings(args: argparse.Namespace, unlearned: str | None) -> Any:
-    from sage_hub.checkpoint import open_checkpoint
+    from sage_hub.checkpoint import open_files
     from sage_hub.settings import CONFIG, load_settings
 
     given = _given(args)
     if args.config is not None or Path(CONFIG).is_file() or unlearned is None:
         return load_settings(given, config=args.config, unlearned=None)
-    return load_settings(given, config=None, unlearned=open_checkpoint(unlearned))
+    return load_settings(given, config=None, unlearned=open_files(unlearned))
 
 
 def _print_json(content: Any) -> None:

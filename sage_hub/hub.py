@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
@@ -32,8 +32,6 @@ from sage_hub.errors import (
 from sage_hub.progress import SILENT, Progress
 
 MANIFEST = "sage/manifest.json"
-# The root of the HTTP library's errors, whichever library the client is built on.
-TRANSPORT_ERROR: type[Exception] = vars(hub_errors)["HTTPError"]
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -68,7 +66,7 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
         raise UsageError(f"{repo!r} is not a valid repo name: {_first_line(error)}") from None
     except HfHubHTTPError as error:
         raise _explain_status(error, repo) from None
-    except TRANSPORT_ERROR as error:
+    except HTTPError as error:
         raise NetworkError(
             f"The Hub did not answer about {repo} ({type(error).__name__}); try again."
         ) from None

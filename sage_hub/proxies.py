@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -182,9 +183,14 @@ def _read_file(path: Path) -> Iterator[Mapping[str, Any]]:
 def _load(*args: Any, **kwargs: Any) -> Iterator[Mapping[str, Any]]:
     import datasets
 
-    # Streaming reads in place; the other way would leave a converted copy in the user's cache.
-    datasets.disable_progress_bars()
-    yield from datasets.load_dataset(*args, streaming=True, **kwargs)
+    # The library logs what it also raises, and the caller says it in one sentence.
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        # Streaming reads in place; the other way would leave a converted copy in the cache.
+        yield from datasets.load_dataset(*args, streaming=True, **kwargs)
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def _explain_unreadable(path: Path, error: Exception) -> str:

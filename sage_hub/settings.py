@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from sage_hub.checkpoint import Checkpoint
+from sage_hub.checkpoint import Files
 from sage_hub.errors import NotFoundError, UsageError
 
 CONFIG = "sage.yaml"
@@ -83,7 +83,7 @@ class Settings:
 
 
 def load_settings(
-    given: Mapping[str, Any], *, config: str | None, unlearned: Checkpoint | None
+    given: Mapping[str, Any], *, config: str | None, unlearned: Files | None
 ) -> Settings:
     """Settings from `given` (the command line), then sage.yaml, then the defaults.
 
@@ -93,21 +93,21 @@ def load_settings(
     return Settings(**{**_read_config(config, unlearned), **given})
 
 
-def _read_config(config: str | None, unlearned: Checkpoint | None) -> dict[str, Any]:
+def _read_config(config: str | None, unlearned: Files | None) -> dict[str, Any]:
     if config is not None:
         if not Path(config).is_file():
             raise NotFoundError(f"The settings file {config} does not exist.")
         return _parse(Path(config), str(config), trusted=True)
     if Path(CONFIG).is_file():
         return _parse(Path(CONFIG), CONFIG, trusted=True)
-    if unlearned is not None and CONFIG in unlearned.files.sizes:
-        path = unlearned.files.path(CONFIG)
+    if unlearned is not None and CONFIG in unlearned.sizes:
+        path = unlearned.path(CONFIG)
         values = _parse(path, f"{CONFIG} of {unlearned.name}", trusted=unlearned.commit is None)
         if unlearned.commit is not None:
             for name in SETS:
                 if (file := values.get(name)) and "://" not in file:
                     repo_file = Path(file).relative_to(path.parent).as_posix()
-                    values[name] = str(unlearned.files.path(repo_file))
+                    values[name] = str(unlearned.path(repo_file))
         return values
     return {}
 
