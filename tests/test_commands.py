@@ -1,0 +1,227 @@
+"""The commands as a user runs them: defaults, options, stdout and stderr, what is left on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from loopback_hub import LoopbackHub
+from pico import CHAT, make_pair
+from test_bad_input import change
+from test_release import load_weights, proxies
+
+import sage_hub
+from sage_hub.cli import main
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """Run a command with --json; its stdout must be one JSON object and nothing else."""
+    capsys.readouterr()
+    status = main([*arguments, "--json", "--quiet"])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    assert err == ""
+    result: dict[str, Any] = json.loads(out)
+    return result
+
+
+@pytest.fixture
+def on_hub(hub: LoopbackHub, pair: Path) -> LoopbackHub:
+    for side in ("base", "unlearned"):
+        hub.add_repo(f"org/{side}", pair / side)
+    return hub
+
+
+def test_push_with_nothing_but_two_names(
+    on_hub: LoopbackHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run_json(capsys, "push", "org/base", "org/unlearned")
+    assert "/org/unlearned-sage/commit/" in result["location"]
+    files = on_hub.files("org/unlearned-sage")
+    assert b"general-purpose" in files["README.md"]
+    assert any("--retain" in warning for warning in result["warnings"])
+    not_run = {entry["what"]: entry["reason"] for entry in result["report"]["not_run"]}
+    assert not_run["forget metrics"] == "no --forget was given"
+    assert not_run["heldout metrics"] == "no --heldout was given"
+
+
+def test_a_second_push_replaces_the_first_and_leaves_nothing_stale(
+    on_hub: LoopbackHub, pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pair / "unlearned" / "extra.txt").write_text("goes away")
+    on_hub.add_commit("org/unlearned", {"extra.txt": b"goes away"})
+    run_json(capsys, "push", "org/base", "org/unlearned@main", *proxies(pair))
+    assert "extra.txt" in on_hub.files("org/unlearned-sage")
+    first = on_hub.commits("org/unlearned")[-2].sha
+    run_json(
+        capsys, "push", "org/base", f"org/unlearned@{first}", "--strength", "3", *proxies(pair)
+    )
+    assert "extra.txt" not in on_hub.files("org/unlearned-sage")
+    assert len(on_hub.commits("org/unlearned-sage")) == 3
+    manifest = json.loads(on_hub.files("org/unlearned-sage")["sage/manifest.json"])
+    assert manifest["settings"]["strength"] == 3
+
+
+def test_create_pr_leaves_main_as_it_is(
+    on_hub: LoopbackHub, pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run_json(capsys, "push", "org/base", "org/unlearned", "--create-pr", *proxies(pair))
+    assert "/discussions/1" in result["location"]
+    assert set(on_hub.files("org/unlearned-sage")) == {".gitattributes"}
+    assert "sage/manifest.json" in on_hub.files("org/unlearned-sage", "refs/pr/1")
+
+
+def test_private(on_hub: LoopbackHub, pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_json(capsys, "push", "org/base", "org/unlearned", "--private", *proxies(pair))
+    assert HfApi().model_info("org/unlearned-sage").private
+
+
+def test_a_dry_run_fetches_no_weights_and_writes_nothing(
+    on_hub: LoopbackHub, pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_hub.requests.clear()
+    assert main(["push", "org/base", "org/unlearned", "--dry-run", *proxies(pair)]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "14 of 21 tensors can be filtered" in err
+    whole = [
+        request for request in on_hub.requests if request.storage and "range" not in request.headers
+    ]
+    assert whole == []
+    assert ("org/unlearned-sage", "model") not in on_hub.repos
+
+
+def test_statistics_given_are_the_statistics_taken(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, file = proxies(pair), str(tmp_path / "base.safetensors")
+    run_json(capsys, "stats", str(pair / "base"), *data[:4], "--output", file)
+    both = [str(pair / "base"), str(pair / "unlearned"), "--gain", "match"]
+    ready, taken = str(tmp_path / "ready"), str(tmp_path / "taken")
+    run_json(capsys, "sanitize", *both, *data[2:], "--stats", file, "--output", ready)
+    run_json(capsys, "sanitize", *both, *data, "--output", taken)
+    ready_weights, taken_weights = load_weights(Path(ready)), load_weights(Path(taken))
+    assert all(torch.equal(ready_weights[name], taken_weights[name]) for name in taken_weights)
+
+
+def test_audit_names_the_module_that_does_the_damage(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worst = "model.layers.1.mlp.down_proj.weight"
+    change(pair / "unlearned", worst, lambda tensor: tensor + 0.3)
+    before = sorted(pair.rglob("*"))
+    both = [str(pair / "base"), str(pair / "unlearned"), *proxies(pair)[:4]]
+    audit = run_json(capsys, "audit", *both, "--strength", "5")
+    assert audit["modules"][0]["module"] == worst.removesuffix(".weight")
+    assert audit["model"]["retain_after"] < audit["model"]["retain_before"]
+    assert sum(module["share"] for module in audit["modules"]) == pytest.approx(1)
+    assert sorted(pair.rglob("*")) == before
+
+    # What the audit foretells is what a release then measures, up to the stored type's rounding.
+    release = sage_hub.sanitize(
+        *both[:2],
+        pair.parent / "out",
+        settings=sage_hub.Settings(retain=str(pair / "retain.jsonl"), strength=5.0),
+    )
+    assert release.manifest["bias"]["before"] == pytest.approx(audit["model"]["retain_before"])
+    assert release.manifest["bias"]["after"] == pytest.approx(
+        audit["model"]["retain_after"], rel=0.05
+    )
+
+
+def test_settings_come_from_the_unlearned_repo(
+    on_hub: LoopbackHub, pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {
+        "sage.yaml": b"retain: data/retain.jsonl\nstrength: 7\n",
+        "data/retain.jsonl": (pair / "retain.jsonl").read_bytes(),
+    }
+    on_hub.add_commit("org/unlearned", files)
+    run_json(capsys, "push", "org/base", "org/unlearned")
+    manifest = json.loads(on_hub.files("org/unlearned-sage")["sage/manifest.json"])
+    assert manifest["settings"]["strength"] == 7
+    assert manifest["statistics"]["data"]["retain"]["name"] == "retain.jsonl"
+
+
+def test_what_is_published_names_no_path_host_or_token(
+    on_hub: LoopbackHub, pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import platform
+
+    (pair / "unlearned" / "runs").mkdir()
+    (pair / "unlearned" / "runs" / "events.out.tfevents.1.host").write_bytes(b"log")
+    (pair / "unlearned" / "optimizer.pt").write_bytes(b"pickle")
+    (pair / "unlearned" / "model.gguf").write_bytes(b"weights")
+    both = [str(pair / "base"), str(pair / "unlearned")]
+    run_json(capsys, "push", *both, "--to", "org/out", *proxies(pair))
+    files = on_hub.files("org/out")
+    assert not {"optimizer.pt", "model.gguf", "runs/events.out.tfevents.1.host"} & files.keys()
+    for name, content in files.items():
+        for secret in (str(pair.parent), platform.node(), "hf_writer"):
+            assert secret.encode() not in content, (name, secret)
+    manifest = json.loads(files["sage/manifest.json"])
+    assert set(manifest["left_behind"]) >= {"optimizer.pt", "model.gguf"}
+    assert "optimizer.pt" in files["README.md"].decode()
+
+
+def test_the_card_inherits_the_licence_and_no_scores(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pair / "base" / "README.md").write_text("---\nlicense: mit\n---\n")
+    (pair / "unlearned" / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlanguage: en\nmodel-index:\n- name: theirs\n  results:\n"
+        "  - task: {type: text-generation}\n    dataset: {name: MMLU, type: mmlu}\n"
+        "    metrics: [{type: accuracy, value: 0.9}]\n---\n# Theirs\n"
+    )
+    result = run_json(
+        capsys,
+        *("sanitize", str(pair / "base"), str(pair / "unlearned")),
+        *("--output", str(pair.parent / "out"), *proxies(pair)),
+    )
+    assert any("licences" in warning for warning in result["warnings"])
+    card = ModelCard.load(pair.parent / "out" / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.language == "en"
+    assert card.data.base_model is None  # local folders are nobody's repo on the Hub
+    assert {r.dataset_type for r in card.data.eval_results} == {"custom"}
+    values = {
+        r["metric"]: r["value"]
+        for r in result["report"]["results"]
+        if (r["model"], r["set"]) == ("sanitized", "heldout")
+    }
+    assert {
+        r.metric_type: r.metric_value
+        for r in card.data.eval_results
+        if r.metric_type.startswith("heldout")
+    } == {f"heldout_{name}": round(value, 6) for name, value in values.items()}
+
+
+def test_chat_models_go_through_their_template(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_pair(tmp_path / "pair", chat_template=CHAT)
+    pair = tmp_path / "pair"
+    both = [str(pair / "base"), str(pair / "unlearned"), *proxies(pair)]
+    with_template = run_json(capsys, "sanitize", *both, "--output", str(tmp_path / "a"))
+    without = run_json(
+        capsys, "sanitize", *both, "--output", str(tmp_path / "b"), "--no-chat-template"
+    )
+    tokens = [
+        {r["set"]: r["tokens"] for r in result["report"]["results"]}
+        for result in (with_template, without)
+    ]
+    # The template's <end> is part of the answer; the plain form has none.
+    assert tokens[0]["heldout"] == tokens[1]["heldout"] + 20
+    manifest = json.loads((tmp_path / "b" / "sage" / "manifest.json").read_text())
+    assert manifest["settings"]["chat_template"] is False
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.strip() == f"sage-hub {sage_hub.__version__}"
