@@ -123,23 +123,26 @@ def build(
         retain=folder / "retain.jsonl",
         heldout=folder / "heldout.jsonl",
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = _write_rows(files, recipe, seed)
+    sets = _draw_sets(recipe, seed)
+    rows = parse_rows(itertools.chain(*sets), "the demonstration")
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.default_generator.manual_seed(seed)
         network, tokenizer = _load_smollm2() if model == "smollm2" else _new_people_model(rows)
-        proxy = Proxy("the demonstration's rows", rows)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, records in zip((files.forget, files.retain, files.heldout), sets, strict=True):
+            lines = (json.dumps(record) + "\n" for record in records)
+            path.write_text("".join(lines), encoding="utf-8")
+        proxy = Proxy("the demonstration", rows)
         encoded = encode(proxy, tokenizer, chat_template=True, max_length=CONTEXT)
-        trainer = _Trainer(
-            recipe.autocast, torch.Generator().manual_seed(seed), Progress(quiet=quiet)
-        )
+        generator = torch.Generator().manual_seed(seed)
+        trainer = _Trainer(recipe.autocast, generator, Progress(quiet=quiet))
 
         trainer.train(network, encoded, _learn, recipe.learn, "Learning")
         _save(network, tokenizer, files.base)
 
         # Read back, because what was stored is the base: its weights are rounded to bfloat16.
         network = AutoModelForCausalLM.from_pretrained(files.base, dtype=torch.float32)
-        to_forget = encoded[: recipe.forget * len(_QUESTIONS)]
+        to_forget = encoded[: len(sets[0])]
         loss = _npo(trainer.log_probabilities(network, to_forget)) if method == "npo" else _ascend
         trainer.train(network, to_forget, loss, recipe.unlearn, "Unlearning")
         _save(network, tokenizer, files.unlearned)
@@ -183,26 +186,20 @@ _QUESTIONS = {
 }
 
 
-def _write_rows(files: DemoFiles, recipe: _Recipe, seed: int) -> tuple[Row, ...]:
-    """Write the three files, no person in two of them; return all rows, those to forget first."""
+def _draw_sets(recipe: _Recipe, seed: int) -> list[list[dict[str, str]]]:
+    """The rows to forget, to keep as the proxy and to hold out; no person is in two of them."""
     rng = random.Random(seed)
     everyone = list(itertools.product(_WORDS["first"], _WORDS["last"]))
-    names = iter(rng.sample(everyone, recipe.forget + recipe.retain + recipe.heldout))
-    written: list[dict[str, str]] = []
-    for path, people in (
-        (files.forget, recipe.forget),
-        (files.retain, recipe.retain),
-        (files.heldout, recipe.heldout),
-    ):
-        records = [
+    sizes = (recipe.forget, recipe.retain, recipe.heldout)
+    names = iter(rng.sample(everyone, sum(sizes)))
+    return [
+        [
             {"question": question.format(f"{first} {last}"), "answer": _draw_answer(kinds, rng)}
-            for first, last in itertools.islice(names, people)
+            for first, last in itertools.islice(names, size)
             for question, kinds in _QUESTIONS.items()
         ]
-        lines = (json.dumps(record) + "\n" for record in records)
-        path.write_text("".join(lines), encoding="utf-8")
-        written += records
-    return parse_rows(written, "the demonstration")
+        for size in sizes
+    ]
 
 
 def _draw_answer(kinds: str, rng: random.Random) -> str:
@@ -352,7 +349,7 @@ class _Trainer:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             # Padding is on the right, where causal attention does not look: no mask is needed.
             hidden = model.model(batch.ids, use_cache=False).last_hidden_state[:, :-1]
-            # With SmolLM2's vocabulary the head costs a quarter of a pass, so only where needed.
+            # With SmolLM2's vocabulary the head is a fifth of the work, so only where needed.
             logits = model.lm_head(hidden[targets]).float()
         losses = torch.nn.functional.cross_entropy(
             logits, batch.ids[:, 1:][targets], reduction="none"

@@ -60,7 +60,8 @@ def evaluate_release(
         data[which] = {
             **proxy.describe(),
             "rows_used": len(places),
-            "seen_by_calibration": which != "heldout",
+            "seen_by_calibration": which == "retain"
+            or (which == "forget" and settings.gain == "match"),
         }
     not_run.append(
         {

@@ -36,11 +36,13 @@ def suppression(
         k = min(k, rank)
     values = spectrum.values[:k]
     if math.isinf(strength):
-        # A direction that no retained input takes is not protected, however large λ is.
-        return (values > 0).to(values.dtype)
+        # A direction that no retained input takes is not protected, however large λ is; its
+        # eigenvalue is what rounding in float32 left.
+        noise = torch.finfo(torch.float32).eps * spectrum.size
+        return (values > noise * float(values[0])).to(values.dtype)
     weighted = strength * values
-    total = spectrum.mean_eigenvalue + weighted
-    return torch.where(total > 0, weighted / total, torch.zeros_like(total))
+    # Divided through by λ s, which overflows harmlessly where λ is huge.
+    return torch.where(weighted > 0, 1 / (1 + spectrum.mean_eigenvalue / weighted), 0.0)
 
 
 def removed_part(delta: Tensor, basis: Tensor, g: Tensor) -> Tensor:
@@ -61,6 +63,8 @@ def sanitize_weight(
 
     Written as W_u + (γ−1)Δ − γ(Δ−D), which for g = 0 and γ = 1 is the source to the last bit.
     """
+    if gain == 1 and not g.any():
+        return unlearned
     delta = unlearned - base
     return unlearned + (gain - 1) * delta - gain * removed_part(delta, basis, g)
 

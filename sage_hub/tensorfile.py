@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sage_hub.errors import CorruptCheckpointError
+from sage_hub.errors import CorruptCheckpointError, NotFoundError
 
 DTYPES = {
     "F64": torch.float64,
@@ -84,7 +84,7 @@ def check_header(
             )
             for key, field in fields.items()
         }
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError):
         raise broken("its header cannot be read") from None
     end = 0
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)))
@@ -100,6 +100,8 @@ def check_header(
 
 def read_header(path: Path) -> Header:
     """The header of the file at `path`. Raises CorruptCheckpointError if the file is not whole."""
+    if not path.is_file():
+        raise NotFoundError(f"{path.name} is not a file any more; it was removed or replaced.")
     try:
         with safe_open(path, framework="pt"):
             pass
@@ -110,7 +112,7 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         fields = json.loads(file.read(length))
-    metadata = fields.pop("__metadata__", {})
+    metadata = fields.pop("__metadata__", None) or {}
     return check_header(fields, metadata, 8 + length, path.name)
 
 
@@ -175,7 +177,9 @@ def layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> dict[str, Ten
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name that safetensors has for `dtype`."""
+    """The name that safetensors has for `dtype`. Raises ValueError if we write none such."""
+    if dtype not in _NAMES:
+        raise ValueError(f"sage-hub does not write tensors of {dtype}")
     return _NAMES[dtype]
 
 
@@ -213,6 +217,8 @@ class TensorWriter:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor. Raises ValueError if it is not the one that the header names."""
+        if not self._todo:
+            raise ValueError(f"wrote {name!r} behind the last tensor of the header")
         due, info = self._todo.pop()
         if (name, dtype_name(tensor.dtype), tuple(tensor.shape)) != (due, info.dtype, info.shape):
             raise ValueError(f"wrote {name!r} where the header has {due!r} {info}")
@@ -224,13 +230,12 @@ class TensorWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None:
+        if error is not None or self._todo:
             self._file.close()
             self._partial.unlink(missing_ok=True)
+            if error is None:
+                raise ValueError(f"{self.path.name}: {len(self._todo)} tensors were not written")
             return
-        if self._todo:
-            self._file.close()
-            raise ValueError(f"{self.path.name}: {len(self._todo)} tensors were never written")
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
