@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SageHubError as error:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:
-        return _fail("Interrupted; nothing was published and no output was left half done.", 130)
+        return _fail("Interrupted; no output was left half done. Run the same command again.", 130)
     except BrokenPipeError:
         # The reader of stdout went away, as `| head` does; that is no error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -105,7 +105,7 @@ def _sanitize(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace, target: Any, options: dict[str, Any]) -> None:
     """Plan, show the plan, ask if a person is there to be asked, run, show the result."""
-    from sage_hub import release, report
+    from sage_hub import display, release
 
     progress = _progress(args)
     job = release.prepare(
@@ -118,7 +118,7 @@ def _run(args: argparse.Namespace, target: Any, options: dict[str, Any]) -> None
         progress=progress,
         **options,
     )
-    progress.note(report.plan_text(job))
+    progress.note(display.plan_text(job))
     if args.dry_run:
         if args.json:
             _print_json({"plan": job.plan.describe(), "settings": job.settings.describe()})
@@ -130,9 +130,9 @@ def _run(args: argparse.Namespace, target: Any, options: dict[str, Any]) -> None
             return
     done = release.run(job, progress)
     if args.json:
-        _print_json(report.release_json(done))
+        _print_json(display.release_json(done))
     else:
-        print(report.release_text(done))
+        print(display.release_text(done))
 
 
 def _stats(args: argparse.Namespace) -> None:
@@ -151,7 +151,7 @@ def _stats(args: argparse.Namespace) -> None:
 
 
 def _audit(args: argparse.Namespace) -> None:
-    from sage_hub import release, report
+    from sage_hub import display, release
 
     result = release.audit(
         args.base,
@@ -163,11 +163,11 @@ def _audit(args: argparse.Namespace) -> None:
     if args.json:
         _print_json(result)
     else:
-        print(report.audit_text(result, top=args.top))
+        print(display.audit_text(result, top=args.top))
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from sage_hub import demo, report
+    from sage_hub import demo, display
 
     done, commands = demo.run(
         args.output,
@@ -179,9 +179,9 @@ def _demo(args: argparse.Namespace) -> None:
         progress=_progress(args),
     )
     if args.json:
-        _print_json(report.release_json(done) | {"commands": commands})
+        _print_json(display.release_json(done) | {"commands": commands})
     else:
-        print(report.release_text(done))
+        print(display.release_text(done))
         print("\nRun it again by hand:\n")
         print("\n".join(f"  {command}" for command in commands))
 

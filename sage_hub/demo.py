@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from sage_hub import demo_models, release, report
+from sage_hub import demo_models, display, release
 from sage_hub.checkpoint import Location
 from sage_hub.errors import TargetError
 from sage_hub.progress import Progress
@@ -49,7 +49,7 @@ def run(
     job = release.prepare(
         str(files.base), str(files.unlearned), target, settings=settings, progress=progress
     )
-    progress.note(report.plan_text(job))
+    progress.note(display.plan_text(job))
     done = release.run(job, progress)
     return done, _commands(files, target, given)
 

@@ -130,8 +130,8 @@ def publish(
     """Make `repo` hold exactly the files of `folder`, in one commit; return the commit's URL.
 
     Large files are uploaded first, where nobody sees them; the commit makes all visible at once
-    and is refused by the Hub if the target moved meanwhile. Raises PublishError (target as it
-    was), AccessError, NetworkError or TargetError.
+    and is refused by the Hub if the target moved meanwhile. After PublishError, AccessError,
+    NetworkError or TargetError the target is as it was, or empty if it did not exist.
     """
     api = HfApi()
     head, present = _target_files(repo, force=force)
@@ -144,7 +144,13 @@ def publish(
     stale = present - {operation.path_in_repo for operation in additions}
     with explained(repo):
         for addition in progress.each("Uploading", additions, len(additions), "file"):
-            api.preupload_lfs_files(repo, [addition], create_pr=create_pr)
+            try:
+                api.preupload_lfs_files(repo, [addition], create_pr=create_pr)
+            except RuntimeError as error:  # what hf_xet raises when an upload breaks off
+                raise NetworkError(
+                    f"Uploading {addition.path_in_repo} to {repo} broke off "
+                    f"({_first_line(error)}); nothing was published. Run the same command again."
+                ) from None
         try:
             commit = api.create_commit(
                 repo,

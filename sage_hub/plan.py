@@ -208,8 +208,10 @@ def _sort_files(unlearned: Checkpoint) -> tuple[tuple[str, ...], dict[str, str]]
             left_behind[name] = "a pickle"
         elif name.endswith(OTHER_WEIGHTS) or name.endswith(".safetensors.index.json"):
             left_behind[name] = "weights that were not sanitized"
-        elif name.startswith((".cache/", "runs/")) or ".tfevents." in base:
-            left_behind[name] = "a log or cache of the training machine"
+        elif any(part.startswith(".") for part in name.split("/")):
+            left_behind[name] = "a hidden file"  # .env and its like hold tokens
+        elif name.startswith("runs/") or ".tfevents." in base:
+            left_behind[name] = "a log of the training machine"
         else:
             carried.append(name)
     return tuple(carried), left_behind

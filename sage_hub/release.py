@@ -144,9 +144,7 @@ def prepare(
     fingerprints = {name: side.fingerprint(progress) for name, side in sides.items()}
     fingerprints["tokenizer"] = plan.base.tokenizer_fingerprint()
     job = Job(plan, settings, proxies, fingerprints, statistics, target, private, create_pr, force)
-    if statistics is not None:
-        with open_statistics(statistics) as opened:
-            _check_statistics(opened, job)
+    _check_given_statistics(job)
     return replace(job, warnings=tuple(_warnings(job)))
 
 
@@ -254,6 +252,7 @@ def audit(
         "tokenizer": plan.base.tokenizer_fingerprint(),
     }
     job = Job(plan, settings, proxies, fingerprints, statistics, Location(folder=None))
+    _check_given_statistics(job)
     how = shards.Filter(settings.strength, settings.energy, settings.rank)
     with (
         tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch,
@@ -294,7 +293,6 @@ def _statistics_for(
     """The given statistics, or new ones of the base model on `sets` in a temporary file."""
     if job.statistics is not None:
         with open_statistics(job.statistics) as opened:
-            _check_statistics(opened, job)
             yield opened
         return
     with tempfile.TemporaryDirectory(prefix=".sage-statistics-", dir=scratch) as folder:
@@ -312,20 +310,23 @@ def _statistics_for(
             yield opened
 
 
-def _check_statistics(statistics: Statistics, job: Job) -> None:
-    check_belongs(
-        statistics,
-        name=job.plan.base.name,
-        weights=job.fingerprints["base"],
-        tokenizer=job.fingerprints["tokenizer"],
-        energy=job.settings.energy,
-    )
-    if job.settings.gain == "match" and not statistics.has("forget"):
-        raise StatisticsError(
-            "--gain match is measured on the forget proxy, which the statistics don't have; "
-            "make them anew with `sage-hub stats --forget`."
+def _check_given_statistics(job: Job) -> None:
+    if job.statistics is None:
+        return
+    with open_statistics(job.statistics) as statistics:
+        check_belongs(
+            statistics,
+            name=job.plan.base.name,
+            weights=job.fingerprints["base"],
+            tokenizer=job.fingerprints["tokenizer"],
+            energy=job.settings.energy,
         )
-    seen = statistics.origin.data["retain"]
+        if job.settings.gain == "match" and not statistics.has("forget"):
+            raise StatisticsError(
+                "--gain match is measured on the forget proxy, which the statistics don't have; "
+                "make them anew with `sage-hub stats --forget`."
+            )
+        seen = statistics.origin.data["retain"]
     others = {
         which: (proxy.name, proxy.row_hashes)
         for which, proxy in job.proxies.items()
@@ -355,6 +356,11 @@ def _warnings(job: Job) -> Iterator[str]:
             "rows of your own domain, given with --retain, protect what you care for better."
         )
     yield from card.licence_warnings(job.plan)
+    if str(job.plan.unlearned.config.get("_name_or_path", "")).startswith(("/", "~")):
+        yield (
+            "config.json of the unlearned model names a folder of the machine it was made on "
+            "(_name_or_path) and comes along verbatim; remove that line first if it is private."
+        )
     ours, theirs = job.plan.unlearned.tokenizer_fingerprint(), job.fingerprints["tokenizer"]
     if ours != theirs:
         yield (

@@ -154,6 +154,7 @@ def test_what_is_published_names_no_path_host_or_token(
 
     (pair / "unlearned" / "runs").mkdir()
     (pair / "unlearned" / "runs" / "events.out.tfevents.1.host").write_bytes(b"log")
+    (pair / "unlearned" / ".env").write_text("HF_TOKEN=hf_writer")
     (pair / "unlearned" / "optimizer.pt").write_bytes(b"pickle")
     (pair / "unlearned" / "model.gguf").write_bytes(b"weights")
     both = [str(pair / "base"), str(pair / "unlearned")]
