@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -89,10 +90,18 @@ def encode(
 ) -> list[Encoded]:
     """All rows of `proxy` as tokens, in order. Raises ProxyError for a row without tokens."""
     chat = chat_template and getattr(tokenizer, "chat_template", None) is not None
-    encoded = [encode_row(row, tokenizer, chat=chat, max_length=max_length) for row in proxy.rows]
-    for number, row in enumerate(encoded, 1):
-        if not row.ids:
+    encoded = []
+    for number, row in enumerate(proxy.rows, 1):
+        try:
+            found = encode_row(row, tokenizer, chat=chat, max_length=max_length)
+        except TemplateError as error:
+            raise ProxyError(
+                f"{proxy.name}, row {number}: the chat template refuses it ({error}); "
+                "change the row, or use --no-chat-template."
+            ) from None
+        if not found.ids:
             raise ProxyError(f"{proxy.name}, row {number}: the tokenizer makes no token of it.")
+        encoded.append(found)
     return encoded
 
 

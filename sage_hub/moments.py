@@ -99,7 +99,10 @@ def spectrum(moment: SecondMoment, energy: float, rank: int | None = None) -> Sp
     """The directions of `moment` that hold `energy` of its trace, `rank` of them at most."""
     # In float64 on the CPU: no slower than float32 there, and the small eigenvalues are right.
     values, vectors = torch.linalg.eigh(moment.matrix().to("cpu", torch.float64))
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    values, vectors = values.flip(0), vectors.flip(1)
+    # What rounding left in a direction that no input took is no energy.
+    noise = 8 * torch.finfo(moment.total.dtype).eps * values[0]
+    values = torch.where(values > noise, values, 0.0)
     trace = float(values.sum())
     k = dominant_rank(values, trace, energy)
     if rank is not None:

@@ -16,8 +16,11 @@ from sage_hub.plan import Plan
 def check_output(output: Path, sources: Sequence[Path | None] = (), *, force: bool) -> None:
     """Raise TargetError if `output` is a source, a file, or a folder that is not a release."""
     for source in sources:
-        if source is not None and output.resolve() == source.resolve():
-            raise TargetError(f"{output} is one of the two sources; choose another output.")
+        # Replacing a folder would delete a source below it.
+        if source is not None and source.resolve().is_relative_to(output.resolve()):
+            raise TargetError(
+                f"{output} is one of the two sources, or holds one; choose another output."
+            )
     if output.exists() and not output.is_dir():
         raise TargetError(f"{output} is a file; choose another output.")
     ours = (output / MANIFEST).is_file()

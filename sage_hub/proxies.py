@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import itertools
 import json
@@ -26,6 +27,7 @@ READERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+TEXT_COLUMNS = ("question", "answer", "prompt", "completion", "text")
 COLUMNS = "question/answer, prompt/completion, messages or text"
 
 
@@ -164,20 +166,61 @@ def _parse_messages(messages: Any, where: str) -> Row:
 
 
 def _read_file(path: Path) -> Iterator[Mapping[str, Any]]:
-    reader = READERS.get(path.suffix)
-    if reader is None:
+    if path.suffix not in READERS:
         raise ProxyError(
             f"{path.name} has an unknown format; use one of {', '.join(READERS)} "
             "(or the name of a Hub dataset)."
         )
     if path.stat().st_size == 0:
         raise ProxyError(f"{path.name} is empty.")
+    reader = READERS[path.suffix]
+    if reader == "json":
+        yield from _read_json(path)
+        return
+    # A word is a word: neither a number nor a missing value, whatever it looks like.
+    as_text = {"keep_default_na": False, "converters": dict.fromkeys(TEXT_COLUMNS, str)}
+    options = as_text if reader == "csv" else {}
     try:
-        for record in _load(reader, data_files=str(path), split="train"):
+        for record in _load(reader, data_files=glob.escape(str(path)), split="train", **options):
             if reader != "text" or record["text"].strip():  # a text file has a row a line
                 yield record
     except Exception as error:
-        raise ProxyError(_explain_unreadable(path, error)) from None
+        raise ProxyError(f"{path.name} cannot be read: {_reason(error, path)}") from None
+
+
+def _read_json(path: Path) -> Iterator[Mapping[str, Any]]:
+    """JSON Lines, or one array of objects.
+
+    Not by `datasets`, which makes a date of text that looks like one and knows no line numbers.
+    """
+    raw = path.read_bytes()
+    if raw.lstrip()[:1] == b"[":
+        yield from _parse_array(raw, path.name)
+        return
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+                json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict):
+                raise ProxyError(f"{path.name}, line {number}: not a JSON object.")
+            yield record
+
+
+def _parse_array(raw: bytes, name: str) -> Iterator[Mapping[str, Any]]:
+    try:
+        records = json.loads(raw)
+        json.dumps(records, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ProxyError(f"{name}, line {error.lineno}: not valid JSON.") from None
+    except (ValueError, RecursionError):
+        raise ProxyError(f"{name} is not valid JSON.") from None
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise ProxyError(f"{name}, row {number}: not a JSON object.")
+        yield record
 
 
 def _load(*args: Any, **kwargs: Any) -> Iterator[Mapping[str, Any]]:
@@ -193,19 +236,10 @@ def _load(*args: Any, **kwargs: Any) -> Iterator[Mapping[str, Any]]:
         datasets.logging.set_verbosity(verbosity)
 
 
-def _explain_unreadable(path: Path, error: Exception) -> str:
-    """One sentence with the line, which pyarrow's own error for JSON Lines does not have."""
-    if READERS[path.suffix] == "json":
-        lines = path.read_bytes().splitlines()
-        for number, line in enumerate(lines, 1):
-            try:
-                fine = not line.strip() or isinstance(json.loads(line), dict)
-            except ValueError:
-                fine = False
-            if not fine:
-                return f"{path.name}, line {number}: not a JSON object."
-    reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-    return f"{path.name} cannot be read: {reason.replace(str(path), path.name)}"
+def _reason(error: Exception, path: Path) -> str:
+    """The first line of a library's error, without the path of this machine."""
+    line = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+    return line.replace(str(path), path.name)
 
 
 def _read_dataset(source: str) -> Proxy:

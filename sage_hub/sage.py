@@ -36,10 +36,8 @@ def suppression(
         k = min(k, rank)
     values = spectrum.values[:k]
     if math.isinf(strength):
-        # A direction that no retained input takes is not protected, however large λ is; its
-        # eigenvalue is what rounding in float32 left.
-        noise = torch.finfo(torch.float32).eps * spectrum.size
-        return (values > noise * float(values[0])).to(values.dtype)
+        # A direction that no retained input takes is not protected, however large λ is.
+        return (values > 0).to(values.dtype)
     weighted = strength * values
     # Divided through by λ s, which overflows harmlessly where λ is huge.
     return torch.where(weighted > 0, 1 / (1 + spectrum.mean_eigenvalue / weighted), 0.0)

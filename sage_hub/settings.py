@@ -61,7 +61,7 @@ class Settings:
         described = asdict(self)
         for name in SETS:
             value = described[name]
-            if value is not None and "://" not in value:
+            if value is not None and not value.startswith("hf://"):
                 described[name] = Path(value).name
         if math.isinf(self.strength):
             described["strength"] = "inf"  # JSON has no infinity
@@ -74,8 +74,9 @@ class Settings:
         if self.device == "auto":
             return replace(self, device="cuda" if torch.cuda.is_available() else "cpu")
         try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError):
+            # "meta" is a device to torch, but nothing can be computed on it.
+            torch.ones(1, device=self.device).item()
+        except Exception:
             raise UsageError(
                 f"The device {self.device!r} is not available here; use --device cpu."
             ) from None
@@ -97,25 +98,23 @@ def _read_config(config: str | None, unlearned: Files | None) -> dict[str, Any]:
     if config is not None:
         if not Path(config).is_file():
             raise NotFoundError(f"The settings file {config} does not exist.")
-        return _parse(Path(config), str(config), trusted=True)
+        return _beside(_parse(Path(config), config), Path(config).parent)
     if Path(CONFIG).is_file():
-        return _parse(Path(CONFIG), CONFIG, trusted=True)
-    if unlearned is not None and CONFIG in unlearned.sizes:
-        path = unlearned.path(CONFIG)
-        values = _parse(path, f"{CONFIG} of {unlearned.name}", trusted=unlearned.commit is None)
-        if unlearned.commit is not None:
-            for name in SETS:
-                if (file := values.get(name)) and "://" not in file:
-                    repo_file = Path(file).relative_to(path.parent).as_posix()
-                    values[name] = str(unlearned.path(repo_file))
-        return values
-    return {}
+        return _parse(Path(CONFIG), CONFIG)
+    if unlearned is None or CONFIG not in unlearned.sizes:
+        return {}
+    path, shown = unlearned.path(CONFIG), f"{CONFIG} of {unlearned.name}"
+    values = _parse(path, shown)
+    if unlearned.commit is None:
+        return _beside(values, path.parent)
+    return _in_repo(values, unlearned, shown)
 
 
-def _parse(path: Path, shown: str, *, trusted: bool) -> dict[str, Any]:
+def _parse(path: Path, shown: str) -> dict[str, Any]:
+    """The settings in a file, checked. Raises UsageError with the file, and the line or key."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UsageError(f"{shown}{line}: not valid YAML.") from None
@@ -129,13 +128,30 @@ def _parse(path: Path, shown: str, *, trusted: bool) -> dict[str, Any]:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}."
             raise UsageError(f"{shown}: unknown setting {key!r}; {hint}")
+    if values.get("strength") == "inf":  # as the record writes it
+        values["strength"] = math.inf
+    try:
+        Settings(**values)
+    except UsageError as error:
+        raise UsageError(f"{shown}: {error}") from None
+    return values
+
+
+def _beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The paths in a settings file are relative to it."""
     for name in SETS:
-        value = values.get(name)
-        if isinstance(value, str) and "://" not in value:
-            # A file that came with somebody's repo must not name files of this machine.
-            if not trusted and (Path(value).is_absolute() or ".." in Path(value).parts):
+        if (value := values.get(name)) and not value.startswith("hf://"):
+            values[name] = str(folder / Path(value).expanduser())
+    return values
+
+
+def _in_repo(values: dict[str, Any], files: Files, shown: str) -> dict[str, Any]:
+    """A file that came with somebody's repo may name files of that repo, not of this machine."""
+    for name in SETS:
+        if (value := values.get(name)) and not value.startswith("hf://"):
+            if Path(value).is_absolute() or ".." in Path(value).parts:
                 raise UsageError(f"{shown}: {name} must be a file of the repo or hf://datasets/….")
-            values[name] = str(path.parent / value)
+            values[name] = str(files.path(value))
     return values
 
 

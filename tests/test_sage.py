@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -121,6 +121,13 @@ def test_a_hard_projection_keeps_what_no_retained_input_sees() -> None:
     assert close(kept, delta @ unseen, FLOAT32)
 
 
+def test_a_hard_projection_protects_the_weak_directions_of_a_wide_site() -> None:
+    # Half of the energy in one direction, the rest in a long tail: an MLP's input is like that.
+    values = torch.cat([torch.ones(1), torch.full((999,), 1e-3)]).double()
+    wide = Spectrum(torch.eye(1000, 14_336), values, float(values.sum()), tokens=100_000)
+    assert suppression(wide, math.inf).sum() == 1000
+
+
 @quick
 @given(sizes, sizes, seeds)
 def test_strength_zero_keeps_the_update(out: int, size: int, seed: int) -> None:
@@ -201,6 +208,9 @@ spectra = st.lists(st.floats(0, 1e6), min_size=1, max_size=6).map(
 
 @quick
 @given(spectra, any_strength, any_strength)
+@example(
+    Spectrum(torch.eye(2).double(), torch.tensor([1, 1e-8]).double(), 1.0, tokens=1), 1.0, math.inf
+)
 def test_suppression_is_a_share_that_grows_with_strength_and_eigenvalue(
     s: Spectrum, one: float, other: float
 ) -> None:

@@ -30,7 +30,7 @@ from sage_hub.tensorfile import (
 )
 
 quick = settings(max_examples=50, deadline=None)
-thorough = settings(max_examples=200, deadline=None)
+thorough = settings(max_examples=100, deadline=None)
 
 A = torch.arange(6, dtype=torch.float32).reshape(2, 3)
 B = torch.tensor([True, False, True])

@@ -1,0 +1,302 @@
+"""Settings: who wins, what is refused and by which name, and what somebody's repo may not say."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from loopback_hub import LoopbackHub
+
+from sage_hub.checkpoint import HubFiles, LocalFiles
+from sage_hub.errors import NotFoundError, UsageError
+from sage_hub.settings import Settings, load_settings
+
+
+def load(text: str, name: str = "sage.yaml", **given: object) -> Settings:
+    """The settings of a file with this text in the current folder, under `given`."""
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    config = None if name == "sage.yaml" else name
+    return load_settings(given, config=config, unlearned=None)
+
+
+# Precedence
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults() -> None:
+    found = load("strength: 3\nenergy: 0.5\n", strength=7.0)
+    assert found == Settings(strength=7.0, energy=0.5)
+
+
+def test_without_a_file_the_defaults_hold() -> None:
+    assert load_settings({}, config=None, unlearned=None) == Settings()
+
+
+@pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "---\n"])
+def test_an_empty_file_changes_nothing(text: str) -> None:
+    assert load(text) == Settings()
+
+
+def test_the_named_file_wins_over_the_one_in_the_folder_and_that_over_the_repos(
+    tmp_path: Path,
+) -> None:
+    def write(path: Path, seed: int) -> None:
+        path.write_text(f"seed: {seed}\n")
+
+    def seed_of(config: str | None) -> int:
+        return load_settings({}, config=config, unlearned=LocalFiles(tmp_path)).seed
+
+    write(tmp_path / "sage.yaml", 1)
+    assert seed_of(None) == 1
+    write(Path("sage.yaml"), 2)
+    assert seed_of(None) == 2
+    write(Path("other.yaml"), 3)
+    assert seed_of("other.yaml") == 3
+
+
+def test_every_setting_can_stand_in_the_file() -> None:
+    text = """
+        retain: hf://datasets/org/retain
+        forget: hf://datasets/org/forget@v1
+        heldout: hf://datasets/org/retain?split=test
+        strength: .inf
+        energy: 1
+        rank: 64
+        gain: match
+        max_tokens: 1000
+        max_length: 100
+        batch_size: 2
+        device: cpu
+        seed: 5
+        chat_template: false
+    """
+    assert load(text) == Settings(
+        retain="hf://datasets/org/retain",
+        forget="hf://datasets/org/forget@v1",
+        heldout="hf://datasets/org/retain?split=test",
+        strength=math.inf,
+        energy=1,
+        rank=64,
+        gain="match",
+        max_tokens=1000,
+        max_length=100,
+        batch_size=2,
+        device="cpu",
+        seed=5,
+        chat_template=False,
+    )
+
+
+# Paths
+
+
+def test_paths_in_the_file_are_relative_to_it(tmp_path: Path) -> None:
+    text = (
+        f"retain: sets/retain.jsonl\nforget: ../forget.jsonl\nheldout: {tmp_path}/heldout.jsonl\n"
+    )
+    found = load(text, "configs/mine.yaml", forget="forget.jsonl")
+    assert found.retain == "configs/sets/retain.jsonl"
+    assert found.forget == "forget.jsonl"  # the command line's is relative to the current folder
+    assert found.heldout == f"{tmp_path}/heldout.jsonl"
+    assert load(text, "configs/mine.yaml").forget == "configs/../forget.jsonl"
+
+
+def test_a_home_path_in_the_file_stays_one() -> None:
+    found = load("retain: ~/retain.jsonl\n", "configs/mine.yaml").retain
+    assert found is not None
+    assert Path(found).expanduser() == Path.home() / "retain.jsonl"
+
+
+# What is refused
+
+
+def test_a_file_that_is_not_there() -> None:
+    with pytest.raises(NotFoundError, match=r"absent\.yaml"):
+        load_settings({}, config="absent.yaml", unlearned=None)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("strenght: 1", "unknown setting 'strenght'; did you mean 'strength'?"),
+        ("max-tokens: 1", "did you mean 'max_tokens'?"),
+        ("wibble: 1", "unknown setting 'wibble'; known are retain, forget,"),
+        ("5: 1", "unknown setting 5"),
+        ("null: 1", "unknown setting None"),
+        ("seed: 1\nstrength: [1, 2\nenergy: 1", "sage.yaml, line 3: not valid YAML"),
+        ("seed: 1\n\tenergy: 1", "sage.yaml, line 2: not valid YAML"),
+        ("seed: !!python/object/apply:os.system ['touch ran']", "sage.yaml, line 1"),
+        ("- seed", "sage.yaml must be a mapping"),
+        ("seed", "sage.yaml must be a mapping"),
+        ("strength: 2024-13-45", "sage.yaml"),  # a date to YAML, and not a date
+        ("[" * 10_000, "sage.yaml"),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_refused_with_its_place(text: str, words: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        load(text)
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not Path("ran").exists()
+
+
+def test_a_file_that_is_no_text_is_refused() -> None:
+    Path("sage.yaml").write_bytes(b"seed: \xff\xfe")
+    with pytest.raises(UsageError, match=r"sage\.yaml: not valid YAML"):
+        load_settings({}, config=None, unlearned=None)
+
+
+WRONG = [
+    ("strength", -0.1),
+    ("strength", math.nan),
+    ("strength", "1"),
+    ("strength", True),
+    ("strength", None),
+    ("energy", 0),
+    ("energy", 1.01),
+    ("energy", math.nan),
+    ("gain", 0),
+    ("gain", math.inf),
+    ("gain", "auto"),
+    ("rank", 0),
+    ("rank", 2.0),
+    ("rank", False),
+    ("max_tokens", 0),
+    ("max_length", -1),
+    ("batch_size", 1.5),
+    ("batch_size", None),
+    ("seed", -1),
+    ("seed", "0"),
+    ("device", None),
+    ("device", 0),
+    ("retain", 5),
+    ("forget", ["a.jsonl"]),
+    ("heldout", {"a": 1}),
+    ("chat_template", "no"),
+    ("chat_template", 1),
+]
+
+
+@pytest.mark.parametrize("key, value", WRONG)
+def test_a_value_that_does_not_fit_is_refused_by_its_key(key: str, value: object) -> None:
+    with pytest.raises(UsageError, match=f"^{key} must be .*, not "):
+        Settings(**{key: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["strength: -1", "retain: 5", "chat_template: maybe"])
+def test_a_wrong_value_in_a_file_is_refused_by_file_and_key(text: str) -> None:
+    with pytest.raises(UsageError, match=rf"^configs/mine\.yaml.*{text.split(':')[0]} must be "):
+        load(text, "configs/mine.yaml")
+
+
+def test_a_wrong_value_on_the_command_line_is_not_blamed_on_the_file() -> None:
+    with pytest.raises(UsageError, match=r"^seed must be "):
+        load("strength: 1", seed=-1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.text(max_size=40)
+    | st.dictionaries(
+        st.sampled_from(list(Settings.__dataclass_fields__)),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    ).map(yaml.safe_dump)
+)
+@example("seed: 1" + "0" * 5000)
+def test_any_file_gives_settings_that_can_be_recorded_or_a_refusal(text: str) -> None:
+    try:
+        found = load(text)
+    except UsageError:
+        return
+    json.dumps(found.describe(), allow_nan=False)
+
+
+# A sage.yaml that came with a repo on the Hub
+
+
+def hub_settings(hub: LoopbackHub, text: str, **files: bytes) -> Settings:
+    """The settings that the sage.yaml of a repo with these files gives."""
+    contents = {"sage.yaml": text.encode(), **{f"{n}.jsonl": c for n, c in files.items()}}
+    hub.add_repo("org/unlearned", contents)
+    return load_settings({}, config=None, unlearned=HubFiles("org/unlearned", None))
+
+
+def test_a_repo_brings_its_settings_and_sets(hub: LoopbackHub) -> None:
+    text = "seed: 3\nretain: retain.jsonl\nforget: hf://datasets/org/forget\n"
+    found = hub_settings(hub, text, retain=b'{"text": "a"}\n')
+    assert found.seed == 3
+    assert found.forget == "hf://datasets/org/forget"
+    assert found.retain is not None
+    assert Path(found.retain).read_bytes() == b'{"text": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd",
+        "../../secret.jsonl",
+        "sets/../../secret.jsonl",
+        "/tmp/a://b",
+        "../a://b",
+    ],
+)
+def test_a_repo_cannot_name_a_file_of_this_machine(path: str, hub: LoopbackHub) -> None:
+    with pytest.raises(UsageError, match=r"sage\.yaml of org/unlearned: retain must be a file of"):
+        hub_settings(hub, yaml.safe_dump({"retain": path}))
+
+
+@pytest.mark.parametrize("path", ["absent.jsonl", "~/.ssh/id_rsa", "file:///etc/passwd"])
+def test_a_repo_can_name_its_own_files_only(path: str, hub: LoopbackHub) -> None:
+    with pytest.raises(NotFoundError, match="org/unlearned"):
+        hub_settings(hub, yaml.safe_dump({"retain": path}))
+
+
+@pytest.mark.parametrize("value", [5, ["a.jsonl"], {"a": "b"}, True])
+def test_a_set_that_is_no_text_is_refused_in_a_repo_too(value: object, hub: LoopbackHub) -> None:
+    with pytest.raises(UsageError, match="retain must be text"):
+        hub_settings(hub, yaml.safe_dump({"retain": value}))
+
+
+# The record
+
+
+def test_the_record_has_no_local_path_and_is_json() -> None:
+    described = Settings(
+        retain="/home/ada/secret/retain.jsonl",
+        forget="~/sets/forget.csv",
+        heldout="hf://datasets/org/facts/test.jsonl?split=test",
+        strength=math.inf,
+        gain="match",
+    ).describe()
+    assert (described["retain"], described["forget"]) == ("retain.jsonl", "forget.csv")
+    assert described["heldout"] == "hf://datasets/org/facts/test.jsonl?split=test"
+    assert described["strength"] == "inf"
+    assert json.loads(json.dumps(described, allow_nan=False)) == described
+    assert described.keys() == Settings.__dataclass_fields__.keys()
+
+
+def test_the_recorded_settings_can_be_given_again() -> None:
+    made = Settings(retain="retain.jsonl", strength=math.inf, rank=7, gain=2.5)
+    text = yaml.safe_dump(made.describe())
+    assert load(text) == made
+
+
+# The device
+
+
+def test_auto_becomes_a_device_that_is_here() -> None:
+    resolved = Settings().resolve_device()
+    assert resolved.device in ("cpu", "cuda")
+    assert resolved.resolve_device() == resolved
+
+
+@pytest.mark.parametrize("device", ["", "gpu", "cuda:99", "vulkan", "hpu", "meta"])
+def test_a_device_that_cannot_compute_here_is_refused(device: str) -> None:
+    with pytest.raises(UsageError, match="not available here; use --device cpu"):
+        Settings(device=device).resolve_device()
