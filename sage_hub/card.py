@@ -113,6 +113,8 @@ def reproduce_command(manifest: Mapping[str, Any], name: str) -> str:
     sources, settings = manifest["sources"], manifest["settings"]
     words = ["sage-hub", "push", source(sources["base"]), source(sources["unlearned"])]
     words += ["--to", name if "/" in name else f"./{name}"]
+    if file := manifest["statistics"].get("file"):
+        words += ["--stats", file]
     for option, value in settings.items():
         if option in ("device", "batch_size") or value is None:
             continue  # they change the speed, and the result by rounding at most

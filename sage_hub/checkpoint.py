@@ -177,14 +177,18 @@ class HubFiles:
                 found = HfApi().parse_safetensors_file_metadata(
                     self.name, file, revision=self.commit
                 )
-        except SafetensorsParsingError as error:
-            raise CorruptCheckpointError(f"{file} in {self.name} is corrupt: {error}") from None
+        except (SafetensorsParsingError, TypeError, AttributeError):
+            # The client catches some shapes of garbage and stumbles over others.
+            raise CorruptCheckpointError(
+                f"{file} in {self.name} is not a valid safetensors file (its header cannot be "
+                "read); upload it again."
+            ) from None
         fields = {
             name: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}
             for name, t in found.tensors.items()
         }
         # Where the data starts is known only once the file is here, and needed only then.
-        return check_header(fields, found.metadata, 0, f"{file} in {self.name}")
+        return check_header(fields, found.metadata or {}, 0, f"{file} in {self.name}")
 
     def sha256(self, file: str) -> str:
         if file in self._lfs:

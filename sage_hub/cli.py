@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the only place where an error becomes a sentence and a status."""
     args = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], None] = args.command
+    # A runner that stops the job must find no half-written folder, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         command(args)
         sys.stdout.flush()
@@ -258,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
             help=what,
             description=f"{what} {PROXY_HELP}" if name != "demo" else what,
             epilog=EPILOG[name],
+            allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(command=run)
@@ -321,6 +325,10 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
 def _add_settings(command: argparse.ArgumentParser, *sets: str, skip: Sequence[str] = ()) -> None:
     """Options of `sage_hub.settings.Settings`; absent ones stay absent, so sage.yaml can speak."""
     absent = argparse.SUPPRESS
+    if sets:
+        command.add_argument(
+            "--config", metavar="FILE", help="settings file (default: sage.yaml, see the README)"
+        )
     helps = {
         "retain": "what must be kept (default: a general-purpose proxy)",
         "forget": "what must go",
@@ -354,9 +362,6 @@ def _add_settings(command: argparse.ArgumentParser, *sets: str, skip: Sequence[s
         action="store_false",
         default=absent,
         help="use the rows' plain form even if the tokenizer has a chat template",
-    )
-    command.add_argument(
-        "--config", metavar="FILE", help="settings file (default: sage.yaml here, or in UNLEARNED)"
     )
     command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     command.add_argument("--quiet", "-q", action="store_true", help="no plan, notes or bars")

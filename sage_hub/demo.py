@@ -30,6 +30,7 @@ def run(
 
     Raises TargetError if the folder holds something and `force` is not set.
     """
+    Settings(**given)  # refused before the training, not after it
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not force:
             raise TargetError(
@@ -38,7 +39,7 @@ def run(
         for name in ("base", "unlearned", "release"):
             shutil.rmtree(folder / name, ignore_errors=True)
     progress.note(f"Training a small model and unlearning with {method.upper()} in {folder} …")
-    files = demo_models.build(folder, model=model, method=method, seed=seed, quiet=progress.quiet)
+    files = _build(folder, model=model, method=method, seed=seed, quiet=progress.quiet)
     sets = {
         "retain": str(files.retain),
         "forget": str(files.forget),
@@ -52,6 +53,18 @@ def run(
     progress.note(display.plan_text(job))
     done = release.run(job, progress)
     return done, _commands(files, target, given)
+
+
+def _build(folder: Path, **options: Any) -> demo_models.DemoFiles:
+    """Build, and leave nothing behind if that is interrupted, so that the same command works."""
+    try:
+        return demo_models.build(folder, **options)
+    except BaseException:
+        for name in ("base", "unlearned"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("retain.jsonl", "forget.jsonl", "heldout.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+        raise
 
 
 def _commands(

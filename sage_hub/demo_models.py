@@ -21,6 +21,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -96,10 +97,21 @@ _RECIPES: dict[ModelName, _Recipe] = {
         retain=12,
         heldout=12,
         learn=_Schedule(steps=256, rows=10, rate=3e-4),
-        unlearn=_Schedule(steps=20, rows=20, rate=2e-5),
+        unlearn=_Schedule(steps=20, rows=20, rate=1e-4),
         autocast=True,
     ),
 }
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with `count` threads: on a tiny model more of them only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def build(
@@ -125,7 +137,8 @@ def build(
     )
     sets = _draw_sets(recipe, seed)
     rows = parse_rows(itertools.chain(*sets), "the demonstration")
-    with torch.random.fork_rng(devices=[]), quiet_transformers():
+    threads = 1 if model == "people" else torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]), quiet_transformers(), _threads(threads):
         torch.default_generator.manual_seed(seed)
         network, tokenizer = _load_smollm2() if model == "smollm2" else _new_people_model(rows)
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +33,13 @@ def evaluate_release(
     alpha: float,
     proxies: Mapping[str, Proxy],
     settings: Settings,
+    calibrated: Collection[str],
     progress: Progress = SILENT,
 ) -> Evaluation:
     """Evaluate base, unlearned, the control W_b + αΔ and `sanitized` on the sets there are.
 
-    The same rows and the base's tokenizer for all, one model in memory at a time.
+    `calibrated` holds the fingerprints of the sets that calibration has seen. The same rows and
+    the base's tokenizer for all, one model in memory at a time.
     """
     tokenizer = load_tokenizer(plan.base)
     limit = row_limit(plan.base, settings.max_length)
@@ -60,8 +62,7 @@ def evaluate_release(
         data[which] = {
             **proxy.describe(),
             "rows_used": len(places),
-            "seen_by_calibration": which == "retain"
-            or (which == "forget" and settings.gain == "match"),
+            "seen_by_calibration": proxy.fingerprint in calibrated,
         }
     not_run.append(
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import itertools
@@ -178,8 +179,11 @@ def _read_file(path: Path) -> Iterator[Mapping[str, Any]]:
         yield from _read_json(path)
         return
     # A word is a word: neither a number nor a missing value, whatever it looks like.
-    as_text = {"keep_default_na": False, "converters": dict.fromkeys(TEXT_COLUMNS, str)}
-    options = as_text if reader == "csv" else {}
+    options: dict[str, Any] = {}
+    if reader == "csv":
+        options = {"keep_default_na": False, "converters": dict.fromkeys(TEXT_COLUMNS, str)}
+    elif reader == "text":
+        options = {"encoding": "utf-8-sig"}  # as Windows editors write it
     try:
         for record in _load(reader, data_files=glob.escape(str(path)), split="train", **options):
             if reader != "text" or record["text"].strip():  # a text file has a row a line
@@ -193,7 +197,7 @@ def _read_json(path: Path) -> Iterator[Mapping[str, Any]]:
 
     Not by `datasets`, which makes a date of text that looks like one and knows no line numbers.
     """
-    raw = path.read_bytes()
+    raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # as Windows editors write it
     if raw.lstrip()[:1] == b"[":
         yield from _parse_array(raw, path.name)
         return

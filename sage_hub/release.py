@@ -14,10 +14,10 @@ from typing import Any
 from huggingface_hub.constants import HF_HOME
 
 from sage_hub import card, shards
-from sage_hub.audit import summarize
+from sage_hub.bias import summarize
 from sage_hub.calibrate import calibrate
 from sage_hub.checkpoint import Location, open_checkpoint, parse_location
-from sage_hub.errors import SageHubError, StatisticsError, UsageError
+from sage_hub.errors import NothingToDoError, SageHubError, StatisticsError, UsageError
 from sage_hub.evaluation import evaluate_release
 from sage_hub.hub import MANIFEST, check_target, publish
 from sage_hub.output import carry_files, check_output, staged
@@ -63,7 +63,7 @@ def push(
     to: str | None = None,
     *,
     settings: Settings = Settings(),  # noqa: B008 - frozen
-    statistics: Path | None = None,
+    statistics: str | Path | None = None,
     private: bool = False,
     create_pr: bool = False,
     force: bool = False,
@@ -93,10 +93,10 @@ def push(
 def sanitize(
     base: str,
     unlearned: str,
-    output: Path,
+    output: str | Path,
     *,
     settings: Settings = Settings(),  # noqa: B008 - frozen
-    statistics: Path | None = None,
+    statistics: str | Path | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Release:
@@ -104,7 +104,7 @@ def sanitize(
     job = prepare(
         base,
         unlearned,
-        Location(folder=output),
+        Location(folder=Path(output)),
         settings=settings,
         statistics=statistics,
         force=force,
@@ -119,13 +119,14 @@ def prepare(
     target: Location,
     *,
     settings: Settings,
-    statistics: Path | None = None,
+    statistics: str | Path | None = None,
     private: bool = False,
     create_pr: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Job:
     """Open both sides, plan the run, and raise whatever would stop it later."""
+    statistics = None if statistics is None else Path(statistics)
     settings = settings.resolve_device()
     sides = {"base": open_checkpoint(base), "unlearned": open_checkpoint(unlearned)}
     plan = make_plan(sides["base"], sides["unlearned"])
@@ -142,6 +143,11 @@ def prepare(
     if settings.gain == "match" and statistics is None and "forget" not in proxies:
         raise UsageError("--gain match is measured on the forget proxy; give --forget.")
     fingerprints = {name: side.fingerprint(progress) for name, side in sides.items()}
+    if fingerprints["base"] == fingerprints["unlearned"]:
+        raise NothingToDoError(
+            f"{base} and {unlearned} hold the same weights; there is no update to sanitize. "
+            "Check that both arguments are what you meant."
+        )
     fingerprints["tokenizer"] = plan.base.tokenizer_fingerprint()
     job = Job(plan, settings, proxies, fingerprints, statistics, target, private, create_pr, force)
     _check_given_statistics(job)
@@ -188,10 +194,15 @@ def write_release(job: Job, output: Path, progress: Progress = SILENT) -> Releas
             manifest = make_manifest(
                 plan, _sources(job), job.settings, gain, statistics, records, hashes
             )
+            if job.statistics is not None:
+                manifest["statistics"]["file"] = job.statistics.name
+            calibrated = {about["fingerprint"] for about in statistics.origin.data.values()}
         carry_files(plan, folder)
         alpha = shards.norm_matched_alpha(records)
         sanitized = open_checkpoint(str(folder))
-        evaluation = evaluate_release(plan, sanitized, alpha, job.proxies, job.settings, progress)
+        evaluation = evaluate_release(
+            plan, sanitized, alpha, job.proxies, job.settings, calibrated, progress
+        )
         clock.lap("evaluate")
         report = make_report(evaluation, alpha=alpha, seed=job.settings.seed, seconds=clock.laps)
         write_json(folder / MANIFEST, manifest)
@@ -202,7 +213,7 @@ def write_release(job: Job, output: Path, progress: Progress = SILENT) -> Releas
 
 def collect_statistics(
     model: str,
-    output: Path,
+    output: str | Path,
     *,
     settings: Settings = Settings(),  # noqa: B008 - frozen
     progress: Progress = SILENT,
@@ -219,7 +230,7 @@ def collect_statistics(
         checkpoint,
         proxies,
         settings,
-        output,
+        Path(output),
         weights=checkpoint.fingerprint(progress),
         progress=progress,
     )
@@ -236,14 +247,14 @@ def audit(
     unlearned: str,
     *,
     settings: Settings = Settings(),  # noqa: B008 - frozen
-    statistics: Path | None = None,
+    statistics: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Activation bias of the update, per module and for the model; writes no weights.
 
-    Biases are relative to the base weight's own outputs: `before` is the source's, `after` what
-    λ would leave (gain not applied), `share` a module's part of the model's bias.
+    The result is that of `sage_hub.bias.summarize`.
     """
+    statistics = None if statistics is None else Path(statistics)
     settings = settings.resolve_device()
     plan = make_plan(open_checkpoint(base), open_checkpoint(unlearned))
     proxies = read_proxies(replace(settings, heldout=None), statistics=statistics)
@@ -320,6 +331,7 @@ def _check_given_statistics(job: Job) -> None:
             weights=job.fingerprints["base"],
             tokenizer=job.fingerprints["tokenizer"],
             energy=job.settings.energy,
+            rank=job.settings.rank,
         )
         if job.settings.gain == "match" and not statistics.has("forget"):
             raise StatisticsError(

@@ -163,7 +163,13 @@ def open_statistics(path: Path) -> Iterator[Statistics]:
 
 
 def check_belongs(
-    statistics: Statistics, *, name: str, weights: str, tokenizer: str, energy: float
+    statistics: Statistics,
+    *,
+    name: str,
+    weights: str,
+    tokenizer: str,
+    energy: float,
+    rank: int | None,
 ) -> None:
     """Raise StatisticsError unless `statistics` were taken of this very model and suffice."""
     origin = statistics.origin
@@ -183,4 +189,10 @@ def check_belongs(
         raise StatisticsError(
             f"The statistics hold directions up to the energy {stored}, not {energy}; make them "
             f"anew with `sage-hub stats --energy {energy}`."
+        )
+    held = origin.settings["rank"]
+    if held is not None and (rank is None or rank > held):
+        raise StatisticsError(
+            f"The statistics hold at most {held} directions per site; use --rank {held}, or make "
+            "them anew with `sage-hub stats`."
         )

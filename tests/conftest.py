@@ -24,7 +24,11 @@ os.environ.update(
 )
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from pico import make_pair  # noqa: E402
+
+# On pico models a second thread only waits for the first, and on a busy machine for long.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -226,3 +226,22 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out.strip() == f"sage-hub {sage_hub.__version__}"
+
+
+def test_from_python_as_the_readme_has_it(pair: Path) -> None:
+    retain, both = str(pair / "retain.jsonl"), (str(pair / "base"), str(pair / "unlearned"))
+    settings = sage_hub.Settings(retain=retain, rank=3)
+    statistics = str(pair.parent / "base.safetensors")
+    sage_hub.collect_statistics(both[0], statistics, settings=settings)
+    release = sage_hub.sanitize(
+        *both, str(pair.parent / "release"), settings=settings, statistics=statistics
+    )
+    assert release.manifest["bias"]["after"] < release.manifest["bias"]["before"]
+    assert "--stats base.safetensors" in (pair.parent / "release" / "README.md").read_text()
+    for _ in range(2):
+        audit = sage_hub.audit(*both, settings=settings, statistics=statistics)
+        assert max(module["rank"] for module in audit["modules"]) == 3
+
+    # Statistics of a lower rank than asked for would be a weaker filter than the record says.
+    with pytest.raises(sage_hub.SageHubError, match="at most 3 directions"):
+        sage_hub.audit(*both, settings=sage_hub.Settings(retain=retain), statistics=statistics)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sage_hub import demo_models
 from sage_hub.demo_models import DemoFiles, build
+from sage_hub.encoding import encode
 from sage_hub.errors import UsageError
+from sage_hub.progress import Progress
+from sage_hub.proxies import Proxy, parse_rows
 
 
-@pytest.fixture(autouse=True)
-def _two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _two_steps() -> Iterator[None]:
     """Train for two steps of four rows: enough to go through all the code."""
     short = demo_models._Schedule(steps=2, rows=4, rate=1e-3)
     recipe = dataclasses.replace(demo_models._RECIPES["people"], learn=short, unlearn=short)
-    monkeypatch.setitem(demo_models._RECIPES, "people", recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(demo_models._RECIPES, "people", recipe)
+        yield
+
+
+@pytest.fixture(scope="module")
+def files(_two_steps: None, tmp_path_factory: pytest.TempPathFactory) -> DemoFiles:
+    """One problem that several tests read and none changes."""
+    return build(tmp_path_factory.mktemp("demo") / "new" / "folder")
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -44,8 +56,7 @@ def contents(files: DemoFiles) -> dict[str, bytes]:
     }
 
 
-def test_the_five_files_are_there(tmp_path: Path) -> None:
-    files = build(tmp_path / "new" / "folder")
+def test_the_five_files_are_there(files: DemoFiles) -> None:
     for folder in (files.base, files.unlearned):
         assert len(list(folder.glob("model-*.safetensors"))) >= 2
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -57,15 +68,13 @@ def test_the_five_files_are_there(tmp_path: Path) -> None:
     ]
 
 
-def test_no_person_is_in_two_sets(tmp_path: Path) -> None:
-    files = build(tmp_path)
+def test_no_person_is_in_two_sets(files: DemoFiles) -> None:
     sets = [people_in(path) for path in (files.forget, files.retain, files.heldout)]
     assert [len(people) for people in sets] == [8, 32, 40]
     assert len(set.union(*sets)) == 80
 
 
-def test_a_prompt_is_the_beginning_of_its_row(tmp_path: Path) -> None:
-    files = build(tmp_path)
+def test_a_prompt_is_the_beginning_of_its_row(files: DemoFiles) -> None:
     tokenizer = AutoTokenizer.from_pretrained(files.base)
     assert tokenizer.chat_template is None
     for path in (files.forget, files.retain, files.heldout):
@@ -80,27 +89,26 @@ def test_a_prompt_is_the_beginning_of_its_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["npo", "ga"])
-def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, method: Any) -> None:
+def test_the_same_seed_gives_the_same_bytes(files: DemoFiles, tmp_path: Path, method: Any) -> None:
     before = torch.random.get_rng_state()
     first = build(tmp_path / "first", method=method, seed=3)
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.rand(1)
     assert contents(first) == contents(build(tmp_path / "second", method=method, seed=3))
-    other = contents(build(tmp_path / "third", method=method, seed=4))
-    assert other["forget.jsonl"] != contents(first)["forget.jsonl"]
+    assert contents(files)["forget.jsonl"] != contents(first)["forget.jsonl"]
 
 
-def test_unlearning_makes_the_forgotten_answers_less_probable(tmp_path: Path) -> None:
-    trainer = demo_models._Trainer(False, torch.Generator(), demo_models.Progress())
-    for method in ("npo", "ga"):
-        files = build(tmp_path / method, method=method)  # type: ignore[arg-type]
-        tokenizer = AutoTokenizer.from_pretrained(files.base)
-        rows = demo_models.parse_rows(read(files.forget), "forget")
-        proxy = demo_models.Proxy("forget", rows)
-        encoded = demo_models.encode(proxy, tokenizer, chat_template=True, max_length=128)
+def test_unlearning_makes_the_forgotten_answers_less_probable(
+    files: DemoFiles, tmp_path: Path
+) -> None:
+    trainer = demo_models._Trainer(False, torch.Generator(), Progress())
+    for made in (files, build(tmp_path, method="ga")):
+        tokenizer = AutoTokenizer.from_pretrained(made.base)
+        proxy = Proxy("forget", parse_rows(read(made.forget), "forget"))
+        rows = encode(proxy, tokenizer, chat_template=True, max_length=128)
         base, unlearned = (
-            trainer.log_probabilities(AutoModelForCausalLM.from_pretrained(folder).float(), encoded)
-            for folder in (files.base, files.unlearned)
+            trainer.log_probabilities(AutoModelForCausalLM.from_pretrained(folder).float(), rows)
+            for folder in (made.base, made.unlearned)
         )
         assert unlearned.mean() < base.mean()
 

@@ -137,6 +137,7 @@ def test_a_long_row_is_cut_and_says_so(question: str, answer: str, limit: int) -
     whole = encode_row(row, PLAIN, chat=False, max_length=100)
     cut = encode_row(row, PLAIN, chat=False, max_length=limit)
     assert not whole.truncated
+    assert encode_row(row, PLAIN, chat=False, max_length=len(whole.ids)) == whole
     assert cut.ids == whole.ids[:limit]
     assert cut.truncated is (len(whole.ids) > limit)
     assert cut.answer_start == whole.answer_start
@@ -194,6 +195,7 @@ def test_the_rows_taken_fit_the_budget_or_are_one(
     total = sum(row_lengths[place] for place in taken)
     assert taken == sorted(set(taken))
     assert taken == take_tokens(rows, budget, seed)
+    assert taken
     assert len(taken) == 1 or total <= budget
     if sum(row_lengths) <= budget:
         assert taken == list(range(len(rows)))

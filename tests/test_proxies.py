@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,14 @@ def test_blank_lines_in_json_lines_are_no_rows(tmp_path: Path) -> None:
     assert (
         read_proxy(put(tmp_path, "a.jsonl", to_jsonl(QA).replace(b"\n", b"\n\n"))).rows == QA_ROWS
     )
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "array.json", "rows.csv", "rows.txt"])
+def test_a_byte_order_mark_is_no_text(name: str, tmp_path: Path) -> None:
+    rows = [{"text": "one"}, {"text": "two"}]
+    content = FORMATS[name](rows) if name in FORMATS else b"one\ntwo\n"
+    proxy = read_proxy(put(tmp_path, name, codecs.BOM_UTF8 + content))
+    assert proxy.rows == (Row("", "one"), Row("", "two"))
 
 
 @pytest.mark.parametrize("answer", ["1987", "007", "3.50", "None", "NA", "null", "true"])

@@ -243,6 +243,12 @@ def test_the_scale_of_the_activations_does_not_matter(
     )
 
 
+def test_a_truncated_spectrum_suppresses_as_the_full_one_does() -> None:
+    x = activations(20, 6, seed=0)
+    full, truncated = exact_spectrum(x), exact_spectrum(x, k=2)
+    assert close(suppression(truncated, 1.0), suppression(full, 1.0)[:2])
+
+
 def test_the_rank_cap_keeps_the_first_directions() -> None:
     s = exact_spectrum(activations(20, 6, seed=0))
     full = suppression(s, 1.0)
@@ -347,6 +353,13 @@ def test_a_spectrum_is_the_dominant_part_of_the_moment(size: int, seed: int, ene
     assert close(s.trace, torch.trace(C))
     largest = torch.linalg.eigvalsh(C).flip(0)[: s.rank]
     assert close(s.values, largest)
+
+
+def test_rounding_in_float32_adds_no_directions() -> None:
+    x = normal(5, 12, seed=0) + 30  # five rows span five directions, the mean's far ahead
+    moment = SecondMoment(12)
+    moment.add(x)
+    assert suppression(spectrum(moment, energy=1.0), math.inf).sum() == 5
 
 
 def test_a_capped_spectrum_still_knows_the_whole_trace() -> None:

@@ -12,9 +12,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
+from sage_hub.checkpoint import HubFiles
 from sage_hub.errors import CorruptCheckpointError, SageHubError
 from sage_hub.tensorfile import (
     DTYPES,
@@ -420,3 +422,34 @@ def test_any_fields_are_a_header_that_tiles_or_refused(fields: dict[str, Any]) -
         return
     assert header.tensors.keys() == fields.keys()
     assert tiles(header, sum(info.nbytes for info in header.tensors.values()))
+
+
+def hub_header(hub: LoopbackHub, header: object) -> Header:
+    """The header of a file with 8 bytes of data, read by range from the Hub."""
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + bytes(8)
+    hub.add_repo("org/model", {"model.safetensors": content})
+    return HubFiles("org/model", None).header("model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        {"a": None},
+        {"a": {**field(0, 8), "shape": None}},
+        {"a": {**field(0, 8), "shape": [math.inf]}},
+        {"a": {**field(0, 8), "data_offsets": None}},
+        {"a": {**field(0, 8), "data_offsets": [0]}},
+        {"a": field(4, 8)},
+    ],
+)
+def test_an_impossible_header_on_the_hub_is_refused(header: object, hub: LoopbackHub) -> None:
+    with pytest.raises(CorruptCheckpointError, match=r"model\.safetensors in org/model"):
+        hub_header(hub, header)
+
+
+def test_empty_metadata_on_the_hub_is_no_reason_to_crash(hub: LoopbackHub) -> None:
+    header = hub_header(hub, {"__metadata__": None, "a": field(0, 8)})
+    assert header.metadata == {}
+    assert header.tensors.keys() == {"a"}
