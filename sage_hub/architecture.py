@@ -15,31 +15,67 @@ from huggingface_hub.utils import (
     enable_progress_bars,
 )
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    rename_source_key,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from sage_hub.checkpoint import Checkpoint
 from sage_hub.errors import ArchitectureError
+from sage_hub.tensorfile import row_count
+
+EXPERT_KINDS = ("gate_up_proj", "up_proj", "down_proj")  # fused (expert, out, in) parameters
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear map y = W x (+ b): its weight is stored (in, out) if `transposed`, as GPT-2's."""
+    """A linear map y = W x (+ b): rows [start, stop) of a parameter, seen as a matrix.
 
+    An ordinary layer is the whole of its weight. The experts of a fused (expert, out, in)
+    parameter stand in one column, a map each. Stored (in, out) if `transposed`, as GPT-2's.
+    """
+
+    name: str  # of the module; of the parameter and the expert's number where it is fused
+    start: int
+    stop: int
     features: int  # in
-    transposed: bool
+    transposed: bool = False
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place whose input is observed once, and the linear modules that it feeds."""
+    """A place whose input is observed once, and the linear maps that it feeds."""
 
-    name: str  # the first of its modules
-    modules: tuple[str, ...]
+    name: str  # the first of its maps
+    modules: tuple[str, ...]  # the names of its maps
     size: int  # input features
+    expert: bool = False  # sees the tokens that are routed to it, not all
+
+
+@dataclass(frozen=True)
+class Place:
+    """The rows [start, stop) of `parameter` that a tensor of a checkpoint holds."""
+
+    parameter: str
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -47,57 +83,144 @@ class Architecture:
     """The parameters of a model class, and how checkpoint names map to them."""
 
     model_type: str
-    linears: dict[str, Linear]  # module name -> map; the LM head is not among them
+    linears: dict[str, tuple[Linear, ...]]  # parameter -> its maps, in the order of its rows
     embedding: str  # parameter name of the token embedding
     head: str  # parameter name of the LM head's weight, "" if there is none
-    tied: frozenset[str]  # parameters that a checkpoint may leave out, equal to others
+    tied: dict[str, str]  # parameter that a checkpoint may leave out -> the one it equals
     parameters: dict[str, tuple[int, ...]]  # parameter or buffer name -> shape
+    outside: tuple[str, ...]  # prefixes of what is not part of the language model
     _renamings: tuple[WeightRenaming, ...]
     _converters: tuple[WeightConverter, ...]
     _prefix: str
     _ignored: tuple[str, ...]
 
-    def parameter(self, tensor: str) -> str | None:
-        """The parameter that checkpoint tensor `tensor` becomes, one to one.
+    def place(self, tensor: str, shape: tuple[int, ...]) -> Place | None:
+        """Where checkpoint tensor `tensor` of `shape` lies in the model.
 
-        None if the model has no such parameter, or if transformers merges or splits the tensor
-        when it loads it.
+        None if the model has no such parameter, or if transformers changes the tensor at load in
+        a way that is not a matter of rows. Raises ArchitectureError if it does not fit in.
         """
-        if tensor in self.parameters:
-            return tensor
-        name, merged = rename_source_key(
-            tensor, [*self._renamings], [*self._converters], self._prefix, self.parameters
-        )
-        return name if merged is None and name in self.parameters else None
-
-    def linear_of(self, tensor: str) -> tuple[str, Linear] | None:
-        """The module whose weight `tensor` is, and its map; None if it is no linear weight."""
-        parameter = self.parameter(tensor)
-        if parameter is None or not parameter.endswith(".weight"):
+        name, pattern = tensor, None
+        if tensor not in self.parameters:
+            name, pattern = rename_source_key(
+                tensor, [*self._renamings], [*self._converters], self._prefix, self.parameters
+            )
+        whole = self.parameters.get(name)
+        if whole is None:
             return None
-        module = parameter.removesuffix(".weight")
-        linear = self.linears.get(module)
-        return None if linear is None else (module, linear)
+        if pattern is not None:
+            return self._place_of_expert(tensor, shape, name, pattern)
+        if whole != shape:
+            raise ArchitectureError(
+                f"Tensor {tensor!r} has the shape {list(shape)}, but config.json makes it "
+                f"{list(whole)}; the config is not that of these weights."
+            )
+        return Place(name, 0, row_count(shape))
+
+    def _place_of_expert(
+        self, tensor: str, shape: tuple[int, ...], name: str, pattern: str
+    ) -> Place | None:
+        """Of a tensor that holds one expert's part of a fused (expert, out, in) parameter."""
+        converter = next(c for c in self._converters if pattern in c.source_patterns)
+        # The experts are stacked, and the parts of each joined: all rows stay whole.
+        stacked = [type(op) for op in converter.operations] in (
+            [MergeModulelist],
+            [MergeModulelist, Concatenate],
+        )
+        dims = [getattr(op, "dim", None) for op in converter.operations]
+        head, star, tail = pattern.partition("*")
+        key = apply_renamings(tensor, [*self._renamings])
+        number = re.search(rf"{re.escape(head)}(\d+){re.escape(tail)}", key)
+        whole = self.parameters[name]
+        if not stacked or dims not in ([0], [0, 1]) or not star or number is None:
+            return None
+        expert, parts = int(number[1]), len(converter.source_patterns)
+        if len(whole) != 3 or expert >= whole[0] or (whole[1] // parts, whole[2]) != shape:
+            raise ArchitectureError(
+                f"Tensor {tensor!r} has the shape {list(shape)}, which does not fit into the "
+                f"{list(whole)} that config.json gives all experts together."
+            )
+        start = expert * whole[1] + converter.source_patterns.index(pattern) * shape[0]
+        return Place(name, start, start + shape[0])
+
+    def reason_outside(self, parameter: str) -> str:
+        """Why a linear map is not filtered though it is one; "" if it is."""
+        return "outside the language model" if parameter.startswith(self.outside) else ""
 
     def may_be_absent(self, tensor: str) -> bool:
         """Whether a whole checkpoint can lack `tensor`: a tied weight or a left-over buffer."""
-        parameter = self.parameter(tensor)
-        if parameter in self.tied or any(re.search(p, tensor) for p in self._ignored):
+        if tensor in self.tied or any(re.search(p, tensor) for p in self._ignored):
             return True
-        return parameter is None and tensor.endswith(("rotary_emb.inv_freq", ".masked_bias"))
-
-
-def linear_modules(model: PreTrainedModel) -> dict[str, Linear]:
-    """All linear maps of `model` but the LM head, by module name."""
-    head = model.get_output_embeddings()
-    return {
-        name: Linear(
-            module.nx if isinstance(module, Conv1D) else module.in_features,
-            transposed=isinstance(module, Conv1D),
+        return tensor not in self.parameters and tensor.endswith(
+            ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
         )
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
-    }
+
+
+def linear_maps(model: PreTrainedModel) -> dict[str, tuple[Linear, ...]]:
+    """All linear maps of `model` but the LM head, by the parameter that holds them.
+
+    Linear and Conv1D layers, fused experts, and the routers before them.
+    """
+    head = model.get_output_embeddings()
+    found: dict[str, tuple[Linear, ...]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+            transposed = isinstance(module, Conv1D)
+            features = module.weight.shape[0 if transposed else 1]
+            rows = module.weight.shape[0]
+            found[f"{name}.weight"] = (Linear(name, 0, rows, features, transposed),)
+        if is_experts(module):
+            for kind in EXPERT_KINDS:
+                parameter = getattr(module, kind, None)
+                if parameter is not None and parameter.ndim == 3:
+                    found[f"{name}.{kind}"] = _expert_maps(f"{name}.{kind}", module, parameter)
+            # Its router is its neighbour: one row of features per expert, in a class of its own.
+            block, _, _ = name.rpartition(".")
+            for near, neighbour in model.get_submodule(block).named_children():
+                weight = getattr(neighbour, "weight", None)
+                if not isinstance(neighbour, nn.Linear) and isinstance(weight, nn.Parameter):
+                    experts, features = (*weight.shape, 0)[:2]
+                    if weight.ndim == 2 and experts == module.num_experts:
+                        router = f"{block}.{near}"
+                        found[f"{router}.weight"] = (Linear(router, 0, experts, features),)
+    return found
+
+
+def _expert_maps(parameter: str, module: nn.Module, weight: Tensor) -> tuple[Linear, ...]:
+    experts, rows, columns = weight.shape
+    transposed = bool(module.is_transposed)
+    return tuple(
+        Linear(
+            f"{parameter}.{e}",
+            e * rows,
+            (e + 1) * rows,
+            rows if transposed else columns,
+            transposed,
+            expert=e,
+        )
+        for e in range(experts)
+    )
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `module` holds fused experts behind transformers' common interface for them."""
+    return all(hasattr(module, name) for name in ("num_experts", "is_transposed", "_apply_gate"))
+
+
+def expert_count(module: nn.Module) -> int:
+    """The number of experts that `module` holds."""
+    count: Any = module.num_experts
+    return int(count)
+
+
+def expert_inputs(module: Any, expert: int, x: Tensor) -> dict[str, Tensor]:
+    """What the parameters of one expert are given when it sees `x` (n, in): kind -> (n, in)."""
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    weight, bias = getattr(module, first)[expert], None
+    if module.has_bias:
+        bias = getattr(module, f"{first}_bias")[expert]
+    y = nn.functional.linear(x, weight.T if module.is_transposed else weight, bias)
+    return {first: x, "down_proj": module._apply_gate(y) if module.has_gate else module.act_fn(y)}
 
 
 def read_architecture(checkpoint: Checkpoint) -> Architecture:
@@ -110,7 +233,7 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     try:
         with quiet_transformers(), torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = _auto_class(config).from_config(config, trust_remote_code=False)
     except Exception as error:
         # Whatever a config makes transformers raise, the user's next step is the same.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -122,13 +245,20 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     head = model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     tied: Any = getattr(model, "_tied_weights_keys", None) or {}
+    decoder = model.get_decoder()
+    language = names.get(id(decoder), "")
     return Architecture(
         model_type=config.model_type,
-        linears=linear_modules(model),
+        linears=linear_maps(model),
         embedding=f"{names[id(model.get_input_embeddings())]}.weight",
         head=f"{names[id(head)]}.weight" if head is not None else "",
-        tied=frozenset(tied if config.get_text_config().tie_word_embeddings else ()),
+        tied=dict(tied) if config.get_text_config().tie_word_embeddings else {},
         parameters={name: tuple(value.shape) for name, value in model.state_dict().items()},
+        outside=tuple(
+            f"{name}."
+            for name, module in model.named_modules()
+            if name and module is not head and not _related(name, language)
+        ),
         _renamings=tuple(t for t in transforms if isinstance(t, WeightRenaming)),
         _converters=tuple(t for t in transforms if isinstance(t, WeightConverter)),
         _prefix=model.base_model_prefix,
@@ -136,12 +266,28 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     )
 
 
+def _related(one: str, other: str) -> bool:
+    """Whether one module lies in the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """The class of a language model, alone or with eyes."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM  # whose error says what is wrong
+
+
 def load_model(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
     """The model of `checkpoint`, in its stored dtype, on `device`, ready for inference."""
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
-                checkpoint.model_folder(),
+            folder = checkpoint.model_folder()
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model = _auto_class(config).from_pretrained(
+                folder,
                 dtype="auto",
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -159,27 +305,33 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     Modules that are given the very same tensor share a site: q, k and v; gate and up. A module
     that the pass does not reach has no site.
     """
-    linears = linear_modules(model)
+    maps = linear_maps(model)
+    modules = {m.name: m for own in maps.values() for m in own if m.expert is None}
     seen: dict[int, list[str]] = {}
     alive: list[Tensor] = []  # so that no id is used twice
 
     def note(name: str) -> None:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             alive.append(args[0])
-            modules = seen.setdefault(id(args[0]), [])
-            if name not in modules:
-                modules.append(name)
+            fed = seen.setdefault(id(args[0]), [])
+            if name not in fed:
+                fed.append(name)
 
         hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(hook))
 
     with ExitStack() as hooks:
-        for name in linears:
+        for name in modules:
             note(name)
         ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
-        model.base_model(input_ids=ids, use_cache=False)
-    return [
-        Site(modules[0], tuple(modules), linears[modules[0]].features) for modules in seen.values()
+        model.get_decoder()(input_ids=ids, use_cache=False)
+    shared = [Site(fed[0], tuple(fed), modules[fed[0]].features) for fed in seen.values()]
+    experts = [
+        Site(m.name, (m.name,), m.features, expert=True)
+        for own in maps.values()
+        for m in own
+        if m.expert is not None
     ]
+    return shared + experts
 
 
 @contextmanager

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sage_hub.architecture import Site, find_sites, load_model
+from sage_hub.architecture import (
+    EXPERT_KINDS,
+    Site,
+    expert_count,
+    expert_inputs,
+    find_sites,
+    is_experts,
+    load_model,
+)
 from sage_hub.checkpoint import Checkpoint
 from sage_hub.encoding import Encoded, batches, encode, load_tokenizer, row_limit, take_tokens
 from sage_hub.errors import ArchitectureError, NonFiniteError
@@ -43,7 +52,7 @@ def calibrate(
         rows = encode(proxy, tokenizer, chat_template=settings.chat_template, max_length=max_length)
         places = take_tokens(rows, settings.max_tokens, settings.seed)
         used = [rows[place] for place in places]
-        moments[which] = collect_moments(
+        moments[which], starved = collect_moments(
             model,
             sites,
             used,
@@ -56,6 +65,7 @@ def calibrate(
             "rows_used": len(used),
             "tokens_used": sum(len(row.ids) for row in used),
             "rows_truncated": sum(row.truncated for row in used),
+            "experts_shown_block_input": starved,
             "row_hashes": [proxy.rows[place].hash for place in places],
         }
     del model
@@ -86,7 +96,6 @@ def calibrate(
     return origin
 
 
-@torch.inference_mode()
 def collect_moments(
     model: PreTrainedModel,
     sites: Sequence[Site],
@@ -95,41 +104,86 @@ def collect_moments(
     batch_size: int,
     what: str = "Calibrating",
     progress: Progress = SILENT,
-) -> dict[str, SecondMoment]:
+) -> tuple[dict[str, SecondMoment], list[str]]:
     """Site name -> second moment of its inputs over all tokens of `rows`, padding left out.
 
-    Raises NonFiniteError with the site at the first NaN or Inf.
+    An expert sees the tokens that are routed to it. Where those are fewer than it has features,
+    they say too little, and it is shown the input of its whole block instead, in a second pass;
+    the sites that this happened to are returned beside the moments. Raises NonFiniteError with
+    the site at the first NaN or Inf.
     """
+    options: Any = {"batch_size": batch_size, "progress": progress}
+    moments = _observe(model, sites, rows, routed=True, what=what, **options)
+    starved = [site for site in sites if site.expert and moments[site.name].tokens < site.size]
+    if starved:
+        what = f"{what}, {len(starved)} rare experts"
+        moments |= _observe(model, starved, rows, routed=False, what=what, **options)
+    _check_finite(moments)
+    return moments, [site.name for site in starved]
+
+
+@torch.inference_mode()
+def _observe(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    rows: Sequence[Encoded],
+    *,
+    routed: bool,
+    batch_size: int,
+    what: str,
+    progress: Progress,
+) -> dict[str, SecondMoment]:
+    """The moments of `sites`; experts are shown the tokens routed to them, or all."""
     moments = {site.name: SecondMoment(site.size, model.device) for site in sites}
     token_mask = torch.zeros(0, dtype=torch.bool)
 
+    def tokens(name: str, inputs: Tensor) -> Tensor:
+        """The inputs (tokens, in) of a module that sees every token, padding left out."""
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        if len(flat) != len(token_mask):
+            raise ArchitectureError(
+                f"{name} does not see every token once (it has {len(flat)} inputs for "
+                f"{len(token_mask)} tokens); this architecture is not supported yet."
+            )
+        return flat[token_mask]
+
     def observe(site: Site) -> None:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs = args[0].reshape(-1, site.size)
-            if len(inputs) != len(token_mask):
-                raise ArchitectureError(
-                    f"{site.name} does not see every token once (it has {len(inputs)} inputs "
-                    f"for {len(token_mask)} tokens); this architecture is not supported yet."
-                )
-            moments[site.name].add(inputs[token_mask])
+            moments[site.name].add(tokens(site.name, args[0]))
 
         hooks.enter_context(model.get_submodule(site.name).register_forward_pre_hook(hook))
+
+    def observe_experts(name: str, module: nn.Module) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x, chosen = tokens(name, args[0]), tokens(name, args[1])
+            for expert in range(expert_count(module)):
+                seen = x[(chosen == expert).any(dim=1)] if routed else x
+                wanted = [k for k in EXPERT_KINDS if f"{name}.{k}.{expert}" in moments]
+                if wanted and len(seen):
+                    inputs = expert_inputs(module, expert, seen)
+                    for kind in wanted:
+                        moments[f"{name}.{kind}.{expert}"].add(inputs[kind])
+
+        hooks.enter_context(module.register_forward_pre_hook(hook))
 
     with (
         ExitStack() as hooks,
         progress.counter(what, sum(len(row.ids) for row in rows), "tok") as bar,
     ):
         for site in sites:
-            observe(site)
+            if not site.expert:
+                observe(site)
+        for name, module in model.named_modules():
+            if is_experts(module):
+                observe_experts(name, module)
         for batch in batches(rows, batch_size):
             mask = batch.mask.to(model.device)
             token_mask = mask.bool().reshape(-1)
             # Without the LM head, whose output nobody looks at.
-            model.base_model(
+            model.get_decoder()(
                 input_ids=batch.ids.to(model.device), attention_mask=mask, use_cache=False
             )
             bar.update(int(batch.mask.sum()))
-    _check_finite(moments)
     return moments
 
 

@@ -123,6 +123,7 @@ class LocalFiles:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise NotFoundError(f"The folder {folder} does not exist.")
+        _check_links(folder)
         self._folder = folder
         self.name = folder.resolve().name
         self.sizes = {
@@ -148,6 +149,24 @@ class LocalFiles:
 
     def missing_bytes(self, files: list[str]) -> int:
         return 0
+
+
+def _check_links(folder: Path) -> None:
+    """Raise UsageError if a file of `folder` is a link out of it.
+
+    A snapshot in the Hub's cache, whose files are links to the blobs beside it, is whole.
+    """
+    root = folder.resolve()
+    places = [root]
+    for place in (root, *root.parents):
+        if place.parent.name == "snapshots":
+            places.append(place.parent.with_name("blobs"))
+    for path in folder.rglob("*"):
+        if path.is_file() and not any(path.resolve().is_relative_to(p) for p in places):
+            raise UsageError(
+                f"{path.relative_to(folder)} of {folder.name} is a link to a file outside the "
+                "folder; replace it by a copy of the file."
+            )
 
 
 class HubFiles:

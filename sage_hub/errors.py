@@ -12,6 +12,11 @@ class SageHubError(Exception):
 
     status = 1
 
+    def __str__(self) -> str:
+        """One line, whatever a hostile file put into it: what a terminal obeys is escaped."""
+        text = super().__str__()
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
 
 class UsageError(SageHubError):
     """A wrong option or a wrong key or value in sage.yaml."""

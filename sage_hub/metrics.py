@@ -122,22 +122,24 @@ def blend_towards_base(
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # Tied parameters are one tensor under two names; it must be blended once.
-    done: set[int] = set()
+    done: set[tuple[int, int]] = set()
     for shard in base.shards:
         with base.open_shard(shard) as reader:
-            for name in reader.header.tensors:
-                parameter = parameters.get(architecture.parameter(name) or "")
-                if parameter is None:
-                    if architecture.may_be_absent(name):
+            for name, info in reader.header.tensors.items():
+                place = architecture.place(name, info.shape)
+                parameter = parameters.get(place.parameter) if place else None
+                if place is None or parameter is None:
+                    if architecture.may_be_absent(place.parameter if place else name):
                         continue
-                    raise ArchitectureError(f"{name!r} is not one parameter of the loaded model")
-                if id(parameter) in done:
+                    raise ArchitectureError(f"{name!r} is no part of a parameter of the model")
+                if (id(parameter), place.start) in done:
                     continue
-                done.add(id(parameter))
-                b = reader.read(name).to(parameter.device)
-                wide = torch.promote_types(parameter.dtype, torch.float32)
-                b, u = b.to(wide), parameter.to(wide)
-                parameter.copy_(b + alpha * (u - b))
+                done.add((id(parameter), place.start))
+                rows = parameter.view(-1, info.columns)[place.start : place.stop]
+                b = reader.read_rows(name, 0, info.rows).to(rows.device)
+                wide = torch.promote_types(rows.dtype, torch.float32)
+                b, u = b.to(wide), rows.to(wide)
+                rows.copy_(b + alpha * (u - b))
 
 
 def retain_recovered(base: float, unlearned: float, sanitized: float) -> float | None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from sage_hub.architecture import Architecture, read_architecture
+from sage_hub.architecture import Architecture, Linear, Place, read_architecture
 from sage_hub.checkpoint import INDEX, PICKLES, Checkpoint
 from sage_hub.errors import ArchitectureError, DiskSpaceError, MissingTensorError
 from sage_hub.tensorfile import FLOATS, TensorInfo
@@ -33,16 +34,34 @@ OTHER_WEIGHTS = (
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Rows [start, stop) of a tensor of the unlearned side, and where the base has them.
+
+    The two sides may cut a parameter into tensors differently; a piece lies in one tensor on both,
+    and in one linear map at most.
+    """
+
+    start: int
+    stop: int
+    base: str | None  # the tensor of the base; None if it has none
+    base_start: int
+    linear: Linear | None  # the map to filter; None if the rows are taken as they are
+
+
+@dataclass(frozen=True)
 class Operation:
-    """What to do with one tensor of the unlearned side: filter it, or copy it and say why."""
+    """What to do with one tensor of the unlearned side, piece by piece."""
 
     tensor: str
     shard: str
     info: TensorInfo
-    base: str | None  # the tensor's name on the base side
-    module: str | None  # the linear module whose weight it is; None if it is not filtered
-    transposed: bool = False
+    pieces: tuple[Piece, ...]
     reason: str = ""  # why it is not filtered
+
+    @property
+    def linears(self) -> list[Linear]:
+        """The maps that are filtered."""
+        return [piece.linear for piece in self.pieces if piece.linear is not None]
 
 
 @dataclass(frozen=True)
@@ -69,21 +88,24 @@ class Plan:
 
     def to_filter(self) -> list[Operation]:
         """The operations that filter."""
-        return [operation for operation in self.operations if operation.module is not None]
+        return [operation for operation in self.operations if operation.linears]
 
     def observed(self, modules: Iterable[str]) -> Plan:
         """The plan when only `modules` have a site: the others' weights are copied."""
         known = set(modules)
-        reason = "its module saw no input during calibration"
-        return replace(
-            self,
-            operations=tuple(
-                operation
-                if operation.module is None or operation.module in known
-                else replace(operation, module=None, reason=reason)
-                for operation in self.operations
-            ),
-        )
+
+        def keep(piece: Piece) -> Piece:
+            seen = piece.linear is None or piece.linear.name in known
+            return piece if seen else replace(piece, linear=None)
+
+        operations = []
+        for operation in self.operations:
+            pieces = tuple(keep(piece) for piece in operation.pieces)
+            reason = operation.reason
+            if operation.linears and not any(piece.linear for piece in pieces):
+                reason = "its module saw no input during calibration"
+            operations.append(replace(operation, pieces=pieces, reason=reason))
+        return replace(self, operations=tuple(operations))
 
     def describe(self) -> dict[str, Any]:
         """The plan for `--json`."""
@@ -92,7 +114,7 @@ class Plan:
             "unlearned": {"name": self.unlearned.name, "commit": self.unlearned.commit},
             "tensors": len(self.operations),
             "filter": len(self.to_filter()),
-            "copy": dict(Counter(op.reason for op in self.operations if op.module is None)),
+            "copy": dict(Counter(op.reason for op in self.operations if not op.linears)),
             "carried": list(self.carried),
             "left_behind": self.left_behind,
             "download_bytes": self.download_bytes,
@@ -113,25 +135,24 @@ def make_plan(base: Checkpoint, unlearned: Checkpoint) -> Plan:
             f"{base.name} is a {theirs.model_type} model and {unlearned.name} a "
             f"{ours.model_type} model; the base must be the model that was unlearned."
         )
-    base_names = {theirs.parameter(name) or name: name for name in base.shard_of}
-    names = {ours.parameter(name) or name: name for name in unlearned.shard_of}
-    for parameter in base_names.keys() - names.keys():
+    theirs_at, ours_at = _rows_by_parameter(theirs, base), _rows_by_parameter(ours, unlearned)
+    for parameter, runs in theirs_at.items():
+        _check_shapes(theirs, ours, base, unlearned, parameter)
         if not ours.may_be_absent(parameter):
-            raise _missing(parameter, base, unlearned)
+            for lost in _uncovered(runs, ours_at.get(parameter, [])):
+                raise _missing(lost, base, unlearned)
     operations = []
     for shard, header in unlearned.headers.items():
         for tensor, info in header.tensors.items():
-            parameter = ours.parameter(tensor) or tensor
-            twin = base_names.get(parameter)
-            if twin is None and not theirs.may_be_absent(parameter):
-                raise _missing(tensor, unlearned, base)
-            if twin is not None and base.info(twin).shape != info.shape:
-                raise ArchitectureError(
-                    f"Tensor {tensor!r} has the shape {list(base.info(twin).shape)} in "
-                    f"{base.name} and {list(info.shape)} in {unlearned.name}; the base must be "
-                    "the model that was unlearned."
-                )
-            operations.append(_decide(ours, tensor, shard, info, twin))
+            place = ours.place(tensor, info.shape)
+            parameter = place.parameter if place else tensor
+            # A base that ties its head to the embedding has the head there.
+            runs = theirs_at.get(parameter) or theirs_at.get(theirs.tied.get(parameter, ""), [])
+            mine = _Run(place.start if place else 0, place.stop if place else info.rows, tensor)
+            if not theirs.may_be_absent(parameter) or runs:
+                for lost in _uncovered([mine], runs):
+                    raise _missing(lost, unlearned, base)
+            operations.append(_decide(ours, shard, info, place, mine, runs))
     carried, left_behind = _sort_files(unlearned)
     return Plan(
         base,
@@ -141,6 +162,56 @@ def make_plan(base: Checkpoint, unlearned: Checkpoint) -> Plan:
         left_behind,
         _statistics_bytes(ours),
     )
+
+
+@dataclass(frozen=True, order=True)
+class _Run:
+    """Rows [start, stop) of a parameter, which `tensor` holds."""
+
+    start: int
+    stop: int
+    tensor: str
+
+
+def _rows_by_parameter(architecture: Architecture, side: Checkpoint) -> dict[str, list[_Run]]:
+    """Parameter -> the runs of its rows that `side` has, in order; a tensor of no parameter is
+    one by its own name."""
+    found: dict[str, list[_Run]] = {}
+    for header in side.headers.values():
+        for tensor, info in header.tensors.items():
+            place = architecture.place(tensor, info.shape) or Place(tensor, 0, info.rows)
+            found.setdefault(place.parameter, []).append(_Run(place.start, place.stop, tensor))
+    return {parameter: sorted(runs) for parameter, runs in found.items()}
+
+
+def _uncovered(wanted: Sequence[_Run], there: Sequence[_Run]) -> Iterator[str]:
+    """The tensors of `wanted` that have a row which none of `there` has."""
+    for run in wanted:
+        reached = run.start
+        for other in there:
+            if other.start <= reached < other.stop:
+                reached = other.stop
+        if reached < run.stop or not there:
+            yield run.tensor
+
+
+def _check_shapes(
+    theirs: Architecture,
+    ours: Architecture,
+    base: Checkpoint,
+    unlearned: Checkpoint,
+    parameter: str,
+) -> None:
+    shapes = theirs.parameters.get(parameter), ours.parameters.get(parameter)
+    shared = parameter in base.shard_of and parameter in unlearned.shard_of
+    if shapes == (None, None) and shared:
+        shapes = base.info(parameter).shape, unlearned.info(parameter).shape
+    if None not in shapes and shapes[0] != shapes[1]:
+        raise ArchitectureError(
+            f"Tensor {parameter!r} has the shape {[*(shapes[0] or ())]} in {base.name} and "
+            f"{[*(shapes[1] or ())]} in {unlearned.name}; the base must be the model that was "
+            "unlearned."
+        )
 
 
 def check_disk(plan: Plan, output: Path) -> None:
@@ -172,19 +243,23 @@ def _missing(tensor: str, holder: Checkpoint, other: Checkpoint) -> MissingTenso
 
 
 def _decide(
-    architecture: Architecture, tensor: str, shard: str, info: TensorInfo, twin: str | None
+    architecture: Architecture,
+    shard: str,
+    info: TensorInfo,
+    place: Place | None,
+    mine: _Run,
+    runs: Sequence[_Run],
 ) -> Operation:
-    parameter = architecture.parameter(tensor)
-    linear = architecture.linear_of(tensor)
-    if twin is None:
+    parameter = place.parameter if place else mine.tensor
+    maps = architecture.linears.get(parameter, ())
+    if not runs:
         reason = "the base has no tensor of its own for it (tied or derived)"
-    elif parameter is None:
-        reason = "transformers merges, splits or ignores it at load"
+    elif place is None:
+        reason = "transformers does not know it, or changes it at load"
     elif info.dtype not in FLOATS:
         reason = "not floating point"
-    elif linear is not None:
-        module, kind = linear
-        return Operation(tensor, shard, info, twin, module, kind.transposed)
+    elif maps:
+        reason = architecture.reason_outside(parameter)
     elif parameter == architecture.embedding:
         reason = "token embedding"
     elif parameter == architecture.head:
@@ -193,7 +268,34 @@ def _decide(
         reason = "bias" if parameter.endswith("bias") else "norm or other vector"
     else:
         reason = "not the weight of a linear layer"
-    return Operation(tensor, shard, info, twin, None, reason=reason)
+    pieces = tuple(_cut(mine, runs, () if reason else maps))
+    if not reason and not any(piece.linear for piece in pieces):
+        reason = "stored (in, out) and cut, so that no piece holds a whole input"
+    return Operation(mine.tensor, shard, info, pieces, reason)
+
+
+def _cut(mine: _Run, runs: Sequence[_Run], maps: Sequence[Linear]) -> Iterator[Piece]:
+    """Cut a tensor where the base's tensors or the linear maps end."""
+    edges = {mine.start, mine.stop}
+    ends = [(run.start, run.stop) for run in runs] + [(m.start, m.stop) for m in maps]
+    edges |= {edge for end in ends for edge in end if mine.start < edge < mine.stop}
+    ordered = sorted(edges)
+    for start, stop in pairwise(ordered):
+        run = next((r for r in runs if r.start <= start and stop <= r.stop), None)
+        linear = next((m for m in maps if m.start <= start and stop <= m.stop), None)
+        if (
+            linear is not None
+            and linear.transposed
+            and (start, stop) != (linear.start, linear.stop)
+        ):
+            linear = None  # its inputs are rows, and it takes all of them to filter
+        yield Piece(
+            start - mine.start,
+            stop - mine.start,
+            run.tensor if run else None,
+            start - run.start if run else 0,
+            linear,
+        )
 
 
 def _sort_files(unlearned: Checkpoint) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -220,6 +322,8 @@ def _sort_files(unlearned: Checkpoint) -> tuple[tuple[str, ...], dict[str, str]]
 def _statistics_bytes(architecture: Architecture) -> int:
     # Modules of one parent with inputs of one size usually share a site.
     sites = {
-        (name.rpartition(".")[0], linear.features) for name, linear in architecture.linears.items()
+        (m.name.rpartition(".")[0], m.expert, m.features)
+        for maps in architecture.linears.values()
+        for m in maps
     }
-    return sum(4 * features**2 for _, features in sites)
+    return sum(4 * features**2 for *_, features in sites)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -278,7 +279,7 @@ def default_target(unlearned: Location) -> Location:
     """`<unlearned>-sage`, beside the unlearned one."""
     if unlearned.folder is None:
         return Location(folder=None, repo=f"{unlearned.repo}-sage")
-    folder = unlearned.folder.resolve()
+    folder = Path(os.path.realpath(unlearned.folder))  # resolve() raises on a loop of links
     return Location(folder=folder.with_name(f"{folder.name}-sage"))
 
 

@@ -1,12 +1,13 @@
-"""The pass over the weights: shard by shard, one tensor and one site's statistics at a time."""
+"""The pass over the weights: shard by shard, some rows and one site's statistics at a time."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from sage_hub.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 from sage_hub.errors import NonFiniteError, NothingToDoError
 from sage_hub.moments import Spectrum
-from sage_hub.plan import Operation, Plan
+from sage_hub.plan import Operation, Piece, Plan
 from sage_hub.progress import SILENT, Progress
 from sage_hub.sage import (
     filter_update,
@@ -27,6 +28,10 @@ from sage_hub.sage import (
 )
 from sage_hub.statistics import Statistics
 from sage_hub.tensorfile import TensorReader, TensorWriter
+from sage_hub.threads import ahead
+
+# Numbers in a block of rows: 32 MB in bfloat16. A larger one wins no time, and costs memory.
+BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,38 @@ class Measurement:
     forget: float | None
     forget_filtered: float | None
 
+    def __add__(self, other: Measurement) -> Measurement:
+        """Both together, of rows of one map: every figure is a sum over rows."""
+
+        def both(one: float | None, two: float | None) -> float | None:
+            return None if one is None or two is None else one + two
+
+        return replace(
+            self,
+            retain=self.retain + other.retain,
+            retain_filtered=self.retain_filtered + other.retain_filtered,
+            base=self.base + other.base,
+            norm=self.norm + other.norm,
+            forget=both(self.forget, other.forget),
+            forget_filtered=both(self.forget_filtered, other.forget_filtered),
+        )
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of one piece, read from both sides: what is in memory at a time."""
+
+    operation: Operation
+    piece: Piece
+    base: Tensor | None
+    unlearned: Tensor
+
+    def oriented(self, tensor: Tensor, device: str) -> Tensor:
+        """The rows as (out, in), in float32 at least."""
+        wide = _wide(tensor.to(device))
+        transposed = self.piece.linear is not None and self.piece.linear.transposed
+        return wide.T.contiguous() if transposed else wide
+
 
 @dataclass(frozen=True)
 class TensorRecord:
@@ -69,7 +106,7 @@ class TensorRecord:
     shard: str
     action: str  # "filtered", "identical" or "copied"
     reason: str = ""
-    rank: int | None = None
+    rank: int | None = None  # the largest, where it holds several maps
     bias_before: float | None = None
     bias_after: float | None = None
     norm_ratio: float | None = None  # ‖D‖ / ‖Δ‖
@@ -85,26 +122,27 @@ def measure(
     plan: Plan, statistics: Statistics, how: Filter, *, device: str, progress: Progress = SILENT
 ) -> list[Measurement]:
     """Measure every weight that would be filtered, writing nothing."""
-    found = []
+    found: dict[str, Measurement] = {}
     sites = statistics.site_of
-    for operation, base, unlearned in _pairs(plan, "Measuring", progress):
-        if operation.module is None or base is None or _equal(base, unlearned):
-            continue
-        site = sites[operation.module]
-        spectrum = _on(statistics.spectrum("retain", site), device)
-        b, u = _oriented(base, operation, device), _oriented(unlearned, operation, device)
-        g = how.suppression(spectrum)
-        along = profile(u - b, spectrum.basis)
-        forget = forget_filtered = None
-        if statistics.has("forget"):
-            forget_spectrum = _on(statistics.spectrum("forget", site), device)
-            filtered = filter_update(u - b, spectrum.basis, g)
-            forget = profile(u - b, forget_spectrum.basis).bias(forget_spectrum)
-            forget_filtered = profile(filtered, forget_spectrum.basis).bias(forget_spectrum)
-        found.append(
-            Measurement(
-                tensor=operation.tensor,
-                module=operation.module,
+    with ahead(_blocks(plan, "Measuring", progress)) as blocks:
+        for block in blocks:
+            linear = block.piece.linear
+            if linear is None or block.base is None or _equal(block.base, block.unlearned):
+                continue
+            site = sites[linear.name]
+            spectrum = _on(statistics.spectrum("retain", site), device)
+            b, u = block.oriented(block.base, device), block.oriented(block.unlearned, device)
+            g = how.suppression(spectrum)
+            along = profile(u - b, spectrum.basis)
+            forget = forget_filtered = None
+            if statistics.has("forget"):
+                forget_spectrum = _on(statistics.spectrum("forget", site), device)
+                filtered = filter_update(u - b, spectrum.basis, g)
+                forget = profile(u - b, forget_spectrum.basis).bias(forget_spectrum)
+                forget_filtered = profile(filtered, forget_spectrum.basis).bias(forget_spectrum)
+            measured = Measurement(
+                tensor=block.operation.tensor,
+                module=linear.name,
                 rank=len(g),
                 retain=along.bias(spectrum),
                 retain_filtered=along.bias(spectrum, g),
@@ -113,8 +151,9 @@ def measure(
                 forget=forget,
                 forget_filtered=forget_filtered,
             )
-        )
-    return found
+            earlier = found.get(linear.name)
+            found[linear.name] = measured if earlier is None else earlier + measured
+    return list(found.values())
 
 
 def gain_that_matches(measured: list[Measurement]) -> float:
@@ -151,17 +190,23 @@ def write_shards(
     records: list[TensorRecord] = []
     hashes: dict[str, str] = {}
     sites = statistics.site_of
-    with closing(_pairs(plan, "Sanitizing", progress)) as pairs:
+    with ahead(_blocks(plan, "Sanitizing", progress)) as blocks:
+        stream = iter(blocks)
+        block = next(stream, None)
+        operations = iter(plan.operations)
         for shard, header in plan.unlearned.headers.items():
             metadata = {**header.metadata, "format": "pt"}
             with TensorWriter(folder / shard, header.tensors, metadata) as writer:
-                for _ in header.tensors:
-                    operation, base, unlearned = next(pairs)
-                    site = sites.get(operation.module or "")
-                    spectrum = _on(statistics.spectrum("retain", site), device) if site else None
-                    tensor, record = _treat(operation, base, unlearned, spectrum, how, gain, device)
-                    writer.write(operation.tensor, tensor)
-                    records.append(record)
+                for operation in islice(operations, len(header.tensors)):
+                    tally = _Tally(operation)
+                    while block is not None and block.operation is operation:
+                        site = sites.get(block.piece.linear.name) if block.piece.linear else None
+                        spectrum = statistics.spectrum("retain", site) if site else None
+                        writer.write(
+                            operation.tensor, _treat(block, spectrum, how, gain, device, tally)
+                        )
+                        block = next(stream, None)
+                    records.append(tally.record())
             hashes[shard] = writer.sha256
     if all(record.action == "identical" for record in records):
         raise NothingToDoError(
@@ -183,56 +228,83 @@ def norm_matched_alpha(records: list[TensorRecord]) -> float:
     return math.sqrt(kept / source) if source > 0 else 0.0
 
 
+@dataclass
+class _Tally:
+    """What is known of a tensor so far; every figure is a sum over rows."""
+
+    operation: Operation
+    differs: bool = False
+    rank: int | None = None
+    before: float = 0.0
+    after: float = 0.0
+    base: float = 0.0
+    update: float = 0.0  # ‖Δ‖²
+    kept: float = 0.0  # ‖D‖²
+
+    def record(self) -> TensorRecord:
+        name, shard = self.operation.tensor, self.operation.shard
+        if not self.differs:
+            return TensorRecord(name, shard, "identical")
+        norms: Any = {"update_norm": self.update, "kept_norm": self.kept}
+        if self.rank is None:
+            reason = self.operation.reason or "what differs saw no input during calibration"
+            return TensorRecord(name, shard, "copied", reason, **norms)
+        return TensorRecord(
+            name,
+            shard,
+            "filtered",
+            rank=self.rank,
+            bias_before=_ratio(self.before, self.base),
+            bias_after=_ratio(self.after, self.base),
+            norm_ratio=math.sqrt(self.kept / self.update) if self.update else None,
+            retain_before=self.before,
+            retain_after=self.after,
+            retain_base=self.base,
+            **norms,
+        )
+
+
 def _treat(
-    operation: Operation,
-    base: Tensor | None,
-    unlearned: Tensor,
+    block: Block,
     spectrum: Spectrum | None,
     how: Filter,
     gain: float,
     device: str,
-) -> tuple[Tensor, TensorRecord]:
-    """One tensor of the release, and what to say of it."""
-    name, shard = operation.tensor, operation.shard
+    tally: _Tally,
+) -> Tensor:
+    """The rows as they are stored in the release; what is to be said of them goes to `tally`."""
+    base, unlearned = block.base, block.unlearned
     if base is not None and _equal(base, unlearned):
-        return unlearned, TensorRecord(name, shard, "identical")
+        return unlearned
+    tally.differs = True
     if spectrum is None or base is None:
         norm = 0.0 if base is None else float((_wide(unlearned) - _wide(base)).square().sum())
-        return unlearned, TensorRecord(
-            name, shard, "copied", operation.reason, update_norm=norm, kept_norm=norm
-        )
-    b, u = _oriented(base, operation, device), _oriented(unlearned, operation, device)
+        tally.update += norm
+        tally.kept += norm
+        return unlearned
+    spectrum = _on(spectrum, device)
+    b, u = block.oriented(base, device), block.oriented(unlearned, device)
     g = how.suppression(spectrum)
     stored = sanitize_weight(b, u, spectrum.basis, g, gain).to(unlearned.dtype)
     if not torch.isfinite(stored).all():
         raise NonFiniteError(
-            f"The sanitized {name!r} overflows {unlearned.dtype}; lower --gain, or store the "
-            "unlearned model in a wider type."
+            f"The sanitized {block.operation.tensor!r} overflows {unlearned.dtype}; lower --gain, "
+            "or store the unlearned model in a wider type."
         )
     # Measured on what is stored, because rounding to bfloat16 is an update too.
     before, after = profile(u - b, spectrum.basis), profile(stored.to(b) - b, spectrum.basis)
-    whole = profile(b, spectrum.basis).bias(spectrum)
-    record = TensorRecord(
-        name,
-        shard,
-        "filtered",
-        rank=len(g),
-        bias_before=_ratio(before.bias(spectrum), whole),
-        bias_after=_ratio(after.bias(spectrum), whole),
-        norm_ratio=math.sqrt(after.norm / before.norm) if before.norm else None,
-        retain_before=before.bias(spectrum),
-        retain_after=after.bias(spectrum),
-        retain_base=whole,
-        update_norm=before.norm,
-        kept_norm=after.norm,
-    )
-    return (stored.T if operation.transposed else stored).cpu(), record
+    tally.rank = max(tally.rank or 0, len(g))
+    tally.before += before.bias(spectrum)
+    tally.after += after.bias(spectrum)
+    tally.base += profile(b, spectrum.basis).bias(spectrum)
+    tally.update += before.norm
+    tally.kept += after.norm
+    transposed = block.piece.linear is not None and block.piece.linear.transposed
+    return (stored.T.contiguous() if transposed else stored).cpu()
 
 
-def _pairs(
-    plan: Plan, what: str, progress: Progress
-) -> Generator[tuple[Operation, Tensor | None, Tensor], None, None]:
-    """Each operation with its tensors, in the order of the unlearned side's bytes.
+def _blocks(plan: Plan, what: str, progress: Progress) -> Generator[Block, None, None]:
+    """All rows of the unlearned side in the order of their bytes, with the base's.
 
     Raises NonFiniteError at the first NaN or Inf on either side.
     """
@@ -241,20 +313,34 @@ def _pairs(
         operations = iter(plan.operations)
         for shard, header in plan.unlearned.headers.items():
             with plan.unlearned.open_shard(shard) as reader:
-                for _ in header.tensors:
-                    operation = next(operations)
-                    unlearned = reader.read(operation.tensor)
-                    _check_finite(unlearned, operation.tensor, plan.unlearned)
-                    base = None
-                    if operation.base is not None:
-                        place = plan.base.shard_of[operation.base]
-                        if place not in base_readers:
-                            # Open readers hold no memory, only a file handle.
-                            base_readers[place] = stack.enter_context(plan.base.open_shard(place))
-                        base = base_readers[place].read(operation.base)
-                        _check_finite(base, operation.base, plan.base)
-                    yield operation, base, unlearned
-                    bar.update(operation.info.nbytes)
+                for operation in islice(operations, len(header.tensors)):
+                    for piece, start, stop in _steps(operation):
+                        unlearned = reader.read_rows(operation.tensor, start, stop)
+                        _check_finite(unlearned, operation.tensor, plan.unlearned)
+                        base = None
+                        if piece.base is not None:
+                            place = plan.base.shard_of[piece.base]
+                            if place not in base_readers:
+                                # Open readers hold no memory, only a file handle.
+                                opened = plan.base.open_shard(place)
+                                base_readers[place] = stack.enter_context(opened)
+                            shift = piece.base_start - piece.start
+                            base = base_readers[place].read_rows(
+                                piece.base, start + shift, stop + shift
+                            )
+                            _check_finite(base, piece.base, plan.base)
+                        yield Block(operation, piece, base, unlearned)
+                        bar.update(unlearned.nbytes)
+
+
+def _steps(operation: Operation) -> Iterator[tuple[Piece, int, int]]:
+    """The pieces of a tensor, cut into blocks of rows."""
+    rows = max(1, BLOCK // max(1, operation.info.columns))
+    for piece in operation.pieces:
+        whole = piece.linear is not None and piece.linear.transposed
+        step = max(1, piece.stop - piece.start) if whole else rows
+        for start in range(piece.start, piece.stop, step):
+            yield piece, start, min(start + step, piece.stop)
 
 
 def _check_finite(tensor: Tensor, name: str, side: Checkpoint) -> None:
@@ -271,12 +357,6 @@ def _equal(base: Tensor, unlearned: Tensor) -> bool:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _oriented(tensor: Tensor, operation: Operation, device: str) -> Tensor:
-    """The weight as (out, in), in float32 at least."""
-    wide = _wide(tensor.to(device))
-    return wide.T.contiguous() if operation.transposed else wide
 
 
 def _on(spectrum: Spectrum, device: str) -> Spectrum:

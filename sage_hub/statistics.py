@@ -8,20 +8,19 @@ tokenizer, data and settings they belong to. docs/formats.md describes it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from sage_hub.architecture import Site
-from sage_hub.errors import NotFoundError, StatisticsError
+from sage_hub.errors import CorruptCheckpointError, NotFoundError, StatisticsError
 from sage_hub.moments import SecondMoment, Spectrum, spectrum
 from sage_hub.progress import SILENT, Progress
-from sage_hub.tensorfile import TensorWriter, dtype_name, file_sha256, layout
+from sage_hub.tensorfile import TensorReader, TensorWriter, dtype_name, file_sha256, layout
 
 FORMAT = "sage-hub-statistics"
 VERSION = "1"
@@ -59,7 +58,7 @@ class Statistics:
     sites: tuple[Site, ...]
     fingerprint: str
     _scalars: dict[str, dict[str, Any]]
-    _file: Any
+    _file: TensorReader
 
     @property
     def site_of(self) -> dict[str, Site]:
@@ -74,8 +73,8 @@ class Statistics:
         """The spectrum of `site` on the set `which`, mapped from the file, not copied."""
         scalars = self._scalars[which][site.name]
         return Spectrum(
-            basis=self._file.get_tensor(f"{which}/{site.name}/basis"),
-            values=self._file.get_tensor(f"{which}/{site.name}/values"),
+            basis=self._file.map(f"{which}/{site.name}/basis"),
+            values=self._file.map(f"{which}/{site.name}/values"),
             trace=scalars["trace"],
             tokens=scalars["tokens"],
         )
@@ -128,13 +127,13 @@ def open_statistics(path: Path) -> Iterator[Statistics]:
     if not path.is_file():
         raise NotFoundError(f"The statistics file {path} does not exist.")
     try:
-        file = safe_open(path, framework="pt")
-    except SafetensorError as error:
+        reader = TensorReader(path)
+    except CorruptCheckpointError as error:
         raise StatisticsError(
             f"{path} is not a statistics file ({error}); make one with `sage-hub stats`."
         ) from None
-    with file as mapped:
-        metadata: Mapping[str, str] = mapped.metadata() or {}
+    with reader:
+        metadata = reader.header.metadata
         if metadata.get("format") != FORMAT:
             raise StatisticsError(
                 f"{path} is not a statistics file; make one with `sage-hub stats`."
@@ -148,12 +147,12 @@ def open_statistics(path: Path) -> Iterator[Statistics]:
             statistics = Statistics(
                 origin=Origin(**json.loads(metadata["origin"])),
                 sites=tuple(
-                    Site(site["name"], tuple(site["modules"]), site["size"])
+                    Site(**{**site, "modules": tuple(site["modules"])})
                     for site in json.loads(metadata["sites"])
                 ),
                 fingerprint=file_sha256(path),
                 _scalars=json.loads(metadata["scalars"]),
-                _file=mapped,
+                _file=reader,
             )
         except (KeyError, TypeError, ValueError):
             raise StatisticsError(

@@ -1,7 +1,7 @@
-"""One safetensors file, a tensor at a time: read the header, read a tensor, write front to back.
+"""One safetensors file, some rows at a time: read the header, read rows, write front to back.
 
 The `safetensors` library maps whole files and saves whole dictionaries; here memory is bounded by
-one tensor. Its strict parser still has the first word on every file that is read.
+the rows in hand. Its strict parser still has the first word on every file that is read.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sage_hub.errors import CorruptCheckpointError, NotFoundError
+from sage_hub.threads import Behind
 
 DTYPES = {
     "F64": torch.float64,
@@ -50,6 +52,20 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return self.stop - self.start
+
+    @property
+    def rows(self) -> int:
+        """The tensor as a matrix: its last dimension is a row; a vector is one column."""
+        return row_count(self.shape)
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1] if len(self.shape) > 1 else 1
+
+
+def row_count(shape: tuple[int, ...]) -> int:
+    """The rows of a tensor of `shape` seen as a matrix: a 3-D one's matrices stand in a column."""
+    return math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape)
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,8 @@ def check_header(
     for key, info in ordered.items():
         if info.start != end or info.stop < info.start or any(n < 0 for n in info.shape):
             raise broken(f"the bytes of tensor {key!r} overlap another's or leave a hole")
+        if math.prod(max(n, 1) for n in info.shape) >= 1 << 63:
+            raise broken(f"the shape of tensor {key!r} is too large")
         dtype = DTYPES.get(info.dtype)
         if dtype is not None and info.nbytes != math.prod(info.shape) * dtype.itemsize:
             raise broken(f"tensor {key!r} has the wrong number of bytes for its shape")
@@ -124,7 +142,8 @@ class TensorReader:
         self.header = read_header(path)
 
     def __enter__(self) -> TensorReader:
-        self._file = self.path.open("rb")
+        # Unbuffered: rows are read in large blocks, straight into their tensor.
+        self._file = self.path.open("rb", buffering=0)
         return self
 
     def __exit__(
@@ -138,27 +157,47 @@ class TensorReader:
     def read(self, name: str) -> Tensor:
         """The tensor `name`, in memory of its own."""
         info = self.header.tensors[name]
+        return self.read_rows(name, 0, info.rows).reshape(info.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the tensor `name` as a matrix, in memory of their own."""
+        info = self.header.tensors[name]
         if info.dtype not in DTYPES:
             raise CorruptCheckpointError(
                 f"Tensor {name!r} in {self.path.name} has the type {info.dtype}, "
                 "which sage-hub cannot compute with; save it as bfloat16, float16 or float32."
             )
-        buffer = bytearray(info.nbytes)
-        self._file.seek(self.header.data_start + info.start)
-        if self._file.readinto(buffer) != info.nbytes:
-            raise CorruptCheckpointError(
-                f"{self.path.name} ends in the middle of tensor {name!r}; "
-                "it changed or was cut while it was read."
-            )
-        return from_bytes(buffer, info)
+        dtype = DTYPES[info.dtype]
+        rows = torch.empty(stop - start, info.columns, dtype=dtype)
+        buffer = raw_bytes(rows)
+        self._file.seek(self.header.data_start + info.start + start * info.columns * dtype.itemsize)
+        while buffer.nbytes:
+            count = self._file.readinto(buffer)
+            if not count:
+                raise CorruptCheckpointError(
+                    f"{self.path.name} ends in the middle of tensor {name!r}; "
+                    "it changed or was cut while it was read."
+                )
+            buffer = buffer[count:]
+        return rows
 
-
-def from_bytes(buffer: bytearray, info: TensorInfo) -> Tensor:
-    """A tensor over `buffer`, which it keeps alive."""
-    dtype = DTYPES[info.dtype]
-    if not buffer:
-        return torch.empty(info.shape, dtype=dtype)
-    return torch.frombuffer(buffer, dtype=dtype).reshape(info.shape)
+    def map(self, name: str) -> Tensor:
+        """The tensor `name` mapped from the file; its pages are given back when it is dropped."""
+        info = self.header.tensors[name]
+        if not info.nbytes:
+            return self.read(name)
+        begin = self.header.data_start + info.start
+        before = begin % mmap.ALLOCATIONGRANULARITY
+        # A private copy-on-write map, because torch takes no read-only memory.
+        pages = mmap.mmap(
+            self._file.fileno(),
+            info.nbytes + before,
+            access=mmap.ACCESS_COPY,
+            offset=begin - before,
+        )
+        count = math.prod(info.shape)
+        flat = torch.frombuffer(pages, dtype=DTYPES[info.dtype], count=count, offset=before)
+        return flat.reshape(info.shape)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -187,7 +226,8 @@ class TensorWriter:
     """Write a safetensors file front to back; it gets its name only when it is whole.
 
     The same tensors give the same bytes: the header is ours, its order that of the data. The
-    SHA-256 is taken while writing, so the file need not be read again for it.
+    SHA-256 is taken while writing, so the file need not be read again for it. Hashing and writing
+    go on in a thread of their own, a few blocks behind the caller.
     """
 
     def __init__(
@@ -197,6 +237,7 @@ class TensorWriter:
         self.sha256 = ""
         self._partial = path.with_name(path.name + ".partial")
         self._todo = list(tensors.items())[::-1]
+        self._written = 0  # bytes of the tensor that is due
         fields: dict[str, Any] = {"__metadata__": dict(metadata)}
         for name, info in tensors.items():
             fields[name] = {
@@ -207,22 +248,42 @@ class TensorWriter:
         text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
         # The format wants the data 8-byte aligned, by spaces behind the JSON.
         self._head = text + b" " * (-len(text) % 8)
+        self._hash = hashlib.sha256()
+        self._behind = Behind(self._put)
 
     def __enter__(self) -> TensorWriter:
-        self._hash = hashlib.sha256()
-        self._file = self._partial.open("wb")
-        self._put(len(self._head).to_bytes(8, "little"))
-        self._put(self._head)
+        self._file = self._partial.open("wb", buffering=0)
+        self._put(len(self._head).to_bytes(8, "little") + self._head)
+        self._behind.start()
         return self
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor. Raises ValueError if it is not the one that the header names."""
+    def write(self, name: str, rows: Tensor) -> None:
+        """Write the next tensor, or the next rows of it.
+
+        Raises ValueError if they are not what the header names next. `rows` must not be changed
+        afterwards.
+        """
+        self._skip_empty(unless=name)
         if not self._todo:
             raise ValueError(f"wrote {name!r} behind the last tensor of the header")
-        due, info = self._todo.pop()
-        if (name, dtype_name(tensor.dtype), tuple(tensor.shape)) != (due, info.dtype, info.shape):
-            raise ValueError(f"wrote {name!r} where the header has {due!r} {info}")
-        self._put(raw_bytes(tensor))
+        due, info = self._todo[-1]
+        self._written += rows.nbytes
+        fits = rows.shape == info.shape or rows.shape[1:] == (info.columns,)
+        if (name, dtype_name(rows.dtype), fits) != (due, info.dtype, True) or (
+            self._written > info.nbytes
+        ):
+            raise ValueError(
+                f"wrote {name!r} {tuple(rows.shape)} where the header has {due!r} {info}"
+            )
+        self._behind.put(raw_bytes(rows))
+        if self._written == info.nbytes:
+            self._todo.pop()
+            self._written = 0
+
+    def _skip_empty(self, unless: str = "") -> None:
+        """Tensors without elements may be left out."""
+        while self._todo and self._todo[-1][1].nbytes == 0 and self._todo[-1][0] != unless:
+            self._todo.pop()
 
     def __exit__(
         self,
@@ -230,21 +291,25 @@ class TensorWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None or self._todo:
+        self._skip_empty()
+        try:
+            self._behind.finish(wait=error is None)
+            if error is None and self._todo:
+                raise ValueError(f"{self.path.name}: {len(self._todo)} tensors were not written")
+            if error is None:
+                os.fsync(self._file.fileno())
+                self._file.close()
+                self._partial.replace(self.path)
+                self.sha256 = self._hash.hexdigest()
+        finally:
             self._file.close()
             self._partial.unlink(missing_ok=True)
-            if error is None:
-                raise ValueError(f"{self.path.name}: {len(self._todo)} tensors were not written")
-            return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._partial.replace(self.path)
-        self.sha256 = self._hash.hexdigest()
 
     def _put(self, data: bytes | memoryview) -> None:
         self._hash.update(data)
-        self._file.write(data)
+        view = memoryview(data)
+        while view.nbytes:  # an unbuffered write may be short
+            view = view[self._file.write(view) :]
 
 
 def file_sha256(path: Path) -> str:

@@ -170,7 +170,7 @@ def adapter(pair: Path) -> None:
     [
         (no_such_folder, 10, ["base", "does not exist"]),
         (other_architecture, 12, ["gpt2", "llama"]),
-        (other_shape, 12, ["shape", "[96, 32]", "[64, 32]"]),
+        (other_shape, 12, ["shape", "[32, 96]", "[32, 64]"]),
         (unknown_architecture, 12, ["no-such-model", "remote code is not run"]),
         (missing_in_base, 13, [WEIGHT, "not in base"]),
         (missing_in_unlearned, 13, [WEIGHT, "not in unlearned"]),
