@@ -210,3 +210,20 @@ def test_streaming_equals_the_whole_model(name: str, layout: str, tmp_path: Path
     for parameter, tensor in expected.items():
         found_here = found[parameter].double()
         assert torch.allclose(found_here, tensor, rtol=1e-4, atol=1e-5), parameter
+
+
+def test_experts_that_see_few_tokens_are_shown_the_input_of_their_block(tmp_path: Path) -> None:
+    model = make_model("Mixtral")
+    single(model, tmp_path / "base")
+    move(model)
+    single(model, tmp_path / "unlearned")
+    for side in ("base", "unlearned"):
+        make_tokenizer().save_pretrained(tmp_path / side)
+    write_rows(tmp_path / "retain.jsonl", make_rows(3, seed=0))  # 42 tokens for 4 experts
+    arguments = [str(tmp_path / "base"), str(tmp_path / "unlearned"), "--quiet", "--retain"]
+    arguments += [str(tmp_path / "retain.jsonl"), "--output", str(tmp_path / "out")]
+    assert main(["sanitize", *arguments]) == 0
+    manifest = json.loads((tmp_path / "out" / "sage" / "manifest.json").read_text())
+    shown = manifest["statistics"]["data"]["retain"]["experts_shown_block_input"]
+    assert any("down_proj" in name for name in shown)
+    assert manifest["counts"]["filtered"] == 2 * (4 + 1 + 4 * 3)
