@@ -37,9 +37,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from sage_hub.checkpoint import Checkpoint
-from sage_hub.errors import ArchitectureError
+from sage_hub.errors import ArchitectureError, first_line
 from sage_hub.tensorfile import row_count
 
+# Conversions at load that stack the experts, and join the parts of each.
+ROWS_STAY_WHOLE = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 EXPERT_KINDS = ("gate_up_proj", "up_proj", "down_proj")  # fused (expert, out, in) parameters
 
 
@@ -122,17 +124,12 @@ class Architecture:
     ) -> Place | None:
         """Of a tensor that holds one expert's part of a fused (expert, out, in) parameter."""
         converter = next(c for c in self._converters if pattern in c.source_patterns)
-        # The experts are stacked, and the parts of each joined: all rows stay whole.
-        stacked = [type(op) for op in converter.operations] in (
-            [MergeModulelist],
-            [MergeModulelist, Concatenate],
-        )
-        dims = [getattr(op, "dim", None) for op in converter.operations]
+        steps = [(type(op), getattr(op, "dim", None)) for op in converter.operations]
         head, star, tail = pattern.partition("*")
         key = apply_renamings(tensor, [*self._renamings])
         number = re.search(rf"{re.escape(head)}(\d+){re.escape(tail)}", key)
         whole = self.parameters[name]
-        if not stacked or dims not in ([0], [0, 1]) or not star or number is None:
+        if steps not in ROWS_STAY_WHOLE or not star or number is None:
             return None
         expert, parts = int(number[1]), len(converter.source_patterns)
         if len(whole) != 3 or expert >= whole[0] or (whole[1] // parts, whole[2]) != shape:
@@ -142,10 +139,6 @@ class Architecture:
             )
         start = expert * whole[1] + converter.source_patterns.index(pattern) * shape[0]
         return Place(name, start, start + shape[0])
-
-    def reason_outside(self, parameter: str) -> str:
-        """Why a linear map is not filtered though it is one; "" if it is."""
-        return "outside the language model" if parameter.startswith(self.outside) else ""
 
     def may_be_absent(self, tensor: str) -> bool:
         """Whether a whole checkpoint can lack `tensor`: a tied weight or a left-over buffer."""
@@ -207,12 +200,6 @@ def is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("num_experts", "is_transposed", "_apply_gate"))
 
 
-def expert_count(module: nn.Module) -> int:
-    """The number of experts that `module` holds."""
-    count: Any = module.num_experts
-    return int(count)
-
-
 def expert_inputs(module: Any, expert: int, x: Tensor) -> dict[str, Tensor]:
     """What the parameters of one expert are given when it sees `x` (n, in): kind -> (n, in)."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
@@ -236,10 +223,9 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
             model = _auto_class(config).from_config(config, trust_remote_code=False)
     except Exception as error:
         # Whatever a config makes transformers raise, the user's next step is the same.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ArchitectureError(
             f"transformers cannot build a causal language model from the config of "
-            f"{checkpoint.name} (remote code is not run): {reason}"
+            f"{checkpoint.name} (remote code is not run): {first_line(error)}"
         ) from None
     transforms = get_model_conversion_mapping(model)
     head = model.get_output_embeddings()
@@ -293,8 +279,9 @@ def load_model(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
                 trust_remote_code=False,
             )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise ArchitectureError(f"transformers cannot load {checkpoint.name}: {reason}") from None
+        raise ArchitectureError(
+            f"transformers cannot load {checkpoint.name}: {first_line(error)}"
+        ) from None
     return model.to(device).eval()
 
 

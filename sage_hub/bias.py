@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sage_hub.sage import matching_gain, relative
 from sage_hub.shards import Measurement
 
 
@@ -22,11 +23,11 @@ def summarize(measured: Sequence[Measurement]) -> dict[str, Any]:
         {
             "module": m.module,
             "rank": m.rank,
-            "retain_before": _ratio(m.retain, m.base),
-            "retain_after": _ratio(m.retain_filtered, m.base),
-            "share": _ratio(m.retain, total),
-            "forget_before": _ratio(m.forget, m.base),
-            "forget_kept": _ratio(m.forget_filtered, m.forget),
+            "retain_before": relative(m.retain, m.base),
+            "retain_after": relative(m.retain_filtered, m.base),
+            "share": relative(m.retain, total),
+            "forget_before": relative(m.forget, m.base),
+            "forget_kept": relative(m.forget_filtered, m.forget),
         }
         for m in sorted(measured, key=lambda m: (-m.retain, m.module))
     ]
@@ -37,11 +38,11 @@ def summarize(measured: Sequence[Measurement]) -> dict[str, Any]:
     return {
         "model": {
             "weights": len(measured),
-            "retain_before": _ratio(total, whole),
-            "retain_after": _ratio(math.fsum(m.retain_filtered for m in measured), whole),
-            "forget_kept": _ratio(forget_filtered, forget),
+            "retain_before": relative(total, whole),
+            "retain_after": relative(math.fsum(m.retain_filtered for m in measured), whole),
+            "forget_kept": relative(forget_filtered, forget),
             "matching_gain": (
-                math.sqrt(forget / forget_filtered) if forget and forget_filtered else None
+                matching_gain(forget, forget_filtered) if forget and forget_filtered else None
             ),
         },
         "modules": modules,
@@ -51,7 +52,3 @@ def summarize(measured: Sequence[Measurement]) -> dict[str, Any]:
 def _sum(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return math.fsum(known) if known else None
-
-
-def _ratio(part: float | None, whole: float | None) -> float | None:
-    return part / whole if part is not None and whole else None

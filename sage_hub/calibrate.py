@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from sage_hub.architecture import (
     EXPERT_KINDS,
     Site,
-    expert_count,
     expert_inputs,
     find_sites,
     is_experts,
@@ -153,10 +152,10 @@ def _observe(
 
         hooks.enter_context(model.get_submodule(site.name).register_forward_pre_hook(hook))
 
-    def observe_experts(name: str, module: nn.Module) -> None:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def observe_experts(name: str, module: Any) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x, chosen = tokens(name, args[0]), tokens(name, args[1])
-            for expert in range(expert_count(module)):
+            for expert in range(module.num_experts):
                 seen = x[(chosen == expert).any(dim=1)] if routed else x
                 wanted = [k for k in EXPERT_KINDS if f"{name}.{k}.{expert}" in moments]
                 if wanted and len(seen):

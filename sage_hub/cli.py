@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sage_hub import __version__
-from sage_hub.errors import DiskSpaceError, OutOfMemoryError, SageHubError
+from sage_hub.errors import DiskSpaceError, OutOfMemoryError, SageHubError, first_line
 from sage_hub.progress import Progress
 
 SETTINGS = (
@@ -57,10 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = _explain_machine(error)
         if known is not None:
             return _fail(str(known), known.status)
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
         return _fail(
-            f"Internal error ({type(error).__name__}: {reason}). Please report it with the "
-            "traceback that SAGE_HUB_DEBUG=1 prints.",
+            f"Internal error ({type(error).__name__}: {first_line(error)}). Please report it "
+            "with the traceback that SAGE_HUB_DEBUG=1 prints.",
             1,
         )
     return 0
@@ -89,13 +88,8 @@ def _explain_machine(error: Exception) -> SageHubError | None:
 
 def _push(args: argparse.Namespace) -> None:
     from sage_hub import release
-    from sage_hub.checkpoint import parse_location
 
-    target = (
-        parse_location(args.to)
-        if args.to
-        else release.default_target(parse_location(args.unlearned))
-    )
+    target = release.choose_target(args.to, args.unlearned)
     options = {"private": args.private, "create_pr": args.create_pr}
     _run(args, target, options)
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sage_hub.architecture import quiet_transformers
 from sage_hub.checkpoint import Checkpoint
-from sage_hub.errors import ArchitectureError, ProxyError
+from sage_hub.errors import ArchitectureError, ProxyError, first_line
 from sage_hub.proxies import Proxy, Row
 
 
@@ -42,7 +42,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(checkpoint.model_folder(), trust_remote_code=False)
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        reason = first_line(error)
         raise ArchitectureError(
             f"The tokenizer of {checkpoint.name} cannot be loaded (remote code is not run): "
             f"{reason}"

@@ -18,6 +18,11 @@ class SageHubError(Exception):
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line with words in what a library says, else the name of its error."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class UsageError(SageHubError):
     """A wrong option or a wrong key or value in sage.yaml."""
 

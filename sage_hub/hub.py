@@ -28,6 +28,7 @@ from sage_hub.errors import (
     SageHubError,
     TargetError,
     UsageError,
+    first_line,
 )
 from sage_hub.progress import SILENT, Progress
 
@@ -59,11 +60,11 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
             "check the network, HF_ENDPOINT and HF_HUB_OFFLINE."
         ) from None
     except EntryNotFoundError as error:
-        raise NotFoundError(f"A file is missing from {repo}: {_first_line(error)}") from None
+        raise NotFoundError(f"A file is missing from {repo}: {first_line(error)}") from None
     except LocalTokenNotFoundError:
         raise AccessError(f"{repo} needs a token: {LOG_IN}.") from None
     except HFValidationError as error:
-        raise UsageError(f"{repo!r} is not a valid repo name: {_first_line(error)}") from None
+        raise UsageError(f"{repo!r} is not a valid repo name: {first_line(error)}") from None
     except HfHubHTTPError as error:
         raise _explain_status(error, repo) from None
     except HTTPError as error:
@@ -83,11 +84,7 @@ def _explain_status(error: HfHubHTTPError, repo: str) -> SageHubError:
         )
     if status == 429 or status >= 500:
         return NetworkError(f"The Hub answered {status} about {repo}; try again later.")
-    return NetworkError(f"The Hub answered {status} about {repo}: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return NetworkError(f"The Hub answered {status} about {repo}: {first_line(error)}")
 
 
 def check_target(repo: str, *, force: bool = False) -> None:
@@ -149,7 +146,7 @@ def publish(
             except RuntimeError as error:  # what hf_xet raises when an upload breaks off
                 raise NetworkError(
                     f"Uploading {addition.path_in_repo} to {repo} broke off "
-                    f"({_first_line(error)}); nothing was published. Run the same command again."
+                    f"({first_line(error)}); nothing was published. Run the same command again."
                 ) from None
         try:
             commit = api.create_commit(

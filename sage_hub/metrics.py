@@ -57,13 +57,13 @@ def answer_losses(
     with progress.counter(what, len(rows), "row") as bar:
         for batch in batches(rows, batch_size):
             ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
-            hidden = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             for line, place in enumerate(batch.rows):
                 answer = batch.answer[line, 1:].to(model.device)
                 if answer.any():
                     # Row by row, so that float32 logits of a whole batch never exist at once.
                     loss = torch.nn.functional.cross_entropy(
-                        hidden[line, :-1][answer].float(), ids[line, 1:][answer]
+                        logits[line, :-1][answer].float(), ids[line, 1:][answer]
                     )
                     losses[place] = (float(loss), int(answer.sum()))
             bar.update(len(batch.rows))

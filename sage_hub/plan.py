@@ -259,7 +259,8 @@ def _decide(
     elif info.dtype not in FLOATS:
         reason = "not floating point"
     elif maps:
-        reason = architecture.reason_outside(parameter)
+        outside = parameter.startswith(architecture.outside)
+        reason = "outside the language model" if outside else ""
     elif parameter == architecture.embedding:
         reason = "token embedding"
     elif parameter == architecture.head:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from sage_hub.errors import NotFoundError, OverlapError, ProxyError, UsageError
+from sage_hub.errors import NotFoundError, OverlapError, ProxyError, UsageError, first_line
 from sage_hub.hub import explained
 
 BUILTIN = Path(__file__).parent / "data" / "general_proxy.jsonl"
@@ -242,8 +242,7 @@ def _load(*args: Any, **kwargs: Any) -> Iterator[Mapping[str, Any]]:
 
 def _reason(error: Exception, path: Path) -> str:
     """The first line of a library's error, without the path of this machine."""
-    line = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-    return line.replace(str(path), path.name)
+    return first_line(error).replace(str(path), path.name)
 
 
 def _read_dataset(source: str) -> Proxy:
@@ -275,5 +274,5 @@ def _read_dataset(source: str) -> Proxy:
             name,
         )
     except (ValueError, OSError) as error:
-        raise ProxyError(f"{name} cannot be read: {str(error).splitlines()[0]}") from None
+        raise ProxyError(f"{name} cannot be read: {first_line(error)}") from None
     return Proxy(name, rows, revision=sha)

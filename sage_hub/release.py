@@ -76,7 +76,7 @@ def push(
     folder; `to` defaults to the unlearned one's name with `-sage`. Nothing is published unless
     everything went well. Raises the errors of `sage_hub.errors`.
     """
-    target = parse_location(to) if to else default_target(parse_location(unlearned))
+    target = choose_target(to, unlearned)
     job = prepare(
         base,
         unlearned,
@@ -275,11 +275,14 @@ def audit(
         return summarize(measured)
 
 
-def default_target(unlearned: Location) -> Location:
-    """`<unlearned>-sage`, beside the unlearned one."""
-    if unlearned.folder is None:
-        return Location(folder=None, repo=f"{unlearned.repo}-sage")
-    folder = Path(os.path.realpath(unlearned.folder))  # resolve() raises on a loop of links
+def choose_target(to: str | None, unlearned: str) -> Location:
+    """Where `to` says, or `<unlearned>-sage` beside the unlearned one."""
+    if to:
+        return parse_location(to)
+    source = parse_location(unlearned)
+    if source.folder is None:
+        return Location(folder=None, repo=f"{source.repo}-sage")
+    folder = Path(os.path.realpath(source.folder))  # resolve() raises on a loop of links
     return Location(folder=folder.with_name(f"{folder.name}-sage"))
 
 

@@ -112,3 +112,8 @@ def matching_gain(source: float, filtered: float) -> float:
     if filtered <= 0:
         raise ValueError("the filtered update does nothing on the forget proxy")
     return math.sqrt(source / filtered)
+
+
+def relative(part: float | None, whole: float | None) -> float | None:
+    """part / whole; None where either is unknown, or the whole is nothing."""
+    return part / whole if part is not None and whole else None

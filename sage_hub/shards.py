@@ -23,6 +23,7 @@ from sage_hub.sage import (
     filter_update,
     matching_gain,
     profile,
+    relative,
     sanitize_weight,
     suppression,
 )
@@ -91,11 +92,14 @@ class Block:
     base: Tensor | None
     unlearned: Tensor
 
+    @property
+    def transposed(self) -> bool:
+        return self.piece.linear is not None and self.piece.linear.transposed
+
     def oriented(self, tensor: Tensor, device: str) -> Tensor:
         """The rows as (out, in), in float32 at least."""
         wide = _wide(tensor.to(device))
-        transposed = self.piece.linear is not None and self.piece.linear.transposed
-        return wide.T.contiguous() if transposed else wide
+        return wide.T.contiguous() if self.transposed else wide
 
 
 @dataclass(frozen=True)
@@ -245,22 +249,24 @@ class _Tally:
         name, shard = self.operation.tensor, self.operation.shard
         if not self.differs:
             return TensorRecord(name, shard, "identical")
-        norms: Any = {"update_norm": self.update, "kept_norm": self.kept}
         if self.rank is None:
             reason = self.operation.reason or "what differs saw no input during calibration"
-            return TensorRecord(name, shard, "copied", reason, **norms)
+            return TensorRecord(
+                name, shard, "copied", reason, update_norm=self.update, kept_norm=self.kept
+            )
         return TensorRecord(
             name,
             shard,
             "filtered",
             rank=self.rank,
-            bias_before=_ratio(self.before, self.base),
-            bias_after=_ratio(self.after, self.base),
+            bias_before=relative(self.before, self.base),
+            bias_after=relative(self.after, self.base),
             norm_ratio=math.sqrt(self.kept / self.update) if self.update else None,
             retain_before=self.before,
             retain_after=self.after,
             retain_base=self.base,
-            **norms,
+            update_norm=self.update,
+            kept_norm=self.kept,
         )
 
 
@@ -299,8 +305,7 @@ def _treat(
     tally.base += profile(b, spectrum.basis).bias(spectrum)
     tally.update += before.norm
     tally.kept += after.norm
-    transposed = block.piece.linear is not None and block.piece.linear.transposed
-    return (stored.T.contiguous() if transposed else stored).cpu()
+    return (stored.T.contiguous() if block.transposed else stored).cpu()
 
 
 def _blocks(plan: Plan, what: str, progress: Progress) -> Generator[Block, None, None]:
@@ -361,10 +366,6 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _on(spectrum: Spectrum, device: str) -> Spectrum:
     return Spectrum(spectrum.basis.to(device), spectrum.values, spectrum.trace, spectrum.tokens)
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole > 0 else None
 
 
 def _write_index(unlearned: Checkpoint, folder: Path) -> None:
