@@ -285,12 +285,12 @@ class Checkpoint:
             name: self.files.sha256(name)
             for name in progress.each(f"Hashing {self.name}", names, len(names), "file")
         }
-        return _digest(hashes)
+        return digest(hashes)
 
     def tokenizer_fingerprint(self) -> str:
         """A SHA-256 over the tokenizer's files."""
         names = [name for name in TOKENIZER_FILES if name in self.files.sizes]
-        return _digest({name: file_sha256(self.files.path(name)) for name in names})
+        return digest({name: file_sha256(self.files.path(name)) for name in names})
 
     def model_folder(self) -> Path:
         """A local folder with all that `from_pretrained` needs, and no pickles."""
@@ -339,8 +339,9 @@ def read_json(files: Files, name: str) -> dict[str, Any]:
     return content
 
 
-def _digest(hashes: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+def digest(content: Mapping[str, Any]) -> str:
+    """A SHA-256 over `content`, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _read_headers(files: Files) -> dict[str, Header]:

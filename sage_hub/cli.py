@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SageHubError as error:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:
-        return _fail("Interrupted; no output was left half done. Run the same command again.", 130)
+        return _fail("Interrupted; the same command goes on where this one stopped.", 130)
     except BrokenPipeError:
         # The reader of stdout went away, as `| head` does; that is no error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -163,6 +164,23 @@ def _audit(args: argparse.Namespace) -> None:
         print(display.audit_text(result, top=args.top))
 
 
+def _verify(args: argparse.Namespace) -> None:
+    from sage_hub import display
+    from sage_hub.errors import VerificationError
+    from sage_hub.verify import verify
+
+    found = verify(args.release, _progress(args))
+    if args.json:
+        _print_json(asdict(found))
+    else:
+        print(display.verification_text(found))
+    if found.differences:
+        raise VerificationError(
+            f"{found.name} is not what its manifest says: {len(found.differences)} "
+            f"difference{'s' if len(found.differences) > 1 else ''}."
+        )
+
+
 def _demo(args: argparse.Namespace) -> None:
     from sage_hub import demo, display
 
@@ -234,6 +252,9 @@ EPILOG = {
   sage-hub push org/base org/unlearned --stats base.safetensors""",
     "audit": """example:
   sage-hub audit org/base org/unlearned --retain retain.jsonl --strength 10""",
+    "verify": """examples:
+  sage-hub verify ./release
+  sage-hub verify org/unlearned-sage""",
     "demo": """examples:
   sage-hub demo
   sage-hub demo --model smollm2 --output ./smollm2-demo""",
@@ -253,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=what,
-            description=f"{what} {PROXY_HELP}" if name != "demo" else what,
+            description=what if name in ("demo", "verify") else f"{what} {PROXY_HELP}",
             epilog=EPILOG[name],
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -295,6 +316,10 @@ def _parser() -> argparse.ArgumentParser:
         "--top", type=int, default=15, metavar="N", help="modules to show (default: 15)"
     )
     _add_settings(audit, "retain", "forget", skip=("gain",))
+
+    verify = add("verify", _verify, "Compare every file of RELEASE with its manifest.")
+    verify.add_argument("release", metavar="RELEASE", help="Hub repo[@revision] or folder")
+    _add_output_options(verify)
 
     demo = add("demo", _demo, "Make a small unlearning problem and run the main job on it.")
     demo.add_argument("--output", type=Path, default=Path("sage-demo"), metavar="DIR")
@@ -357,6 +382,10 @@ def _add_settings(command: argparse.ArgumentParser, *sets: str, skip: Sequence[s
         default=absent,
         help="use the rows' plain form even if the tokenizer has a chat template",
     )
+    _add_output_options(command)
+
+
+def _add_output_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     command.add_argument("--quiet", "-q", action="store_true", help="no plan, notes or bars")
 

@@ -9,6 +9,7 @@ from sage_hub.card import MODELS, metric_table
 from sage_hub.checkpoint import Checkpoint
 from sage_hub.release import Job, Release
 from sage_hub.settings import SETS
+from sage_hub.verify import Verification
 
 
 def plan_text(job: Job) -> str:
@@ -125,6 +126,16 @@ def audit_text(audit: Mapping[str, Any], *, top: int) -> str:
     if model["matching_gain"] is not None:
         parts.append(f"gain that keeps the forgetting carrier: {model['matching_gain']:.4g}")
     return "\n".join(parts)
+
+
+def verification_text(found: Verification) -> str:
+    """What was compared with the manifest, and what differs."""
+    where = f"{found.name}{'@' + found.commit if found.commit else ''}"
+    lines = [f"differs: {difference}" for difference in found.differences]
+    if not lines:
+        lines.append(f"{where} is what its manifest says: {len(found.checked)} files.")
+    lines.append(f"not covered by the manifest: {', '.join(found.not_covered)}")
+    return "\n".join(lines)
 
 
 def _side(checkpoint: Checkpoint) -> str:

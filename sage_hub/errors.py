@@ -11,6 +11,7 @@ class SageHubError(Exception):
     """Base of all errors that are explained to the user in one sentence."""
 
     status = 1
+    final = True  # the same command will fail the same way: its finished parts need not be kept
 
     def __str__(self) -> str:
         """One line, whatever a hostile file put into it: what a terminal obeys is escaped."""
@@ -33,12 +34,14 @@ class NotFoundError(SageHubError):
     """A repo, revision, folder or file that does not exist."""
 
     status = 10
+    final = False
 
 
 class AccessError(SageHubError):
     """The Hub wants a token, another token, or an accepted licence."""
 
     status = 11
+    final = False
 
 
 class ArchitectureError(SageHubError):
@@ -75,6 +78,7 @@ class CorruptCheckpointError(SageHubError):
     """A safetensors file, index or config that cannot be what it claims to be."""
 
     status = 17
+    final = False  # a download may have been cut
 
 
 class ProxyError(SageHubError):
@@ -99,6 +103,7 @@ class DiskSpaceError(SageHubError):
     """Not enough free disk for the run."""
 
     status = 21
+    final = False
 
 
 class StatisticsError(SageHubError):
@@ -108,7 +113,7 @@ class StatisticsError(SageHubError):
 
 
 class TargetError(SageHubError):
-    """A target that exists and is not ours to overwrite."""
+    """A target that is not ours to overwrite, or that another run is writing."""
 
     status = 23
 
@@ -117,15 +122,24 @@ class PublishError(SageHubError):
     """The Hub did not take the release; the target is as it was."""
 
     status = 24
+    final = False
 
 
 class NetworkError(SageHubError):
     """The Hub did not answer, or answered with a server error."""
 
     status = 25
+    final = False
+
+
+class VerificationError(SageHubError):
+    """A release that is not what its manifest says."""
+
+    status = 27
 
 
 class OutOfMemoryError(SageHubError):
     """Host or device memory ran out."""
 
     status = 26
+    final = False

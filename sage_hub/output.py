@@ -1,16 +1,176 @@
-"""The output folder: it appears when it is whole, and never over something that isn't ours."""
+"""The output folder: it appears when it is whole, and a run that was stopped goes on.
+
+Beside an output `NAME` lies its work folder `.NAME.partial`, while a run is on or after one was
+stopped:
+
+    lock                      held by the run; the system releases it when the run dies
+    fingerprint               of all that the parts are made from
+    statistics.safetensors    a finished part
+    shards/SHARD.json         what was done with a shard that is finished
+    release/                  what will be the output
+    old/                      the output before, while it is being replaced
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sage_hub.errors import TargetError
+from filelock import FileLock, Timeout
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from sage_hub.errors import DiskSpaceError, SageHubError, TargetError
 from sage_hub.hub import MANIFEST
 from sage_hub.plan import Plan
+from sage_hub.progress import SILENT, Progress
+from sage_hub.tensorfile import file_sha256
+
+LOCK = "lock"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work folder of a run: its finished parts outlive the run, for the next one."""
+
+    output: Path
+    folder: Path
+
+    @property
+    def release(self) -> Path:
+        """The folder that becomes the output."""
+        return self.folder / "release"
+
+    @property
+    def statistics(self) -> Path:
+        """The statistics of the base model, if this run makes them."""
+        return self.folder / "statistics.safetensors"
+
+    def keep(self, shard: str, record: dict[str, Any]) -> None:
+        """Note that `shard` is finished."""
+        path = self._note(shard)
+        path.parent.mkdir(exist_ok=True)
+        _write_atomically(path, json.dumps(record))
+
+    def recall(self, shard: str) -> dict[str, Any] | None:
+        """What was kept of `shard` by this run or an earlier one; None if it is not finished."""
+        path, written = self._note(shard), self.release / shard
+        if not (path.is_file() and written.is_file()):
+            return None
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return record if file_sha256(written) == record["sha256"] else None
+
+    def finish(self, *, force: bool) -> None:
+        """Give the release its name, in place of what was there before."""
+        check_output(self.output, force=force)
+        if self.output.exists():
+            self.output.rename(self._old)
+        self.release.rename(self.output)
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether anything is finished that a next run would not have to do again."""
+        return self.statistics.exists() or any(self._note("").parent.glob("*.json"))
+
+    def open(self, fingerprint: str, progress: Progress) -> None:
+        """Take over what an earlier run of this `fingerprint` left, and nothing else."""
+        self._put_back()
+        path = self.folder / "fingerprint"
+        earlier = path.read_text(encoding="utf-8") if path.is_file() else None
+        if earlier != fingerprint:
+            if self.has_parts:
+                progress.note(
+                    f"{self.output} was begun by a run with other inputs, settings or versions; "
+                    "this one starts anew."
+                )
+            self.clear()
+        self.release.mkdir(exist_ok=True)
+        _write_atomically(path, fingerprint)
+
+    def clear(self) -> None:
+        """Remove everything but the lock."""
+        # The mark goes first, so that half of the parts is never taken for all of them.
+        (self.folder / "fingerprint").unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+
+    def remove(self) -> None:
+        """Remove the folder, unless the next run is in it already."""
+        self._put_back()
+        self.clear()
+        (self.folder / LOCK).unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    @property
+    def _old(self) -> Path:
+        return self.folder / "old"
+
+    def _put_back(self) -> None:
+        """The output before, if a run was stopped between the two renames that replace it."""
+        if self._old.exists() and not self.output.exists():
+            self._old.rename(self.output)
+
+    def _note(self, shard: str) -> Path:
+        return self.folder / "shards" / f"{shard}.json"
+
+
+def work_folder(output: Path) -> Path:
+    """Where `output` is made: beside it, on the same disk, so that a rename is enough."""
+    return output.with_name(f".{output.name}.partial")
+
+
+@contextmanager
+def working_on(
+    output: Path, fingerprint: str, *, force: bool, progress: Progress = SILENT
+) -> Iterator[Work]:
+    """The work folder of `output`, for this run alone.
+
+    What is finished stays there if the block fails in a way that the same command may survive
+    later, and goes otherwise. Raises TargetError if another run has the folder.
+    """
+    check_output(output, force=force)
+    output = output.resolve()
+    work = Work(output, work_folder(output))
+    work.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work.folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise TargetError(
+            f"Another run is writing {output} at this moment; wait for it, or choose another "
+            "output."
+        ) from None
+    with lock:
+        try:
+            work.open(fingerprint, progress)
+            yield work
+        except BaseException as error:
+            if work.has_parts and not (isinstance(error, SageHubError) and error.final):
+                progress.note(
+                    f"What is finished is kept in {work.folder}; the same command goes on there."
+                )
+            else:
+                work.remove()
+            raise
+        work.remove()
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def check_output(output: Path, sources: Sequence[Path | None] = (), *, force: bool) -> None:
@@ -31,30 +191,37 @@ def check_output(output: Path, sources: Sequence[Path | None] = (), *, force: bo
         )
 
 
-@contextmanager
-def staged(output: Path, *, force: bool) -> Iterator[Path]:
-    """A folder beside `output` that takes its name when the block ends well, and goes otherwise."""
-    check_output(output, force=force)
-    output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    old = output.with_name(f".{output.name}.{os.getpid()}.old")
-    work.mkdir()
-    try:
-        yield work
-        if output.exists():
-            output.rename(old)
-        work.rename(output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        if old.exists() and not output.exists():
-            old.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
+def check_disk(plan: Plan, output: Path) -> None:
+    """Raise DiskSpaceError if output, statistics and downloads don't fit where they go.
+
+    What an earlier run has left there is used again, or removed first.
+    """
+    left = sum(path.stat().st_size for path in work_folder(output).rglob("*") if path.is_file())
+    needs = {output: max(0, plan.output_bytes + plan.statistics_bytes - left)}
+    if plan.download_bytes:
+        needs[Path(HF_HUB_CACHE)] = plan.download_bytes
+    per_device: dict[int, tuple[Path, int]] = {}
+    for path, size in needs.items():
+        while not path.exists():
+            path = path.resolve().parent
+        device = os.stat(path).st_dev
+        first, total = per_device.get(device, (path, 0))
+        per_device[device] = (first, total + size)
+    for path, size in per_device.values():
+        free = shutil.disk_usage(path).free
+        if size > free:
+            raise DiskSpaceError(
+                f"The run needs {size / 1e9:.1f} GB at {path}, where {free / 1e9:.1f} GB are "
+                "free; free some, or set --output or HF_HOME to a larger disk."
+            )
 
 
-def carry_files(plan: Plan, folder: Path) -> None:
-    """Copy everything of the unlearned side that comes along verbatim."""
+def carry_files(plan: Plan, folder: Path) -> dict[str, str]:
+    """Copy everything of the unlearned side that comes along verbatim; return their SHA-256."""
+    hashes = {}
     for name in plan.carried:
         destination = folder / name
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.unlearned.files.path(name), destination)
+        hashes[name] = file_sha256(destination)
+    return hashes

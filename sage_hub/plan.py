@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
-
-from huggingface_hub.constants import HF_HUB_CACHE
 
 from sage_hub.architecture import Architecture, Linear, Place, read_architecture
 from sage_hub.checkpoint import INDEX, PICKLES, Checkpoint
-from sage_hub.errors import ArchitectureError, DiskSpaceError, MissingTensorError
+from sage_hub.errors import ArchitectureError, MissingTensorError
 from sage_hub.tensorfile import FLOATS, TensorInfo
 
 OTHER_WEIGHTS = (
@@ -85,6 +81,14 @@ class Plan:
     def download_bytes(self) -> int:
         """The weights that are not on this machine yet, in bytes."""
         return sum(side.files.missing_bytes(side.shards) for side in (self.base, self.unlearned))
+
+    @cached_property
+    def in_shard(self) -> dict[str, list[Operation]]:
+        """Shard -> its operations, in the order of its bytes."""
+        found: dict[str, list[Operation]] = {shard: [] for shard in self.unlearned.shards}
+        for operation in self.operations:
+            found[operation.shard].append(operation)
+        return found
 
     def to_filter(self) -> list[Operation]:
         """The operations that filter."""
@@ -212,27 +216,6 @@ def _check_shapes(
             f"{[*(shapes[1] or ())]} in {unlearned.name}; the base must be the model that was "
             "unlearned."
         )
-
-
-def check_disk(plan: Plan, output: Path) -> None:
-    """Raise DiskSpaceError if output, statistics and downloads don't fit where they go."""
-    needs = {output: plan.output_bytes + plan.statistics_bytes}
-    if plan.download_bytes:
-        needs[Path(HF_HUB_CACHE)] = plan.download_bytes
-    per_device: dict[int, tuple[Path, int]] = {}
-    for path, size in needs.items():
-        while not path.exists():
-            path = path.resolve().parent
-        device = os.stat(path).st_dev
-        first, total = per_device.get(device, (path, 0))
-        per_device[device] = (first, total + size)
-    for path, size in per_device.values():
-        free = shutil.disk_usage(path).free
-        if size > free:
-            raise DiskSpaceError(
-                f"The run needs {size / 1e9:.1f} GB at {path}, where {free / 1e9:.1f} GB are "
-                "free; free some, or set --output or HF_HOME to a larger disk."
-            )
 
 
 def _missing(tensor: str, holder: Checkpoint, other: Checkpoint) -> MissingTensorError:

@@ -48,6 +48,7 @@ def model_bias(records: Sequence[TensorRecord]) -> dict[str, float | None]:
 
 def make_manifest(
     plan: Plan,
+    fingerprint: str,
     sources: Mapping[str, Mapping[str, Any]],
     settings: Settings,
     gain: float,
@@ -68,6 +69,7 @@ def make_manifest(
     }
     return {
         "format_version": MANIFEST_VERSION,
+        "fingerprint": fingerprint,
         "method": METHOD,
         "sources": dict(sources),
         "settings": settings.describe(),
@@ -83,7 +85,7 @@ def make_manifest(
         "bias": model_bias(records),
         "counts": counts,
         "tensors": tensors,
-        "files": dict(hashes),
+        "files": dict(sorted(hashes.items())),
         "left_behind": plan.left_behind,
         "versions": versions(),
     }
@@ -124,6 +126,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote; empty if the file is not there, or is no such thing any more."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def versions() -> dict[str, str]:

@@ -6,9 +6,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,26 @@ from huggingface_hub.constants import HF_HOME
 from sage_hub import card, shards
 from sage_hub.bias import summarize
 from sage_hub.calibrate import calibrate
-from sage_hub.checkpoint import Location, open_checkpoint, parse_location
+from sage_hub.checkpoint import Location, digest, open_checkpoint, parse_location
 from sage_hub.errors import NothingToDoError, SageHubError, StatisticsError, UsageError
 from sage_hub.evaluation import evaluate_release
 from sage_hub.hub import MANIFEST, check_target, publish
-from sage_hub.output import carry_files, check_output, staged
-from sage_hub.plan import Plan, check_disk, make_plan
+from sage_hub.output import Work, carry_files, check_disk, check_output, working_on
+from sage_hub.plan import Plan, make_plan
 from sage_hub.progress import SILENT, Progress
 from sage_hub.proxies import Proxy, check_disjoint, read_proxy
-from sage_hub.record import describe_source, make_manifest, make_report, write_json
+from sage_hub.record import (
+    describe_source,
+    make_manifest,
+    make_report,
+    read_record,
+    versions,
+    write_json,
+)
 from sage_hub.settings import SETS, Settings
 from sage_hub.statistics import Statistics, check_belongs, open_statistics
+from sage_hub.tensorfile import file_sha256
+from sage_hub.verify import verify
 
 REPORT = "sage/report.json"
 
@@ -46,6 +56,23 @@ class Job:
     create_pr: bool = False
     force: bool = False
     warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A SHA-256 over all that the release is made from: the same for the same release."""
+        unlearned = self.plan.unlearned.files
+        beside = [*self.plan.carried, *(["README.md"] if "README.md" in unlearned.sizes else [])]
+        return digest(
+            {
+                "sources": _sources(self),
+                "tokenizer": self.fingerprints["tokenizer"],
+                "beside the weights": {name: unlearned.sha256(name) for name in beside},
+                "proxies": {which: proxy.row_hashes for which, proxy in self.proxies.items()},
+                "statistics": file_sha256(self.statistics) if self.statistics else None,
+                "settings": self.settings.describe(),
+                "versions": versions(),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -156,60 +183,109 @@ def prepare(
 
 
 def run(job: Job, progress: Progress = SILENT) -> Release:
-    """Do the job: write the release, and publish it if its target is on the Hub."""
-    if job.target.folder is not None:
-        return write_release(job, job.target.folder, progress)
-    folder = _workspace(job.target)
-    release = write_release(job, folder, progress)
-    try:
-        url = publish(
-            folder,
-            job.target.repo,
-            message=f"Sanitize {job.plan.unlearned.name} with sage-hub",
-            private=job.private,
-            create_pr=job.create_pr,
-            force=job.force,
-            progress=progress,
-        )
-    except SageHubError as error:
-        raise type(error)(f"{error} The finished release is kept in {folder}.") from None
-    shutil.rmtree(folder)
-    return replace(release, location=url)
+    """Do the job: write the release, and publish it if its target is on the Hub.
+
+    A release that an earlier run has finished is not made again, and what an earlier run of the
+    same inputs has begun is finished.
+    """
+    output = job.target.folder or _workspace(job.target)
+    with working_on(output, job.fingerprint, force=job.force, progress=progress) as work:
+        release = finished_release(job, work, progress) or write_release(job, work, progress)
+        if job.target.folder is not None:
+            return release
+        try:
+            url = publish(
+                work.output,
+                job.target.repo,
+                message=f"Sanitize {job.plan.unlearned.name} with sage-hub",
+                private=job.private,
+                create_pr=job.create_pr,
+                force=job.force,
+                progress=progress,
+            )
+        except SageHubError as error:
+            raise type(error)(f"{error} The finished release is kept in {output}.") from None
+        shutil.rmtree(work.output)
+        return replace(release, location=url)
 
 
-def write_release(job: Job, output: Path, progress: Progress = SILENT) -> Release:
-    """Write the whole release into `output`, which appears only when it is complete."""
+def finished_release(job: Job, work: Work, progress: Progress = SILENT) -> Release | None:
+    """The release in the output folder if it is this very one and whole, else None."""
+    if not (work.output / MANIFEST).is_file():
+        return None
+    manifest, report = (read_record(work.output / name) for name in (MANIFEST, REPORT))
+    if manifest.get("fingerprint") != job.fingerprint or not report:
+        return None
+    if verify(str(work.output), progress).differences:
+        return None
+    progress.note(f"{work.output} holds this very release already; it is not made again.")
+    return Release(str(job.target.folder or work.output), manifest, report, job.warnings)
+
+
+def write_release(job: Job, work: Work, progress: Progress = SILENT) -> Release:
+    """Write the whole release into the output folder, which appears only when it is complete."""
     clock = _Clock()
     how = shards.Filter(job.settings.strength, job.settings.energy, job.settings.rank)
-    with staged(output, force=job.force) as folder:
-        # The forget proxy is only evaluated on, unless the gain is measured against it.
-        sets = ("retain", "forget") if job.settings.gain == "match" else ("retain",)
-        with _statistics_for(job, sets, folder.parent, progress) as statistics:
-            clock.lap("calibrate")
-            plan = job.plan.observed(statistics.site_of)
-            gain = _choose_gain(plan, statistics, how, job.settings, progress)
-            records, hashes = shards.write_shards(
-                plan, statistics, how, gain, folder, device=job.settings.device, progress=progress
-            )
-            clock.lap("sanitize")
-            manifest = make_manifest(
-                plan, _sources(job), job.settings, gain, statistics, records, hashes
-            )
-            if job.statistics is not None:
-                manifest["statistics"]["file"] = job.statistics.name
-            calibrated = {about["fingerprint"] for about in statistics.origin.data.values()}
-        carry_files(plan, folder)
-        alpha = shards.norm_matched_alpha(records)
-        sanitized = open_checkpoint(str(folder))
-        evaluation = evaluate_release(
-            plan, sanitized, alpha, job.proxies, job.settings, calibrated, progress
+    folder = work.release
+    with _statistics_for(job, work.statistics, progress) as statistics:
+        clock.lap("calibrate")
+        plan = job.plan.observed(statistics.site_of)
+        gain = _choose_gain(plan, statistics, how, job.settings, progress)
+        finished = _write_shards(job, plan, statistics, how, gain, work, progress)
+        records = [tensor for shard in finished for tensor in shard.tensors]
+        _check_different(plan, records)
+        clock.lap("sanitize")
+        hashes = {shard.shard: shard.sha256 for shard in finished}
+        hashes |= shards.write_index(plan.unlearned, folder) | carry_files(plan, folder)
+        manifest = make_manifest(
+            plan, job.fingerprint, _sources(job), job.settings, gain, statistics, records, hashes
         )
-        clock.lap("evaluate")
-        report = make_report(evaluation, alpha=alpha, seed=job.settings.seed, seconds=clock.laps)
-        write_json(folder / MANIFEST, manifest)
-        write_json(folder / REPORT, report)
-        card.write_card(folder, plan, manifest, report, name=job.target.name, warnings=job.warnings)
-    return Release(str(output), manifest, report, job.warnings)
+        if job.statistics is not None:
+            manifest["statistics"]["file"] = job.statistics.name
+        calibrated = {about["fingerprint"] for about in statistics.origin.data.values()}
+    alpha = shards.norm_matched_alpha(records)
+    sanitized = open_checkpoint(str(folder))
+    evaluation = evaluate_release(
+        plan, sanitized, alpha, job.proxies, job.settings, calibrated, progress
+    )
+    clock.lap("evaluate")
+    report = make_report(evaluation, alpha=alpha, seed=job.settings.seed, seconds=clock.laps)
+    write_json(folder / MANIFEST, manifest)
+    write_json(folder / REPORT, report)
+    card.write_card(folder, plan, manifest, report, name=job.target.name, warnings=job.warnings)
+    work.finish(force=job.force)
+    return Release(str(job.target.folder or work.output), manifest, report, job.warnings)
+
+
+def _write_shards(
+    job: Job,
+    plan: Plan,
+    statistics: Statistics,
+    how: shards.Filter,
+    gain: float,
+    work: Work,
+    progress: Progress,
+) -> list[shards.ShardRecord]:
+    """All shards, those that an earlier run has finished and the others."""
+    kept = {shard: work.recall(shard) for shard in plan.unlearned.shards}
+    done = {s: shards.ShardRecord.from_json(record) for s, record in kept.items() if record}
+    if done:
+        progress.note(f"Going on after an earlier run: {len(done)} of {len(kept)} shards are done.")
+    written = shards.write_shards(
+        plan,
+        statistics,
+        how,
+        gain,
+        work.release,
+        done=done,
+        device=job.settings.device,
+        progress=progress,
+    )
+    with closing(written):
+        for shard in written:
+            work.keep(shard.shard, asdict(shard))
+            done[shard.shard] = shard
+    return [done[shard] for shard in plan.unlearned.shards]
 
 
 def collect_statistics(
@@ -268,7 +344,9 @@ def audit(
     how = shards.Filter(settings.strength, settings.energy, settings.rank)
     with (
         tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch,
-        _statistics_for(job, ("retain", "forget"), Path(scratch), progress) as opened,
+        _statistics_for(
+            job, Path(scratch) / "statistics.safetensors", progress, forget=True
+        ) as opened,
     ):
         observed = plan.observed(opened.site_of)
         measured = shards.measure(observed, opened, how, device=settings.device, progress=progress)
@@ -303,15 +381,14 @@ def read_proxies(settings: Settings, *, statistics: Path | None) -> dict[str, Pr
 
 @contextmanager
 def _statistics_for(
-    job: Job, sets: tuple[str, ...], scratch: Path, progress: Progress
+    job: Job, path: Path, progress: Progress, *, forget: bool = False
 ) -> Iterator[Statistics]:
-    """The given statistics, or new ones of the base model on `sets` in a temporary file."""
-    if job.statistics is not None:
-        with open_statistics(job.statistics) as opened:
-            yield opened
-        return
-    with tempfile.TemporaryDirectory(prefix=".sage-statistics-", dir=scratch) as folder:
-        path = Path(folder) / "statistics.safetensors"
+    """The given statistics, or new ones of the base model in the file `path`, if not there yet.
+
+    The forget proxy is taken in if asked for, or if the gain is measured on it.
+    """
+    if job.statistics is None and not path.exists():
+        sets = ("retain", "forget") if forget or job.settings.gain == "match" else ("retain",)
         seen = {which: job.proxies[which] for which in sets if which in job.proxies}
         calibrate(
             job.plan.base,
@@ -321,8 +398,8 @@ def _statistics_for(
             weights=job.fingerprints["base"],
             progress=progress,
         )
-        with open_statistics(path) as opened:
-            yield opened
+    with open_statistics(job.statistics or path) as opened:
+        yield opened
 
 
 def _check_given_statistics(job: Job) -> None:
@@ -362,6 +439,14 @@ def _choose_gain(
         return float(settings.gain)
     measured = shards.measure(plan, statistics, how, device=settings.device, progress=progress)
     return shards.gain_that_matches(measured)
+
+
+def _check_different(plan: Plan, records: Sequence[shards.TensorRecord]) -> None:
+    if all(record.action == "identical" for record in records):
+        raise NothingToDoError(
+            f"{plan.base.name} and {plan.unlearned.name} hold the same weights; there is no "
+            "update to sanitize. Check that both arguments are what you meant."
+        )
 
 
 def _warnings(job: Job) -> Iterator[str]:

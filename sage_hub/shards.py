@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from sage_hub.sage import (
     suppression,
 )
 from sage_hub.statistics import Statistics
-from sage_hub.tensorfile import TensorReader, TensorWriter
+from sage_hub.tensorfile import TensorReader, TensorWriter, file_sha256
 from sage_hub.threads import ahead
 
 # Numbers in a block of rows: 32 MB in bfloat16. A larger one wins no time, and costs memory.
@@ -122,13 +121,28 @@ class TensorRecord:
     kept_norm: float = 0.0  # ‖D‖²
 
 
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard: its SHA-256, and what was done with each tensor in it."""
+
+    shard: str
+    sha256: str
+    tensors: tuple[TensorRecord, ...]
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> ShardRecord:
+        """The record that `asdict` took apart."""
+        tensors = tuple(TensorRecord(**tensor) for tensor in record["tensors"])
+        return cls(record["shard"], record["sha256"], tensors)
+
+
 def measure(
     plan: Plan, statistics: Statistics, how: Filter, *, device: str, progress: Progress = SILENT
 ) -> list[Measurement]:
     """Measure every weight that would be filtered, writing nothing."""
     found: dict[str, Measurement] = {}
     sites = statistics.site_of
-    with ahead(_blocks(plan, "Measuring", progress)) as blocks:
+    with ahead(_blocks(plan, plan.unlearned.shards, "Measuring", progress)) as blocks:
         for block in blocks:
             linear = block.piece.linear
             if linear is None or block.base is None or _equal(block.base, block.unlearned):
@@ -183,25 +197,26 @@ def write_shards(
     gain: float,
     folder: Path,
     *,
+    done: Collection[str] = (),
     device: str,
     progress: Progress = SILENT,
-) -> tuple[list[TensorRecord], dict[str, str]]:
-    """Write the sanitized shards and their index into `folder`.
+) -> Generator[ShardRecord, None, None]:
+    """Write the sanitized shards that are not `done` yet into `folder`, and yield what was done.
 
-    Returns what was done with each tensor and the SHA-256 of each weight file. Raises
-    NonFiniteError, CorruptCheckpointError, or NothingToDoError if no weight differed.
+    A shard has its name when it is yielded, and is whole. Raises NonFiniteError or
+    CorruptCheckpointError.
     """
-    records: list[TensorRecord] = []
-    hashes: dict[str, str] = {}
+    todo = [shard for shard in plan.unlearned.shards if shard not in done]
     sites = statistics.site_of
-    with ahead(_blocks(plan, "Sanitizing", progress)) as blocks:
+    with ahead(_blocks(plan, todo, "Sanitizing", progress)) as blocks:
         stream = iter(blocks)
         block = next(stream, None)
-        operations = iter(plan.operations)
-        for shard, header in plan.unlearned.headers.items():
+        for shard in todo:
+            records: list[TensorRecord] = []
+            header = plan.unlearned.headers[shard]
             metadata = {**header.metadata, "format": "pt"}
             with TensorWriter(folder / shard, header.tensors, metadata) as writer:
-                for operation in islice(operations, len(header.tensors)):
+                for operation in plan.in_shard[shard]:
                     tally = _Tally(operation)
                     while block is not None and block.operation is operation:
                         site = sites.get(block.piece.linear.name) if block.piece.linear else None
@@ -211,18 +226,10 @@ def write_shards(
                         )
                         block = next(stream, None)
                     records.append(tally.record())
-            hashes[shard] = writer.sha256
-    if all(record.action == "identical" for record in records):
-        raise NothingToDoError(
-            f"{plan.base.name} and {plan.unlearned.name} hold the same weights; there is no "
-            "update to sanitize. Check that both arguments are what you meant."
-        )
-    if plan.unlearned.shards != [SINGLE]:
-        _write_index(plan.unlearned, folder)
-    return records, hashes
+            yield ShardRecord(shard, writer.sha256, tuple(records))
 
 
-def norm_matched_alpha(records: list[TensorRecord]) -> float:
+def norm_matched_alpha(records: Sequence[TensorRecord]) -> float:
     """The α for which the control W_b + αΔ has an update of the sanitized one's size.
 
     Over all tensors, filtered or not: α = √(Σ‖D‖² / Σ‖Δ‖²).
@@ -308,17 +315,19 @@ def _treat(
     return (stored.T.contiguous() if block.transposed else stored).cpu()
 
 
-def _blocks(plan: Plan, what: str, progress: Progress) -> Generator[Block, None, None]:
-    """All rows of the unlearned side in the order of their bytes, with the base's.
+def _blocks(
+    plan: Plan, shards: Sequence[str], what: str, progress: Progress
+) -> Generator[Block, None, None]:
+    """All rows of `shards` of the unlearned side in the order of their bytes, with the base's.
 
     Raises NonFiniteError at the first NaN or Inf on either side.
     """
-    with ExitStack() as stack, progress.counter(what, plan.unlearned.weight_bytes, "B") as bar:
+    total = sum(plan.unlearned.files.sizes[shard] for shard in shards)
+    with ExitStack() as stack, progress.counter(what, total, "B") as bar:
         base_readers: dict[str, TensorReader] = {}
-        operations = iter(plan.operations)
-        for shard, header in plan.unlearned.headers.items():
+        for shard in shards:
             with plan.unlearned.open_shard(shard) as reader:
-                for operation in islice(operations, len(header.tensors)):
+                for operation in plan.in_shard[shard]:
                     for piece, start, stop in _steps(operation):
                         unlearned = reader.read_rows(operation.tensor, start, stop)
                         _check_finite(unlearned, operation.tensor, plan.unlearned)
@@ -368,7 +377,10 @@ def _on(spectrum: Spectrum, device: str) -> Spectrum:
     return Spectrum(spectrum.basis.to(device), spectrum.values, spectrum.trace, spectrum.tokens)
 
 
-def _write_index(unlearned: Checkpoint, folder: Path) -> None:
+def write_index(unlearned: Checkpoint, folder: Path) -> dict[str, str]:
+    """Write the index of the shards into `folder`, if there is to be one; its name and SHA-256."""
+    if unlearned.shards == [SINGLE]:
+        return {}
     metadata: dict[str, Any] = dict(read_json(unlearned.files, INDEX).get("metadata") or {})
     metadata["total_size"] = sum(
         info.nbytes for header in unlearned.headers.values() for info in header.tensors.values()
@@ -376,3 +388,4 @@ def _write_index(unlearned: Checkpoint, folder: Path) -> None:
     index = {"metadata": metadata, "weight_map": dict(sorted(unlearned.shard_of.items()))}
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
     (folder / INDEX).write_text(text, encoding="utf-8")
+    return {INDEX: file_sha256(folder / INDEX)}

@@ -14,7 +14,7 @@ from pico import make_config, make_rows, make_tokenizer, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from sage_hub import plan
+from sage_hub import output
 from sage_hub.cli import main
 
 INDEX = "model.safetensors.index.json"
@@ -218,7 +218,7 @@ def test_a_disk_too_small(
     pair: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(pair)._replace(free=1000)
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage)
     status, sentence = refused(capsys, pair)
     assert status == 21
     assert "are free" in sentence

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from sage_hub.errors import TargetError
+from sage_hub.errors import NetworkError, NonFiniteError, TargetError
 from sage_hub.hub import MANIFEST
-from sage_hub.output import check_output, staged
+from sage_hub.output import check_output, working_on
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -29,13 +30,14 @@ def make_release(folder: Path, word: str = "old") -> Path:
 
 
 def release(output: Path, error: BaseException | None = None, *, force: bool = False) -> None:
-    """Stage a new release at `output`, and fail with `error` when it is half made."""
-    with staged(output, force=force) as work:
-        (work / "model.safetensors").write_text("new")
+    """Make a new release at `output`, and fail with `error` before the first part is finished."""
+    with working_on(output, "1", force=force) as work:
+        (work.release / "model.safetensors").write_text("new")
         if error is not None:
             raise error
-        (work / MANIFEST).parent.mkdir()
-        (work / MANIFEST).write_text("{}")
+        (work.release / MANIFEST).parent.mkdir()
+        (work.release / MANIFEST).write_text("{}")
+        work.finish(force=force)
 
 
 NEW = {"model.safetensors": "new", MANIFEST: "{}"}
@@ -44,10 +46,11 @@ OLD = {"model.safetensors": "old", MANIFEST: "{}"}
 
 def test_the_folder_appears_whole_and_alone(tmp_path: Path) -> None:
     output = tmp_path / "some" / "where" / "out"
-    with staged(output, force=False) as work:
-        assert work.parent == output.parent  # on the same disk, so that a rename is enough
-        (work / "half").write_text("done")
+    with working_on(output, "1", force=False) as work:
+        assert work.folder.parent == output.parent  # on the same disk: a rename is enough
+        (work.release / "half").write_text("done")
         assert not output.exists()
+        work.finish(force=False)
     assert contents(tmp_path) == {"some/where/out/half": "done"}
     assert [path.name for path in output.parent.iterdir()] == ["out"]
 
@@ -70,8 +73,10 @@ def test_a_failure_leaves_the_release_before(force: bool, tmp_path: Path) -> Non
 
 def test_a_failure_of_the_last_step_puts_the_release_before_back(tmp_path: Path) -> None:
     output = make_release(tmp_path / "out")
-    with pytest.raises(OSError), staged(output, force=False) as work:  # noqa: PT011
-        shutil.rmtree(work)  # so that it cannot be renamed
+    with working_on(output, "1", force=False) as work:
+        shutil.rmtree(work.release)  # so that it cannot be renamed
+        with pytest.raises(FileNotFoundError):
+            work.finish(force=False)
     assert contents(output) == OLD
     assert list(tmp_path.iterdir()) == [output]
 
@@ -94,10 +99,48 @@ def test_a_relative_output_is_of_the_folder_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with staged(Path("out"), force=False) as work:
-        (work / "file").write_text("new")
+    with working_on(Path("out"), "1", force=False) as work:
+        (work.release / "file").write_text("new")
         monkeypatch.chdir(tmp_path.parent)
+        work.finish(force=False)
     assert contents(tmp_path) == {"out/file": "new"}
+
+
+def begin(output: Path, error: BaseException) -> None:
+    """Finish one shard of a release and fail."""
+    with working_on(output, "1", force=False) as work:
+        (work.release / "a.safetensors").write_text("shard")
+        work.keep("a.safetensors", {"sha256": sha256(b"shard").hexdigest()})
+        raise error
+
+
+@pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt(), NetworkError("down")])
+def test_what_is_finished_stays_for_the_same_run_and_no_other(
+    error: BaseException, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    for fingerprint, found in [("1", True), ("2", False)]:
+        with pytest.raises(type(error)):
+            begin(output, error)
+        assert not output.exists()
+        with working_on(output, fingerprint, force=False) as work:
+            assert (work.recall("a.safetensors") is not None) == found
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_stays_where_the_same_run_would_fail_again(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError):
+        begin(tmp_path / "out", NonFiniteError("NaN"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_release_that_was_moved_aside_by_a_killed_run_is_put_back(tmp_path: Path) -> None:
+    output = make_release(tmp_path / "out")
+    (tmp_path / ".out.partial").mkdir()
+    output.rename(tmp_path / ".out.partial" / "old")
+    with pytest.raises(KeyboardInterrupt):
+        release(output, KeyboardInterrupt())
+    assert contents(tmp_path / "out") == OLD
 
 
 def test_a_folder_that_is_not_ours_is_refused_before_the_work(tmp_path: Path) -> None:

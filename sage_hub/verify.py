@@ -1,0 +1,74 @@
+"""Whether a release is what its manifest says, file by file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sage_hub.checkpoint import open_files, read_json
+from sage_hub.errors import CorruptCheckpointError, NotFoundError
+from sage_hub.hub import MANIFEST
+from sage_hub.progress import SILENT, Progress
+
+# What a person may edit, or holds times: the manifest, which is the same for the same inputs,
+# cannot state their hashes.
+NOT_COVERED = ("README.md", "sage/report.json", MANIFEST, ".gitattributes")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared, and each difference in one sentence."""
+
+    name: str
+    commit: str | None
+    fingerprint: str
+    checked: tuple[str, ...]
+    not_covered: tuple[str, ...]
+    differences: tuple[str, ...]
+
+
+def verify(release: str, progress: Progress = SILENT) -> Verification:
+    """Compare every file of the release (a folder or a Hub repo) with its manifest.
+
+    Large files of a repo are compared by the hash that the Hub has of them, not downloaded.
+    Raises NotFoundError if it has no manifest.
+    """
+    files = open_files(release)
+    if MANIFEST not in files.sizes:
+        raise NotFoundError(f"{files.name} has no {MANIFEST}; it was not made by sage-hub.")
+    manifest = read_json(files, MANIFEST)
+    stated = _stated_hashes(manifest, files.name)
+    present = [name for name in stated if name in files.sizes]
+    found = {
+        name: files.sha256(name)
+        for name in progress.each(f"Hashing {files.name}", present, len(present), "file")
+    }
+    differences = []
+    for name, sha256 in stated.items():
+        if name not in found:
+            differences.append(f"{name} is missing")
+        elif found[name] != sha256:
+            differences.append(
+                f"{name} has the SHA-256 {found[name]}, and {sha256} in the manifest"
+            )
+    differences += [
+        f"{name} is not in the manifest"
+        for name in files.sizes
+        if name not in stated and name not in NOT_COVERED
+    ]
+    return Verification(
+        files.name,
+        files.commit,
+        str(manifest.get("fingerprint", "")),
+        tuple(found),
+        tuple(name for name in NOT_COVERED if name in files.sizes),
+        tuple(differences),
+    )
+
+
+def _stated_hashes(manifest: Mapping[str, Any], name: str) -> dict[str, str]:
+    stated = manifest.get("files")
+    if not isinstance(stated, dict) or not stated:
+        raise CorruptCheckpointError(f"{MANIFEST} of {name} lists no files; it was changed.")
+    return {str(file): str(sha256) for file, sha256 in stated.items()}

@@ -1,0 +1,350 @@
+"""Killed, out of disk, out of files: the same command goes on, to the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loopback_hub import LoopbackHub
+from pico import make_pair
+
+import sage_hub
+from sage_hub import release
+from sage_hub.checkpoint import Location
+from sage_hub.cli import main
+from sage_hub.errors import NotFoundError
+from sage_hub.output import work_folder
+from sage_hub.verify import verify
+
+# Forked from a server that has imported everything, so that a run takes a second, not ten.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["torch", "sage_hub.cli", "sage_hub.release", "transformers.models.llama.modeling_llama"]
+)
+ON_DISK = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
+CHANGING = {"README.md", "sage/report.json"}  # their times, and the name of the folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pair of many small shards."""
+    folder = tmp_path_factory.mktemp("many-shards")
+    make_pair(folder, max_shard_size="4KB")
+    return folder
+
+
+def arguments(source: Path, output: Path, *options: str) -> list[str]:
+    words = ["sanitize", str(source / "base"), str(source / "unlearned"), "--output", str(output)]
+    return [*words, "--retain", str(source / "retain.jsonl"), *options]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but those that hold times."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    return {name: data for name, data in found.items() if name not in CHANGING}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the run makes if nothing happens to it."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert main(arguments(source, output, "--quiet")) == 0
+    return contents(output)
+
+
+def run_until(words: list[str], folder: str, moment: int, counted: str) -> None:
+    """Run the command, and be killed where it touches `folder` on disk for the moment-th time."""
+    touched = 0
+
+    def watch(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal touched
+        if event in ON_DISK and any(str(arg).startswith(folder) for arg in args[:2]):
+            touched += 1
+            if touched == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+    sys.addaudithook(watch)
+    status = main(words)
+    Path(counted).write_text(str(touched))
+    sys.exit(status)
+
+
+class Runs:
+    """Runs of one command into one folder, in processes of their own."""
+
+    def __init__(self, source: Path, place: Path) -> None:
+        place.mkdir()
+        self.place, self.output = place, place / "out"
+        self.words = arguments(source, self.output)
+        self.counted = place.parent / f"{place.name}.count"
+
+    def run(self, *, moment: int = 0, seconds: float | None = None) -> int:
+        """Run and be killed at an operation on the disk or after a time; the exit status."""
+        process = PROCESSES.Process(
+            target=run_until, args=(self.words, str(self.place), moment, str(self.counted))
+        )
+        process.start()
+        if seconds is not None:
+            process.join(seconds)
+            process.kill()
+        process.join()
+        return int(process.exitcode or 0)
+
+    def half_done(self) -> bool:
+        return any(work_folder(self.output).glob("shards/*.json"))
+
+    def check_output(self, expected: dict[str, bytes]) -> None:
+        """What is at the output is whole."""
+        if self.output.exists():
+            assert contents(self.output) == expected
+            assert verify(str(self.output)).differences == ()
+
+
+@pytest.fixture(scope="module")
+def operations(source: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How often an undisturbed run touches the disk."""
+    runs = Runs(source, tmp_path_factory.mktemp("count") / "place")
+    assert runs.run() == 0
+    return int(runs.counted.read_text())
+
+
+def test_killed_at_any_operation_on_the_disk(
+    source: Path, undisturbed: dict[str, bytes], operations: int, tmp_path: Path
+) -> None:
+    chance = random.Random(0)
+    moments = [*chance.sample(range(1, operations - 1), 30), operations - 1, operations]
+    went_on = 0
+    for moment in moments:
+        runs = Runs(source, tmp_path / str(moment))
+        assert runs.run(moment=moment) == -signal.SIGKILL
+        runs.check_output(undisturbed)
+        went_on += runs.half_done()
+        second = chance.randint(1, operations)
+        runs.run(moment=second)  # perhaps killed a second time, perhaps done
+        runs.check_output(undisturbed)
+        assert runs.run() == 0
+        runs.check_output(undisturbed)
+        assert list(runs.place.iterdir()) == [runs.output]
+    assert went_on > 10
+
+
+def test_killed_at_any_time(source: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    chance = random.Random(1)
+    runs = Runs(source, tmp_path / "timed")
+    begun = time.monotonic()
+    assert runs.run() == 0
+    whole = time.monotonic() - begun
+    shutil.rmtree(runs.output)
+    killed = 0
+    for _ in range(12):
+        status = runs.run(seconds=chance.uniform(0, whole))
+        killed += status == -signal.SIGKILL
+        runs.check_output(undisturbed)
+        if runs.output.exists():
+            shutil.rmtree(runs.output)
+    assert killed > 5
+    assert runs.run() == 0
+    runs.check_output(undisturbed)
+    assert list(runs.place.iterdir()) == [runs.output]
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 400 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a disk of its own takes the right to mount; the next test stands in")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def job(source: Path, output: Path) -> release.Job:
+    return release.prepare(
+        str(source / "base"),
+        str(source / "unlearned"),
+        Location(folder=output),
+        settings=sage_hub.Settings(retain=str(source / "retain.jsonl")),
+    )
+
+
+def test_a_disk_that_fills_up_during_the_run(
+    source: Path, undisturbed: dict[str, bytes], tmpfs: Path
+) -> None:
+    output, filler, half_done = tmpfs / "out", tmpfs / "filler", 0
+    for free in range(20_000, 400_000, 20_000):
+        # Somebody else's file comes when the disk has been checked already.
+        prepared = job(source, output)
+        filler.write_bytes(bytes(max(0, shutil.disk_usage(tmpfs).free - free)))
+        with suppress(OSError):
+            release.run(prepared)
+        filler.unlink()
+        if output.exists():
+            break
+        half_done += any(work_folder(output).glob("shards/*.json"))
+    assert half_done > 1
+    assert contents(output) == undisturbed
+    assert not work_folder(output).exists()
+
+
+def test_a_write_that_fails_is_explained_and_what_is_finished_stays(
+    source: Path,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_index = release.shards.write_index
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(release.shards, "write_index", full)
+    assert main(arguments(source, tmp_path / "out", "--quiet")) == 21
+    assert "The disk is full" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    monkeypatch.setattr(release.shards, "write_index", write_index)
+    assert main(arguments(source, tmp_path / "out")) == 0
+    shards = len(list((source / "unlearned").glob("*.safetensors")))
+    assert f"{shards} of {shards} shards are done" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == undisturbed
+
+
+def test_a_source_file_that_vanishes_in_the_middle(
+    source: Path,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(source, tmp_path / "copy")
+    copy, output = tmp_path / "copy", tmp_path / "out"
+    prepared = job(copy, output)
+    last = max((copy / "unlearned").glob("*.safetensors"))
+    last.rename(tmp_path / "away")
+    with pytest.raises(NotFoundError, match=last.name):
+        release.run(prepared)
+    assert not output.exists()
+    assert main(arguments(copy, output)) == 17  # still away: said, and what is finished stays
+    assert last.name in capsys.readouterr().err
+    (tmp_path / "away").rename(last)
+    assert main(arguments(copy, output)) == 0
+    assert "Going on after an earlier run" in capsys.readouterr().err
+    assert contents(output) == undisturbed
+
+
+def test_other_settings_start_anew(
+    source: Path, operations: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = Runs(source, tmp_path / "place")
+    runs.run(moment=operations - 20)
+    assert runs.half_done()
+    assert main([*runs.words, "--strength", "2"]) == 0
+    assert "starts anew" in capsys.readouterr().err
+    assert main(arguments(source, tmp_path / "out", "--strength", "2", "--quiet")) == 0
+    assert contents(runs.output) == contents(tmp_path / "out")
+
+
+def test_a_finished_shard_that_was_damaged_is_made_again(
+    source: Path, undisturbed: dict[str, bytes], operations: int, tmp_path: Path
+) -> None:
+    runs = Runs(source, tmp_path / "place")
+    runs.run(moment=operations - 20)
+    done = sorted((work_folder(runs.output) / "release").glob("*.safetensors"))
+    done[0].write_bytes(done[0].read_bytes()[:-1] + b"x")
+    done[1].unlink()
+    assert runs.run() == 0
+    runs.check_output(undisturbed)
+
+
+def test_the_second_of_two_runs_into_one_folder_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared = job(source, tmp_path / "out")
+    with release.working_on(tmp_path / "out", prepared.fingerprint, force=False):
+        assert main(arguments(source, tmp_path / "out", "--quiet")) == 23
+    assert "Another run is writing" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_output_is_recognized_and_a_damaged_one_made_again(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert main(arguments(source, output, "--json")) == 0
+    first = json.loads(capsys.readouterr().out)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    assert main(arguments(source, output, "--json")) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == first
+    assert "not made again" in err
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+    whole = contents(output)
+    for damage in (b"", b"other"):
+        (output / "tokenizer.json").write_bytes(damage)
+        assert main(arguments(source, output, "--quiet")) == 0
+        assert contents(output) == whole
+
+
+def test_verify_names_each_file_that_differs(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert main(arguments(source, output, "--quiet")) == 0
+    (output / "README.md").write_text("edited, as people do")
+    capsys.readouterr()
+    assert main(["verify", str(output)]) == 0
+    out, err = capsys.readouterr()
+    assert "is what its manifest says: 17 files" in out
+    assert "not covered by the manifest: README.md" in out
+    assert err == ""
+
+    shards = sorted(output.glob("*.safetensors"))
+    shards[0].write_bytes(shards[0].read_bytes()[:-1] + b"x")
+    shards[1].unlink()
+    (output / "pytorch_model.bin").write_bytes(b"from somewhere")
+    assert main(["verify", str(output), "--json"]) == 27
+    out, err = capsys.readouterr()
+    differences = json.loads(out)["differences"]
+    assert [line.split()[0] for line in differences] == [
+        shards[0].name,
+        shards[1].name,
+        "pytorch_model.bin",
+    ]
+    assert err == "sage-hub: error: out is not what its manifest says: 3 differences.\n"
+
+
+def test_verify_refuses_what_is_no_release(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(source / "base")]) == 10
+    assert "it was not made by sage-hub" in capsys.readouterr().err
+
+
+def test_verify_reads_the_hashes_of_a_repo_without_its_weights(
+    hub: LoopbackHub, source: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    assert main(arguments(source, output, "--quiet")) == 0
+    hub.add_repo("org/release", output)
+    found = verify("org/release")
+    assert found.differences == ()
+    assert len(found.checked) == 17
+    fetched = [request.path for request in hub.requests if "/resolve/" in request.path]
+    assert fetched
+    assert not [path for path in fetched if path.endswith(".safetensors")]
