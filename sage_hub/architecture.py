@@ -102,11 +102,7 @@ class Architecture:
         None if the model has no such parameter, or if transformers changes the tensor at load in
         a way that is not a matter of rows. Raises ArchitectureError if it does not fit in.
         """
-        name, pattern = tensor, None
-        if tensor not in self.parameters:
-            name, pattern = rename_source_key(
-                tensor, [*self._renamings], [*self._converters], self._prefix, self.parameters
-            )
+        name, pattern = self._rename(tensor)
         whole = self.parameters.get(name)
         if whole is None:
             return None
@@ -118,6 +114,20 @@ class Architecture:
                 f"{list(whole)}; the config is not that of these weights."
             )
         return Place(name, 0, row_count(shape))
+
+    def stored_transposed(self, tensor: str) -> bool:
+        """Whether the parameter of checkpoint tensor `tensor` is stored (in, out)."""
+        name, _ = self._rename(tensor)
+        return name == self.embedding or any(m.transposed for m in self.linears.get(name, ()))
+
+    def _rename(self, tensor: str) -> tuple[str, str | None]:
+        """The parameter of checkpoint tensor `tensor`, and the converter's pattern, if one fits."""
+        if tensor in self.parameters:
+            return tensor, None
+        name, pattern = rename_source_key(
+            tensor, [*self._renamings], [*self._converters], self._prefix, self.parameters
+        )
+        return str(name), pattern
 
     def _place_of_expert(
         self, tensor: str, shape: tuple[int, ...], name: str, pattern: str

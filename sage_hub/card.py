@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
+from sage_hub.adapter import Adapter
 from sage_hub.checkpoint import Checkpoint
 from sage_hub.plan import Plan
 
@@ -74,6 +75,7 @@ def write_card(
         metrics=metric_table(report),
         published=name if "/" in name else f"./{name}",
         copied=copied_by_reason(manifest),
+        adapter=isinstance(plan.unlearned, Adapter),
     )
     (folder / "README.md").write_text(str(card), encoding="utf-8")
 
@@ -120,6 +122,8 @@ def reproduce_command(manifest: Mapping[str, Any], name: str) -> str:
             continue  # they change the speed, and the result by rounding at most
         if option == "chat_template":
             words += [] if value else ["--no-chat-template"]
+        elif option == "merge":
+            words += ["--merge"] if value else []
         else:
             words += [f"--{option.replace('_', '-')}", str(value)]
     return shlex.join(words)
@@ -131,8 +135,12 @@ def _front_matter(plan: Plan, report: Mapping[str, Any], name: str) -> ModelCard
     inherited.setdefault("pipeline_tag", "text-generation")
     # Only what is on the Hub can be linked to; a folder's name there would be someone else's.
     parents = [side.name for side in (plan.base, plan.unlearned) if side.commit is not None]
+    adapter = isinstance(plan.unlearned, Adapter)
+    if adapter:
+        parents = [name for name in parents if name == plan.base.name]
+    relation = "adapter" if adapter else "merge"
     related: dict[str, Any] = (
-        {"base_model": parents, "base_model_relation": "merge"} if parents else {}
+        {"base_model": parents, "base_model_relation": relation} if parents else {}
     )
     results = [
         EvalResult(
@@ -150,7 +158,7 @@ def _front_matter(plan: Plan, report: Mapping[str, Any], name: str) -> ModelCard
     return ModelCardData(
         **inherited,
         **related,
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         tags=["unlearning", "machine-unlearning", "sage-hub", "sage"],
         model_name=name.rpartition("/")[2],
         eval_results=results or None,

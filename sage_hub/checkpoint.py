@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import SafetensorsParsingError
@@ -26,6 +26,7 @@ from sage_hub.hub import explained
 from sage_hub.progress import SILENT, Progress
 from sage_hub.tensorfile import (
     Header,
+    RowReader,
     TensorInfo,
     TensorReader,
     check_header,
@@ -232,6 +233,7 @@ class Checkpoint:
 
     files: Files
     headers: dict[str, Header]  # shard file -> its header, in the order of the index
+    config_file: ClassVar[str] = "config.json"
 
     @property
     def name(self) -> str:
@@ -260,7 +262,7 @@ class Checkpoint:
         return sum(self.files.sizes[shard] for shard in self.headers)
 
     @contextmanager
-    def open_shard(self, shard: str) -> Iterator[TensorReader]:
+    def open_shard(self, shard: str) -> Iterator[RowReader]:
         """Fetch `shard` if need be and open it, checking that it holds what the plan read."""
         with TensorReader(self.files.path(shard)) as reader:
             if reader.header.tensors != self.headers[shard].tensors:
@@ -271,21 +273,26 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json. Raises NotFoundError or CorruptCheckpointError."""
-        return read_json(self.files, "config.json")
+        """What the config file says. Raises NotFoundError or CorruptCheckpointError."""
+        return read_json(self.files, self.config_file)
 
     def fingerprint(self, progress: Progress = SILENT) -> str:
-        """A SHA-256 over config.json and the bytes of all weight files.
+        """A SHA-256 over the config file and the bytes of all weight files.
 
         The same for a Hub repo and for a copy of it in a folder, so statistics of the one can be
         used with the other.
         """
-        names = ["config.json", *sorted(self.headers)]
+        names = [self.config_file, *sorted(self.headers)]
         hashes = {
             name: self.files.sha256(name)
             for name in progress.each(f"Hashing {self.name}", names, len(names), "file")
         }
         return digest(hashes)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it comes with a tokenizer, as adapters need not."""
+        return any(name in self.files.sizes for name in TOKENIZER_FILES)
 
     def tokenizer_fingerprint(self) -> str:
         """A SHA-256 over the tokenizer's files."""
@@ -352,8 +359,7 @@ def _read_headers(files: Files) -> dict[str, Header]:
         return _read_sharded_headers(files)
     if "adapter_config.json" in files.sizes:
         raise NotFoundError(
-            f"{files.name} is a PEFT adapter, not a full model; merge it into its base "
-            "(peft: merge_and_unload) and pass the merged checkpoint."
+            f"{files.name} is an adapter and no whole model; only the unlearned side may be one."
         )
     if pickles := [name for name in files.sizes if name.endswith(PICKLES)]:
         raise PickledWeightsError(

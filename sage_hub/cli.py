@@ -32,6 +32,7 @@ SETTINGS = (
     "device",
     "seed",
     "chat_template",
+    "merge",
 )
 
 
@@ -300,6 +301,12 @@ def _parser() -> argparse.ArgumentParser:
     for command in (push, sanitize):
         command.add_argument(
             "--force", action="store_true", help="replace a target that sage-hub did not make"
+        )
+        command.add_argument(
+            "--merge",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="where UNLEARNED is an adapter: write the whole model, not an adapter",
         )
         command.add_argument("--dry-run", action="store_true", help="show the plan and stop")
         command.add_argument("--yes", "-y", action="store_true", help="don't ask before publishing")

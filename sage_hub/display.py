@@ -68,9 +68,12 @@ def release_text(release: Release) -> str:
     if recovered is not None:
         parts.append(f"held-out probability recovered: {100 * recovered:.0f} %")
     bias = release.manifest["bias"]
+    relative = ""
+    if bias["before"] is not None:
+        relative = f", from {_number(bias['before'])} to {_number(bias['after'])} of the outputs"
     parts.append(
-        f"retention activation bias: {_number(bias['before'])} before, "
-        f"{_number(bias['after'])} after (relative); gain {release.manifest['gain']:.4g}"
+        f"retention activation bias: {_number(bias['kept'])} of the source's is left{relative}; "
+        f"gain {release.manifest['gain']:.4g}"
     )
     counts = release.manifest["counts"]
     parts.append(

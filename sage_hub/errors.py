@@ -132,6 +132,12 @@ class NetworkError(SageHubError):
     final = False
 
 
+class AdapterError(SageHubError):
+    """An adapter that is not a plain LoRA, or that cannot be merged."""
+
+    status = 28
+
+
 class VerificationError(SageHubError):
     """A release that is not what its manifest says."""
 

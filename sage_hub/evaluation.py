@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sage_hub.architecture import load_model, read_architecture
+from sage_hub.blend import load_blend
 from sage_hub.checkpoint import Checkpoint
 from sage_hub.encoding import Encoded, encode, load_tokenizer, row_limit, take_tokens
 from sage_hub.errors import ArchitectureError
-from sage_hub.metrics import Result, blend_towards_base, evaluate
+from sage_hub.metrics import Result, evaluate
 from sage_hub.plan import Plan
 from sage_hub.progress import SILENT, Progress
 from sage_hub.proxies import Proxy
@@ -71,20 +71,20 @@ def evaluate_release(
         }
     )
     models = {
-        "base": plan.base,
-        "unlearned": plan.unlearned,
-        "control": plan.unlearned,
-        "sanitized": sanitized,
+        "base": (plan.base, 1.0),
+        "unlearned": (plan.unlearned, 1.0),
+        "control": (plan.unlearned, alpha),
+        "sanitized": (sanitized, 1.0),
     }
     results: list[Result] = []
-    for name, checkpoint in models.items() if sets else ():
-        model = load_model(checkpoint, settings.device)
-        if name == "control":
-            try:
-                blend_towards_base(model, plan.base, read_architecture(plan.base), alpha)
-            except ArchitectureError as error:
-                not_run.append({"what": "the norm-matched control", "reason": str(error)})
-                continue
+    for name, (side, scale) in models.items() if sets else ():
+        try:
+            model = load_blend(plan.base, side, scale, settings.device)
+        except ArchitectureError as error:
+            if name != "control":
+                raise
+            not_run.append({"what": "the norm-matched control", "reason": str(error)})
+            continue
         results += evaluate(name, model, sets, batch_size=settings.batch_size, progress=progress)
     for result in results:
         if not math.isfinite(result.value):

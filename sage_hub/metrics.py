@@ -9,10 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from sage_hub.architecture import Architecture
-from sage_hub.checkpoint import Checkpoint
 from sage_hub.encoding import Encoded, batches
-from sage_hub.errors import ArchitectureError
 from sage_hub.progress import SILENT, Progress
 
 # Direction of each metric on a retained set; on the forget set it is the opposite.
@@ -109,37 +106,6 @@ def evaluate(
             for metric, value in values.items()
         ]
     return results
-
-
-@torch.no_grad()
-def blend_towards_base(
-    model: PreTrainedModel, base: Checkpoint, architecture: Architecture, alpha: float
-) -> None:
-    """Turn the unlearned `model` into the control W_b + αΔ in place, a base tensor at a time.
-
-    The result is rounded to the model's dtype, as a checkpoint of it would be. Raises
-    ArchitectureError for a base tensor that is no parameter of the model as it stands.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    # Tied parameters are one tensor under two names; it must be blended once.
-    done: set[tuple[int, int]] = set()
-    for shard in base.shards:
-        with base.open_shard(shard) as reader:
-            for name, info in reader.header.tensors.items():
-                place = architecture.place(name, info.shape)
-                parameter = parameters.get(place.parameter) if place else None
-                if place is None or parameter is None:
-                    if architecture.may_be_absent(place.parameter if place else name):
-                        continue
-                    raise ArchitectureError(f"{name!r} is no part of a parameter of the model")
-                if (id(parameter), place.start) in done:
-                    continue
-                done.add((id(parameter), place.start))
-                rows = parameter.view(-1, info.columns)[place.start : place.stop]
-                b = reader.read_rows(name, 0, info.rows).to(rows.device)
-                wide = torch.promote_types(rows.dtype, torch.float32)
-                b, u = b.to(wide), rows.to(wide)
-                rows.copy_(b + alpha * (u - b))
 
 
 def retain_recovered(base: float, unlearned: float, sanitized: float) -> float | None:

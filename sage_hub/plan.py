@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+from sage_hub.adapter import Adapter, LowRank
 from sage_hub.architecture import Architecture, Linear, Place, read_architecture
 from sage_hub.checkpoint import INDEX, PICKLES, Checkpoint
 from sage_hub.errors import ArchitectureError, MissingTensorError
@@ -53,6 +54,7 @@ class Operation:
     info: TensorInfo
     pieces: tuple[Piece, ...]
     reason: str = ""  # why it is not filtered
+    pair: LowRank | None = None  # the pair that it is A of: the update is then s·B A
 
     @property
     def linears(self) -> list[Linear]:
@@ -133,6 +135,8 @@ def make_plan(base: Checkpoint, unlearned: Checkpoint) -> Plan:
     Raises ArchitectureError for different models or shapes, MissingTensorError for a tensor that
     only one side has.
     """
+    if isinstance(unlearned, Adapter):
+        return _plan_adapter(base, unlearned)
     theirs, ours = read_architecture(base), read_architecture(unlearned)
     if theirs.model_type != ours.model_type:
         raise ArchitectureError(
@@ -165,6 +169,38 @@ def make_plan(base: Checkpoint, unlearned: Checkpoint) -> Plan:
         carried,
         left_behind,
         _statistics_bytes(ours),
+    )
+
+
+def _plan_adapter(base: Checkpoint, adapter: Adapter) -> Plan:
+    """A is filtered, B stays; whole tensors are treated as those of a whole model are."""
+    architecture = adapter.architecture
+    base_at = _rows_by_parameter(architecture, base)
+    operations = []
+    for shard, header in adapter.headers.items():
+        for tensor, info in header.tensors.items():
+            change = adapter.changes.get(tensor)
+            if change is None:
+                pieces = (Piece(0, info.rows, None, 0, None),)
+                operations.append(
+                    Operation(tensor, shard, info, pieces, "B of a LoRA pair, which stays")
+                )
+                continue
+            place, runs = change.place, base_at.get(change.place.parameter, [])
+            if isinstance(change.by, str):
+                mine = _Run(place.start, place.stop, tensor)
+                operations.append(_decide(architecture, shard, info, place, mine, runs))
+                continue
+            reason = _reason(architecture, place.parameter, info)
+            maps = architecture.linears.get(place.parameter, ())
+            linear = next(
+                (m for m in maps if m.start <= place.start and place.stop <= m.stop), None
+            )
+            piece = Piece(0, info.rows, None, 0, None if reason else linear)
+            operations.append(Operation(tensor, shard, info, (piece,), reason, change.by))
+    carried, left_behind = _sort_files(adapter)
+    return Plan(
+        base, adapter, tuple(operations), carried, left_behind, _statistics_bytes(architecture)
     )
 
 
@@ -239,23 +275,28 @@ def _decide(
         reason = "the base has no tensor of its own for it (tied or derived)"
     elif place is None:
         reason = "transformers does not know it, or changes it at load"
-    elif info.dtype not in FLOATS:
-        reason = "not floating point"
-    elif maps:
-        outside = parameter.startswith(architecture.outside)
-        reason = "outside the language model" if outside else ""
-    elif parameter == architecture.embedding:
-        reason = "token embedding"
-    elif parameter == architecture.head:
-        reason = "LM head"
-    elif len(info.shape) < 2:
-        reason = "bias" if parameter.endswith("bias") else "norm or other vector"
     else:
-        reason = "not the weight of a linear layer"
+        reason = _reason(architecture, parameter, info)
     pieces = tuple(_cut(mine, runs, () if reason else maps))
     if not reason and not any(piece.linear for piece in pieces):
         reason = "stored (in, out) and cut, so that no piece holds a whole input"
     return Operation(mine.tensor, shard, info, pieces, reason)
+
+
+def _reason(architecture: Architecture, parameter: str, info: TensorInfo) -> str:
+    """Why a tensor of `parameter` is not filtered; empty if it is."""
+    if info.dtype not in FLOATS:
+        return "not floating point"
+    if parameter in architecture.linears:
+        outside = parameter.startswith(architecture.outside)
+        return "outside the language model" if outside else ""
+    if parameter == architecture.embedding:
+        return "token embedding"
+    if parameter == architecture.head:
+        return "LM head"
+    if len(info.shape) < 2:
+        return "bias" if parameter.endswith("bias") else "norm or other vector"
+    return "not the weight of a linear layer"
 
 
 def _cut(mine: _Run, runs: Sequence[_Run], maps: Sequence[Linear]) -> Iterator[Piece]:

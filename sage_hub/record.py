@@ -15,6 +15,7 @@ from sage_hub.checkpoint import Checkpoint
 from sage_hub.evaluation import Evaluation
 from sage_hub.metrics import retain_recovered
 from sage_hub.plan import Plan
+from sage_hub.sage import relative
 from sage_hub.settings import Settings
 from sage_hub.shards import TensorRecord
 from sage_hub.statistics import Statistics
@@ -36,14 +37,17 @@ def describe_source(checkpoint: Checkpoint, fingerprint: str) -> dict[str, Any]:
 def model_bias(records: Sequence[TensorRecord]) -> dict[str, float | None]:
     """Retention activation bias over all filtered weights, relative to the base's outputs.
 
-    `Σ tr(D C Dᵀ) / Σ tr(W_b C W_bᵀ)`, before (the source's update) and after (what is stored).
+    `Σ tr(D C Dᵀ) / Σ tr(W_b C W_bᵀ)`, before (the source's update) and after (what is stored);
+    None for an adapter, whose base weights are not read. `kept` is after / before.
     """
     whole = math.fsum(record.retain_base for record in records)
-    sums = {
-        "before": math.fsum(record.retain_before for record in records),
-        "after": math.fsum(record.retain_after for record in records),
+    before = math.fsum(record.retain_before for record in records)
+    after = math.fsum(record.retain_after for record in records)
+    return {
+        "before": relative(before, whole),
+        "after": relative(after, whole),
+        "kept": relative(after, before),
     }
-    return {name: total / whole if whole > 0 else None for name, total in sums.items()}
 
 
 def make_manifest(

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub.constants import HF_HOME
 
 from sage_hub import card, shards
+from sage_hub.adapter import open_unlearned
 from sage_hub.bias import summarize
 from sage_hub.calibrate import calibrate
 from sage_hub.checkpoint import Location, digest, open_checkpoint, parse_location
@@ -156,8 +157,12 @@ def prepare(
     """Open both sides, plan the run, and raise whatever would stop it later."""
     statistics = None if statistics is None else Path(statistics)
     settings = settings.resolve_device()
-    sides = {"base": open_checkpoint(base), "unlearned": open_checkpoint(unlearned)}
-    plan = make_plan(sides["base"], sides["unlearned"])
+    base_side = open_checkpoint(base)
+    sides = {
+        "base": base_side,
+        "unlearned": open_unlearned(unlearned, base_side, merge=settings.merge),
+    }
+    plan = make_plan(**sides)
     if target.folder is None:
         if target.revision:
             raise UsageError("A target takes no @revision; publish to org/name.")
@@ -244,7 +249,7 @@ def write_release(job: Job, work: Work, progress: Progress = SILENT) -> Release:
             manifest["statistics"]["file"] = job.statistics.name
         calibrated = {about["fingerprint"] for about in statistics.origin.data.values()}
     alpha = shards.norm_matched_alpha(records)
-    sanitized = open_checkpoint(str(folder))
+    sanitized = open_unlearned(str(folder), plan.base)
     evaluation = evaluate_release(
         plan, sanitized, alpha, job.proxies, job.settings, calibrated, progress
     )
@@ -333,7 +338,8 @@ def audit(
     """
     statistics = None if statistics is None else Path(statistics)
     settings = settings.resolve_device()
-    plan = make_plan(open_checkpoint(base), open_checkpoint(unlearned))
+    base_side = open_checkpoint(base)
+    plan = make_plan(base_side, open_unlearned(unlearned, base_side))
     proxies = read_proxies(replace(settings, heldout=None), statistics=statistics)
     fingerprints = {
         "base": plan.base.fingerprint(progress),
@@ -457,13 +463,17 @@ def _warnings(job: Job) -> Iterator[str]:
             "rows of your own domain, given with --retain, protect what you care for better."
         )
     yield from card.licence_warnings(job.plan)
-    if str(job.plan.unlearned.config.get("_name_or_path", "")).startswith(("/", "~")):
-        yield (
-            "config.json of the unlearned model names a folder of the machine it was made on "
-            "(_name_or_path) and comes along verbatim; remove that line first if it is private."
-        )
-    ours, theirs = job.plan.unlearned.tokenizer_fingerprint(), job.fingerprints["tokenizer"]
-    if ours != theirs:
+    unlearned = job.plan.unlearned
+    for key in ("_name_or_path", "base_model_name_or_path"):
+        if str(unlearned.config.get(key, "")).startswith(("/", "~")):
+            yield (
+                f"{unlearned.config_file} of the unlearned model names a folder of the machine it "
+                f"was made on ({key}) and comes along verbatim; change that line first if it is "
+                "private."
+            )
+    if unlearned.has_tokenizer and (
+        unlearned.tokenizer_fingerprint() != job.fingerprints["tokenizer"]
+    ):
         yield (
             "The tokenizer files of the two sides differ; the base's are used for calibration and "
             "evaluation, the unlearned side's are in the release."

@@ -38,6 +38,7 @@ class Settings:
     device: str = "auto"
     seed: int = 0  # which rows are taken where a proxy has more than max_tokens
     chat_template: bool = True
+    merge: bool = False  # an adapter's release is a whole model
 
     def __post_init__(self) -> None:
         _number(self.strength, "strength", lambda x: x >= 0, "0 or more")
@@ -53,8 +54,9 @@ class Settings:
             value = getattr(self, name)
             if not (isinstance(value, str) or (value is None and name != "device")):
                 raise UsageError(f"{name} must be text, not {value!r}.")
-        if not isinstance(self.chat_template, bool):
-            raise UsageError(f"chat_template must be true or false, not {self.chat_template!r}.")
+        for name in ("chat_template", "merge"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} must be true or false, not {getattr(self, name)!r}.")
 
     def describe(self) -> dict[str, Any]:
         """The settings for the record, without local paths."""

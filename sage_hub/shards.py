@@ -27,7 +27,7 @@ from sage_hub.sage import (
     suppression,
 )
 from sage_hub.statistics import Statistics
-from sage_hub.tensorfile import TensorReader, TensorWriter, file_sha256
+from sage_hub.tensorfile import DTYPES, RowReader, TensorWriter, file_sha256
 from sage_hub.threads import ahead
 
 # Numbers in a block of rows: 32 MB in bfloat16. A larger one wins no time, and costs memory.
@@ -90,10 +90,25 @@ class Block:
     piece: Piece
     base: Tensor | None
     unlearned: Tensor
+    outer: Tensor | None = None  # the update is this times the rows: R of an adapter's pair
+
+    @property
+    def changed(self) -> bool:
+        """Whether the two sides differ here, as far as the stored type can tell."""
+        if self.base is None:
+            return True
+        stored = DTYPES[self.operation.info.dtype]
+        return not torch.equal(self.base.to(stored), self.unlearned.to(stored))
+
+    def update(self, rows: Tensor, base: Tensor) -> Tensor:
+        """What `rows` in place of `base` do to the outputs, but for a rotation of these."""
+        difference = rows - base
+        return difference if self.outer is None else self.outer.to(difference) @ difference
 
     @property
     def transposed(self) -> bool:
-        return self.piece.linear is not None and self.piece.linear.transposed
+        linear = self.piece.linear
+        return linear is not None and linear.transposed and self.operation.pair is None
 
     def oriented(self, tensor: Tensor, device: str) -> Tensor:
         """The rows as (out, in), in float32 at least."""
@@ -112,6 +127,7 @@ class TensorRecord:
     rank: int | None = None  # the largest, where it holds several maps
     bias_before: float | None = None
     bias_after: float | None = None
+    bias_kept: float | None = None  # after / before, also where the base weight is not read
     norm_ratio: float | None = None  # ‖D‖ / ‖Δ‖
     # Sums that the model's figures are made of; not relative, not rounded.
     retain_before: float = 0.0
@@ -145,18 +161,19 @@ def measure(
     with ahead(_blocks(plan, plan.unlearned.shards, "Measuring", progress)) as blocks:
         for block in blocks:
             linear = block.piece.linear
-            if linear is None or block.base is None or _equal(block.base, block.unlearned):
+            if linear is None or block.base is None or not block.changed:
                 continue
             site = sites[linear.name]
             spectrum = _on(statistics.spectrum("retain", site), device)
             b, u = block.oriented(block.base, device), block.oriented(block.unlearned, device)
             g = how.suppression(spectrum)
-            along = profile(u - b, spectrum.basis)
+            update = block.update(u, b)
+            along = profile(update, spectrum.basis)
             forget = forget_filtered = None
             if statistics.has("forget"):
                 forget_spectrum = _on(statistics.spectrum("forget", site), device)
-                filtered = filter_update(u - b, spectrum.basis, g)
-                forget = profile(u - b, forget_spectrum.basis).bias(forget_spectrum)
+                filtered = filter_update(update, spectrum.basis, g)
+                forget = profile(update, forget_spectrum.basis).bias(forget_spectrum)
                 forget_filtered = profile(filtered, forget_spectrum.basis).bias(forget_spectrum)
             measured = Measurement(
                 tensor=block.operation.tensor,
@@ -268,6 +285,7 @@ class _Tally:
             rank=self.rank,
             bias_before=relative(self.before, self.base),
             bias_after=relative(self.after, self.base),
+            bias_kept=relative(self.after, self.before),
             norm_ratio=math.sqrt(self.kept / self.update) if self.update else None,
             retain_before=self.before,
             retain_after=self.after,
@@ -287,25 +305,28 @@ def _treat(
 ) -> Tensor:
     """The rows as they are stored in the release; what is to be said of them goes to `tally`."""
     base, unlearned = block.base, block.unlearned
-    if base is not None and _equal(base, unlearned):
-        return unlearned
+    dtype = DTYPES[block.operation.info.dtype]
+    if not block.changed:
+        return unlearned.to(dtype)
     tally.differs = True
     if spectrum is None or base is None:
-        norm = 0.0 if base is None else float((_wide(unlearned) - _wide(base)).square().sum())
-        tally.update += norm
-        tally.kept += norm
-        return unlearned
+        if base is not None:
+            norm = float(block.update(_wide(unlearned), _wide(base)).square().sum())
+            tally.update += norm
+            tally.kept += norm
+        return unlearned.to(dtype)
     spectrum = _on(spectrum, device)
     b, u = block.oriented(base, device), block.oriented(unlearned, device)
     g = how.suppression(spectrum)
-    stored = sanitize_weight(b, u, spectrum.basis, g, gain).to(unlearned.dtype)
+    stored = sanitize_weight(b, u, spectrum.basis, g, gain).to(dtype)
     if not torch.isfinite(stored).all():
         raise NonFiniteError(
-            f"The sanitized {block.operation.tensor!r} overflows {unlearned.dtype}; lower --gain, "
+            f"The sanitized {block.operation.tensor!r} overflows {dtype}; lower --gain, "
             "or store the unlearned model in a wider type."
         )
     # Measured on what is stored, because rounding to bfloat16 is an update too.
-    before, after = profile(u - b, spectrum.basis), profile(stored.to(b) - b, spectrum.basis)
+    before = profile(block.update(u, b), spectrum.basis)
+    after = profile(block.update(stored.to(b), b), spectrum.basis)
     tally.rank = max(tally.rank or 0, len(g))
     tally.before += before.bias(spectrum)
     tally.after += after.bias(spectrum)
@@ -324,14 +345,18 @@ def _blocks(
     """
     total = sum(plan.unlearned.files.sizes[shard] for shard in shards)
     with ExitStack() as stack, progress.counter(what, total, "B") as bar:
-        base_readers: dict[str, TensorReader] = {}
+        base_readers: dict[str, RowReader] = {}
         for shard in shards:
             with plan.unlearned.open_shard(shard) as reader:
                 for operation in plan.in_shard[shard]:
+                    outer = None
+                    if operation.pair is not None:
+                        outer = operation.pair.outer(reader)
+                        _check_finite(outer, operation.pair.b, plan.unlearned)
                     for piece, start, stop in _steps(operation):
                         unlearned = reader.read_rows(operation.tensor, start, stop)
                         _check_finite(unlearned, operation.tensor, plan.unlearned)
-                        base = None
+                        base = None if outer is None else torch.zeros_like(unlearned)
                         if piece.base is not None:
                             place = plan.base.shard_of[piece.base]
                             if place not in base_readers:
@@ -343,7 +368,7 @@ def _blocks(
                                 piece.base, start + shift, stop + shift
                             )
                             _check_finite(base, piece.base, plan.base)
-                        yield Block(operation, piece, base, unlearned)
+                        yield Block(operation, piece, base, unlearned, outer)
                         bar.update(unlearned.nbytes)
 
 
@@ -351,7 +376,7 @@ def _steps(operation: Operation) -> Iterator[tuple[Piece, int, int]]:
     """The pieces of a tensor, cut into blocks of rows."""
     rows = max(1, BLOCK // max(1, operation.info.columns))
     for piece in operation.pieces:
-        whole = piece.linear is not None and piece.linear.transposed
+        whole = operation.pair is not None or (piece.linear is not None and piece.linear.transposed)
         step = max(1, piece.stop - piece.start) if whole else rows
         for start in range(piece.start, piece.stop, step):
             yield piece, start, min(start + step, piece.stop)
@@ -364,11 +389,6 @@ def _check_finite(tensor: Tensor, name: str, side: Checkpoint) -> None:
         )
 
 
-def _equal(base: Tensor, unlearned: Tensor) -> bool:
-    """Whether the two store the same weights, as far as the unlearned side's type can tell."""
-    return torch.equal(base.to(unlearned.dtype), unlearned)
-
-
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -379,7 +399,7 @@ def _on(spectrum: Spectrum, device: str) -> Spectrum:
 
 def write_index(unlearned: Checkpoint, folder: Path) -> dict[str, str]:
     """Write the index of the shards into `folder`, if there is to be one; its name and SHA-256."""
-    if unlearned.shards == [SINGLE]:
+    if SINGLE in unlearned.shards or INDEX not in unlearned.files.sizes:
         return {}
     metadata: dict[str, Any] = dict(read_json(unlearned.files, INDEX).get("metadata") or {})
     metadata["total_size"] = sum(

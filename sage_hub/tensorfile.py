@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -132,6 +132,16 @@ def read_header(path: Path) -> Header:
         fields = json.loads(file.read(length))
     metadata = fields.pop("__metadata__", None) or {}
     return check_header(fields, metadata, 8 + length, path.name)
+
+
+class RowReader(Protocol):
+    """An open file of tensors, or what looks like one."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, in memory of its own."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the tensor `name` as a matrix, in memory of their own."""
 
 
 class TensorReader:

@@ -188,7 +188,7 @@ def adapter(pair: Path) -> None:
         (proxy_without_answers, 18, ["retain.jsonl, row 4", "'answer'"]),
         (quantized, 20, ["gptq"]),
         (no_tokenizer, 12, ["tokenizer of base"]),
-        (adapter, 10, ["PEFT adapter", "merge"]),
+        (adapter, 10, ["adapter_config.json, but no adapter_model.safetensors"]),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

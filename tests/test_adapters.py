@@ -1,0 +1,240 @@
+"""LoRA adapters as the unlearned side: the result is the one of the merged models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from loopback_hub import LoopbackHub
+from peft import LoraConfig, PeftModel, get_peft_model
+from pico import make_rows, make_tokenizer, write_rows
+from safetensors.torch import load_file, save_file
+from test_architectures import make_model, reference
+from transformers import AutoModelForCausalLM
+
+from sage_hub.cli import main
+
+ADAPTER = "adapter_model.safetensors"
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("Llama", {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "rsLoRA": (
+        "Llama",
+        {
+            "target_modules": ["q_proj", "gate_proj", "down_proj"],
+            "use_rslora": True,
+            "rank_pattern": {"down_proj": 2, "layers.1.self_attn.q_proj": 6},
+            "alpha_pattern": {"layers.0.mlp.gate_proj": 3},
+        },
+    ),
+    "whole modules": (
+        "Llama",
+        {"target_modules": ["o_proj"], "modules_to_save": ["lm_head", "up_proj"]},
+    ),
+    "head and embedding": ("Llama", {"target_modules": ["lm_head", "embed_tokens", "k_proj"]}),
+    "biases": ("Llama", {"target_modules": ["q_proj"], "bias": "lora_only"}),
+    "GPT2": ("GPT2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "Phi3": ("Phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+    "tied": ("Gemma3Text", {"target_modules": ["q_proj", "down_proj"]}),
+}
+
+
+def make_adapter(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> None:
+    """Write folder/base, the adapter folder/unlearned and the two in one, folder/merged."""
+    architecture, options = CONFIGS[name]
+    base = make_model(architecture)
+    base.save_pretrained(folder / "base", max_shard_size="30KB")
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, **options))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                size = 0.1 if "lora" in parameter_name else 0.02
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder / "unlearned")
+    tensors = load_file(folder / "unlearned" / ADAPTER)
+    tensors = {tensor: value.to(dtype).contiguous() for tensor, value in tensors.items()}
+    save_file(tensors, folder / "unlearned" / ADAPTER, metadata={"format": "pt"})
+    load_merged(folder / "base", folder / "unlearned").save_pretrained(folder / "merged")
+    for side in ("base", "merged"):
+        make_tokenizer().save_pretrained(folder / side)
+    write_rows(folder / "retain.jsonl", make_rows(40, seed=0))
+    write_rows(folder / "forget.jsonl", make_rows(10, seed=1))
+
+
+def load_merged(base: Path, adapter: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+def sanitize(folder: Path, *options: str) -> Path:
+    arguments = [str(folder / "base"), str(folder / "unlearned"), "--output", str(folder / "out")]
+    arguments += ["--quiet", "--retain", str(folder / "retain.jsonl"), *options]
+    assert main(["sanitize", *arguments]) == 0
+    return folder / "out"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_sanitized_adapter_is_that_of_the_merged_models(name: str, tmp_path: Path) -> None:
+    make_adapter(tmp_path, name)
+    out = sanitize(tmp_path)
+
+    # The same adapter but for A, and PEFT loads it.
+    ours, source = load_file(out / ADAPTER), load_file(tmp_path / "unlearned" / ADAPTER)
+    assert [(n, t.shape, t.dtype) for n, t in ours.items()] == [
+        (n, t.shape, t.dtype) for n, t in source.items()
+    ]
+    config = "adapter_config.json"
+    assert (out / config).read_bytes() == (tmp_path / "unlearned" / config).read_bytes()
+    changed = {n for n in ours if not torch.equal(ours[n], source[n])}
+    assert changed
+    for tensor in changed:
+        assert tensor.endswith(".lora_A.weight") or "up_proj" in tensor
+
+    rows = [json.loads(line) for line in (tmp_path / "retain.jsonl").read_text().splitlines()]
+    expected = reference(tmp_path / "base", tmp_path / "merged", rows)
+    found = load_merged(tmp_path / "base", out).state_dict()
+    for parameter, tensor in expected.items():
+        assert torch.allclose(found[parameter].double(), tensor, rtol=1e-4, atol=1e-5), parameter
+
+    manifest = json.loads((out / "sage" / "manifest.json").read_text())
+    assert {t["name"] for t in manifest["tensors"] if t["action"] == "filtered"} == changed
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "peft"
+    assert "PeftModel.from_pretrained" in card.text
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "head and embedding"])
+def test_merge_writes_the_whole_model(name: str, tmp_path: Path) -> None:
+    make_adapter(tmp_path, name)
+    out = sanitize(tmp_path, "--merge")
+    names = {p.name for p in (tmp_path / "base").glob("*.safetensors")}
+    assert {p.name for p in out.glob("*.safetensors")} == names
+    rows = [json.loads(line) for line in (tmp_path / "retain.jsonl").read_text().splitlines()]
+    expected = reference(tmp_path / "base", tmp_path / "merged", rows)
+    found = AutoModelForCausalLM.from_pretrained(out, dtype="auto").state_dict()
+    for parameter, tensor in expected.items():
+        assert torch.allclose(found[parameter].double(), tensor, rtol=1e-4, atol=1e-5), parameter
+
+
+def test_bias_and_metrics_are_those_of_the_merged_models(tmp_path: Path) -> None:
+    make_adapter(tmp_path, "Llama")
+    both = ["--forget", str(tmp_path / "forget.jsonl"), "--gain", "match"]
+    records = {}
+    for kind in ("adapter", "merged"):
+        if kind == "merged":
+            shutil.rmtree(tmp_path / "unlearned")
+            (tmp_path / "merged").rename(tmp_path / "unlearned")
+        out = sanitize(tmp_path, *both)
+        manifest = json.loads((out / "sage" / "manifest.json").read_text())
+        report = json.loads((out / "sage" / "report.json").read_text())
+        records[kind] = (manifest, report)
+        shutil.rmtree(out)
+    (adapter, adapter_report), (merged, merged_report) = records["adapter"], records["merged"]
+    assert adapter["gain"] == pytest.approx(merged["gain"], rel=1e-4)
+    kept = merged["bias"]["after"] / merged["bias"]["before"]
+    assert adapter["bias"] == {"before": None, "after": None, "kept": pytest.approx(kept, rel=1e-4)}
+    assert adapter_report["control_alpha"] == pytest.approx(
+        merged_report["control_alpha"], rel=1e-4
+    )
+    for one, two in zip(adapter_report["results"], merged_report["results"], strict=True):
+        assert one == {**two, "value": pytest.approx(two["value"], rel=1e-4)}
+
+
+def test_a_bfloat16_adapter_of_a_float32_base_stays_bfloat16(tmp_path: Path) -> None:
+    make_adapter(tmp_path, "Llama", torch.bfloat16)
+    out = sanitize(tmp_path)
+    assert {t.dtype for t in load_file(out / ADAPTER).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "change, status, says",
+    [
+        ({"use_dora": True}, 28, "uses use_dora"),
+        ({"peft_type": "IA3"}, 28, "of the type IA3"),
+        ({"init_lora_weights": "pissa"}, 28, "init_lora_weights=pissa"),
+        ({"layer_replication": [[0, 1]]}, 28, "layer_replication"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, 28, "target_parameters"),
+        ({"a_field_of_tomorrow": 1}, 28, "a_field_of_tomorrow"),
+        ({"r": 8}, 17, "the rank 8"),
+    ],
+)
+def test_other_adapters_are_refused_by_name(
+    change: dict[str, object],
+    status: int,
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_adapter(tmp_path, "Llama")
+    file = tmp_path / "unlearned" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    refuse(tmp_path, status, says, capsys)
+
+
+def refuse(
+    folder: Path, status: int, says: str, capsys: pytest.CaptureFixture[str], *options: str
+) -> None:
+    capsys.readouterr()
+    arguments = [str(folder / "base"), str(folder / "unlearned"), "--output", str(folder / "out")]
+    arguments += ["--retain", str(folder / "retain.jsonl"), "--quiet", *options]
+    assert main(["sanitize", *arguments]) == status
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not (folder / "out").exists()
+
+
+def test_an_adapter_without_its_base_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_adapter(tmp_path, "Llama")
+    shutil.copytree(tmp_path / "base", tmp_path / "whole")
+    shutil.rmtree(tmp_path / "base")
+    shutil.copytree(tmp_path / "unlearned", tmp_path / "base")
+    refuse(tmp_path, 10, "only the unlearned side may be one", capsys)
+    shutil.rmtree(tmp_path / "base")
+    make_model("GPT2").save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    refuse(tmp_path, 13, "check that it was trained on this base", capsys)
+    shutil.rmtree(tmp_path / "unlearned")
+    (tmp_path / "whole").rename(tmp_path / "unlearned")
+    refuse(tmp_path, 2, "--merge is for adapters", capsys, "--merge")
+
+
+def test_half_a_pair_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_adapter(tmp_path, "Llama")
+    file = tmp_path / "unlearned" / ADAPTER
+    whole = load_file(file)
+    for end in ("lora_A.weight", "lora_B.weight"):
+        lost = next(name for name in whole if name.endswith(end))
+        save_file({n: t for n, t in whole.items() if n != lost}, file, metadata={"format": "pt"})
+        refuse(tmp_path, 17, "has no partner", capsys)
+
+
+def test_merging_into_one_of_two_tied_weights_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    CONFIGS["tied embedding"] = ("Gemma3Text", {"target_modules": ["embed_tokens"]})
+    try:
+        make_adapter(tmp_path, "tied embedding")
+    finally:
+        del CONFIGS["tied embedding"]
+    refuse(tmp_path, 28, "Leave out --merge", capsys, "--merge")
+
+
+def test_push_an_adapter_from_hub_to_hub(hub: LoopbackHub, tmp_path: Path) -> None:
+    make_adapter(tmp_path, "rsLoRA")
+    for side in ("base", "unlearned"):
+        hub.add_repo(f"org/{side}", tmp_path / side)
+    arguments = ["--yes", "--quiet", "--retain", str(tmp_path / "retain.jsonl")]
+    assert main(["push", "org/base", "org/unlearned", *arguments]) == 0
+    card = ModelCard(hub.files("org/unlearned-sage")["README.md"].decode())
+    assert card.data.base_model == ["org/base"]
+    assert card.data.base_model_relation == "adapter"
+    base = AutoModelForCausalLM.from_pretrained("org/base", dtype=torch.float32)
+    PeftModel.from_pretrained(base, "org/unlearned-sage")
