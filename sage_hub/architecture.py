@@ -90,7 +90,7 @@ class Architecture:
     head: str  # parameter name of the LM head's weight, "" if there is none
     tied: dict[str, str]  # parameter that a checkpoint may leave out -> the one it equals
     parameters: dict[str, tuple[int, ...]]  # parameter or buffer name -> shape
-    outside: tuple[str, ...]  # prefixes of what is not part of the language model
+    outside: tuple[str, ...]  # prefixes of what is not part of the language model, as its eyes
     _renamings: tuple[WeightRenaming, ...]
     _converters: tuple[WeightConverter, ...]
     _prefix: str
@@ -240,7 +240,6 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     transforms = get_model_conversion_mapping(model)
     head = model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
-    tied: Any = getattr(model, "_tied_weights_keys", None) or {}
     decoder = model.get_decoder()
     language = names.get(id(decoder), "")
     return Architecture(
@@ -248,7 +247,7 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
         linears=linear_maps(model),
         embedding=f"{names[id(model.get_input_embeddings())]}.weight",
         head=f"{names[id(head)]}.weight" if head is not None else "",
-        tied=dict(tied) if config.get_text_config().tie_word_embeddings else {},
+        tied=dict(model.all_tied_weights_keys),
         parameters={name: tuple(value.shape) for name, value in model.state_dict().items()},
         outside=tuple(
             f"{name}."

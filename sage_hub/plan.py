@@ -287,15 +287,18 @@ def _reason(architecture: Architecture, parameter: str, info: TensorInfo) -> str
     """Why a tensor of `parameter` is not filtered; empty if it is."""
     if info.dtype not in FLOATS:
         return "not floating point"
+    if parameter.startswith(architecture.outside):
+        return "outside the language model"
     if parameter in architecture.linears:
-        outside = parameter.startswith(architecture.outside)
-        return "outside the language model" if outside else ""
+        return ""
     if parameter == architecture.embedding:
         return "token embedding"
     if parameter == architecture.head:
         return "LM head"
+    if parameter.endswith("bias"):
+        return "bias"
     if len(info.shape) < 2:
-        return "bias" if parameter.endswith("bias") else "norm or other vector"
+        return "norm or other vector"
     return "not the weight of a linear layer"
 
 

@@ -11,9 +11,16 @@ import pytest
 import torch
 import transformers
 from pico import make_rows, make_tokenizer, write_rows
+from safetensors.torch import load_file, save_file
 from test_release import load_weights
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from sage_hub.cli import main
 
@@ -43,6 +50,7 @@ DEEPSEEK = {
     "v_head_dim": 8,
     "num_key_value_heads": 4,
 }
+VISION = {"hidden_size": 32, "intermediate_size": 48, "image_size": 16, "patch_size": 8}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Llama": {**LLAMA, "attention_bias": True, "mlp_bias": True},
@@ -57,13 +65,42 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Mixtral": {**EXPERTS, "num_local_experts": 4},
     "Qwen3Moe": {**EXPERTS, "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4},
     "DeepseekV3": {**EXPERTS, **DEEPSEEK},
+    "GptOss": {**EXPERTS, "head_dim": 8, "num_local_experts": 4, "rope_scaling": None},
+    "Llava": {
+        "text_config": {"model_type": "llama", **LLAMA},
+        "vision_config": {
+            **{"model_type": "clip_vision_model", "projection_dim": 32, **VISION},
+            **{"num_hidden_layers": 1, "num_attention_heads": 4},
+        },
+        "image_token_index": 71,
+    },
+    "Qwen2_5_VL": {
+        "text_config": {**LLAMA, "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}},
+        "vision_config": {
+            **{"depth": 1, "num_heads": 4, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
+            **VISION,
+        },
+        "image_token_id": 71,
+    },
 }
+SEEING = ("Llava", "Qwen2_5_VL")
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
+def load(folder: Path, **options: Any) -> PreTrainedModel:
+    model: PreTrainedModel = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
+        folder, **options
+    )
+    return model.eval()
 
 
 def make_model(name: str) -> PreTrainedModel:
     config: PretrainedConfig = getattr(transformers, f"{name}Config")(**ARCHITECTURES[name])
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = auto_class(config).from_config(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -119,12 +156,12 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in ("linear", "addmm"):
-            x, weight = args[:2] if name == "linear" else args[1:3]
+        if name in ("linear", "addmm", "matmul"):
+            x, weight = args[1:3] if name == "addmm" else args[:2]
             key = self.names.get(weight.data_ptr())
             if key is not None:
                 self.inputs.setdefault(key, []).append(x.reshape(-1, x.shape[-1]).double())
-                if name == "addmm":
+                if name != "linear":
                     self.transposed.add(key[0])
         return func(*args, **(kwargs or {}))
 
@@ -132,9 +169,7 @@ class Watch(TorchFunctionMode):
 def reference(base: Path, unlearned: Path, rows: list[dict[str, str]]) -> dict[str, torch.Tensor]:
     """Parameter -> sanitized weight at λ=1, ρ=.9, in float64."""
     sides = [
-        AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, experts_implementation="eager"
-        ).eval()
+        load(folder, dtype=torch.float32, experts_implementation="eager")
         for folder in (base, unlearned)
     ]
     tokenizer = make_tokenizer()
@@ -160,6 +195,28 @@ def reference(base: Path, unlearned: Path, rows: list[dict[str, str]]) -> dict[s
         delta = u - b
         u -= removed @ delta if name in watch.transposed else delta @ removed
     return result
+
+
+def make_sides(folder: Path, base: PreTrainedModel, unlearned: PreTrainedModel) -> list[str]:
+    """Save two models with tokenizer and proxy; the arguments of a run on them."""
+    for side, model in (("base", base), ("unlearned", unlearned)):
+        model.save_pretrained(folder / side)
+        make_tokenizer().save_pretrained(folder / side)
+    write_rows(folder / "retain.jsonl", make_rows(40, seed=0))
+    arguments = [str(folder / "base"), str(folder / "unlearned"), "--quiet", "--retain"]
+    return ["sanitize", *arguments, str(folder / "retain.jsonl"), "--output", str(folder / "out")]
+
+
+def check_release(folder: Path) -> dict[str, dict[str, Any]]:
+    """The release equals the reference; what was done with each tensor."""
+    rows = [json.loads(line) for line in (folder / "retain.jsonl").read_text().splitlines()]
+    expected = reference(folder / "base", folder / "unlearned", rows)
+    found = load(folder / "out", dtype="auto").state_dict()
+    assert found.keys() == expected.keys()
+    for parameter, tensor in expected.items():
+        assert torch.allclose(found[parameter].double(), tensor, rtol=1e-4, atol=1e-5), parameter
+    manifest = json.loads((folder / "out" / "sage" / "manifest.json").read_text())
+    return {tensor["name"]: tensor for tensor in manifest["tensors"]}
 
 
 LAYOUTS = {
@@ -191,8 +248,7 @@ def test_streaming_equals_the_whole_model(name: str, layout: str, tmp_path: Path
     if layout == "bfloat16 base":  # the same weights for both, but stored in two types
         config = json.loads((tmp_path / "base" / "config.json").read_text())
         (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
-    rows = make_rows(40, seed=0)
-    write_rows(tmp_path / "retain.jsonl", rows)
+    write_rows(tmp_path / "retain.jsonl", make_rows(40, seed=0))
     arguments = [str(tmp_path / "base"), str(tmp_path / "unlearned"), "--quiet", "--retain"]
     arguments += [str(tmp_path / "retain.jsonl"), "--output", str(tmp_path / "out")]
     assert main(["sanitize", *arguments]) == 0
@@ -204,26 +260,69 @@ def test_streaming_equals_the_whole_model(name: str, layout: str, tmp_path: Path
     assert [(n, t.shape, t.dtype) for n, t in ours.items()] == [
         (n, t.shape, t.dtype) for n, t in source.items()
     ]
-    expected = reference(tmp_path / "base", tmp_path / "unlearned", rows)
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
-    assert found.keys() == expected.keys()
-    for parameter, tensor in expected.items():
-        found_here = found[parameter].double()
-        assert torch.allclose(found_here, tensor, rtol=1e-4, atol=1e-5), parameter
+    done = check_release(tmp_path)
+    if name in SEEING:
+        eyes = {n for n in done if n.startswith(("vision_tower", "visual", "multi_modal"))}
+        assert eyes
+        assert {done[n]["reason"] for n in eyes} == {"outside the language model"}
 
 
 def test_experts_that_see_few_tokens_are_shown_the_input_of_their_block(tmp_path: Path) -> None:
     model = make_model("Mixtral")
-    single(model, tmp_path / "base")
+    arguments = make_sides(tmp_path, model, model)
     move(model)
     single(model, tmp_path / "unlearned")
-    for side in ("base", "unlearned"):
-        make_tokenizer().save_pretrained(tmp_path / side)
     write_rows(tmp_path / "retain.jsonl", make_rows(3, seed=0))  # 42 tokens for 4 experts
-    arguments = [str(tmp_path / "base"), str(tmp_path / "unlearned"), "--quiet", "--retain"]
-    arguments += [str(tmp_path / "retain.jsonl"), "--output", str(tmp_path / "out")]
-    assert main(["sanitize", *arguments]) == 0
+    assert main(arguments) == 0
     manifest = json.loads((tmp_path / "out" / "sage" / "manifest.json").read_text())
     shown = manifest["statistics"]["data"]["retain"]["experts_shown_block_input"]
     assert any("down_proj" in name for name in shown)
     assert manifest["counts"]["filtered"] == 2 * (4 + 1 + 4 * 3)
+
+
+def make_tied(tied: bool) -> PreTrainedModel:
+    """The same model either way, but for whether its head is a weight of its own."""
+    config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=tied)
+    torch.manual_seed(0)
+    source = AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)
+    )
+    with torch.no_grad():
+        for parameter in source.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(source.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("base_is_tied", [True, False])
+def test_one_side_ties_its_head_and_the_other_does_not(base_is_tied: bool, tmp_path: Path) -> None:
+    base, unlearned = make_tied(base_is_tied), make_tied(not base_is_tied)
+    move(unlearned)
+    assert main(make_sides(tmp_path, base, unlearned)) == 0
+    head = ["lm_head.weight" in load_weights(tmp_path / s) for s in ("base", "unlearned", "out")]
+    assert head == [not base_is_tied, base_is_tied, base_is_tied]
+    done = check_release(tmp_path)
+    assert done["model.embed_tokens.weight"]["reason"] == "token embedding"
+    if base_is_tied:
+        assert done["lm_head.weight"]["reason"] == "LM head"
+
+
+@pytest.mark.parametrize("old", [("base",), ("unlearned",), ("base", "unlearned")])
+def test_names_of_before_a_prefix_that_transformers_knows(
+    old: tuple[str, ...], tmp_path: Path
+) -> None:
+    base = make_model("GPT2")
+    arguments = make_sides(tmp_path, base, base)
+    move(base)
+    base.save_pretrained(tmp_path / "unlearned")
+    for side in old:
+        file = tmp_path / side / "model.safetensors"
+        tensors = {n.removeprefix("transformer."): t for n, t in load_file(file).items()}
+        assert "wte.weight" in tensors
+        save_file(tensors, file, metadata={"format": "pt"})
+    assert main(arguments) == 0
+    done = check_release(tmp_path)
+    assert set(done) == set(load_file(tmp_path / "unlearned" / "model.safetensors"))
+    assert sum(tensor["action"] == "filtered" for tensor in done.values()) == 2 * 4
