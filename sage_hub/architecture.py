@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.utils import (
@@ -15,6 +15,7 @@ from huggingface_hub.utils import (
     enable_progress_bars,
 )
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -59,6 +60,8 @@ class Linear:
     features: int  # in
     transposed: bool = False
     expert: int | None = None
+    kind: str = "linear"
+    diagonal: bool = False  # C is: one-hot inputs, or an elementwise map
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,17 @@ class Site:
     name: str  # the first of its maps
     modules: tuple[str, ...]  # the names of its maps
     size: int  # input features
-    expert: bool = False  # sees the tokens that are routed to it, not all
+    sees: Literal["input", "routed", "tokens", "hidden", "normalized", "by head", "one"] = "input"
+
+    @property
+    def expert(self) -> bool:
+        """Whether it sees the tokens that are routed to it, not all."""
+        return self.sees == "routed"
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the diagonal of the second moment is all that is observed."""
+        return self.sees in ("tokens", "normalized", "by head", "one")
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,7 @@ class Architecture:
 
     model_type: str
     linears: dict[str, tuple[Linear, ...]]  # parameter -> its maps, in the order of its rows
+    others: dict[str, tuple[Linear, ...]]  # the same of embedding, LM head, norms and biases
     embedding: str  # parameter name of the token embedding
     head: str  # parameter name of the LM head's weight, "" if there is none
     tied: dict[str, str]  # parameter that a checkpoint may leave out -> the one it equals
@@ -95,6 +109,10 @@ class Architecture:
     _converters: tuple[WeightConverter, ...]
     _prefix: str
     _ignored: tuple[str, ...]
+
+    def with_others(self) -> Architecture:
+        """The architecture with embedding, LM head, norms and biases among its linear maps."""
+        return replace(self, linears={**self.linears, **self.others}, others={})
 
     def place(self, tensor: str, shape: tuple[int, ...]) -> Place | None:
         """Where checkpoint tensor `tensor` of `shape` lies in the model.
@@ -189,6 +207,67 @@ def linear_maps(model: PreTrainedModel) -> dict[str, tuple[Linear, ...]]:
     return found
 
 
+def other_maps(model: PreTrainedModel) -> dict[str, tuple[Linear, ...]]:
+    """The maps beside the linear layers, which have the same closed form.
+
+    The token embedding is a map of one-hot inputs, a norm's weight an elementwise one, a bias a
+    map of the input 1. A head that is tied to the embedding is treated as the head.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    tokens, head = model.get_input_embeddings(), model.get_output_embeddings()
+    entry, linears = names[id(tokens)], linear_maps(model)
+    size = tokens.weight.shape[0]
+    found: dict[str, tuple[Linear, ...]] = {}
+    if head is None:
+        tied = False
+    else:
+        end = names[id(head)]
+        tied = model.all_tied_weights_keys.get(f"{end}.weight") == f"{entry}.weight"
+        kind = "LM head, tied to the embedding" if tied else "LM head"
+        whole = (Linear(end, 0, head.weight.shape[0], head.weight.shape[1], kind=kind),)
+        found[f"{end}.weight"] = whole
+        if tied:
+            found[f"{entry}.weight"] = whole
+    if not tied:
+        found[f"{entry}.weight"] = (
+            Linear(entry, 0, size, size, transposed=True, kind="token embedding", diagonal=True),
+        )
+    for name, module in model.named_modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        norm = is_elementwise(module)
+        if norm:
+            d = len(module.weight)
+            found[f"{name}.weight"] = (
+                Linear(name, 0, d, d, transposed=True, kind="norm", diagonal=True),
+            )
+        mapped = norm or f"{name}.weight" in linears or module is head
+        if mapped and isinstance(bias, nn.Parameter) and bias.ndim == 1 and weight is not None:
+            found[f"{name}.bias"] = (
+                Linear(f"{name}.bias", 0, len(bias), 1, kind="bias", diagonal=True),
+            )
+    return found
+
+
+def is_elementwise(module: nn.Module) -> bool:
+    """Whether `module` may be a norm: a leaf with a vector for its weight."""
+    weight = getattr(module, "weight", None)
+    leaf = next(module.children(), None) is None
+    return leaf and isinstance(weight, nn.Parameter) and weight.ndim == 1
+
+
+def normalized(module: nn.Module, x: Tensor) -> Tensor:
+    """The x̂ of a norm y = w ⊙ x̂ (+ b) at the input `x`, in float32 at least.
+
+    Taken as the difference that a weight makes, so that it holds for w and for 1 + w alike.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    ones = {name: torch.ones_like(p, dtype=x.dtype) for name, p in module.named_parameters()}
+    zeros = {name: torch.zeros_like(p) for name, p in ones.items()}
+    high: Tensor = functional_call(module, {**zeros, "weight": ones["weight"]}, (x,))
+    low: Tensor = functional_call(module, zeros, (x,))
+    return high - low
+
+
 def _expert_maps(parameter: str, module: nn.Module, weight: Tensor) -> tuple[Linear, ...]:
     experts, rows, columns = weight.shape
     transposed = bool(module.is_transposed)
@@ -245,6 +324,7 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     return Architecture(
         model_type=config.model_type,
         linears=linear_maps(model),
+        others=other_maps(model),
         embedding=f"{names[id(model.get_input_embeddings())]}.weight",
         head=f"{names[id(head)]}.weight" if head is not None else "",
         tied=dict(model.all_tied_weights_keys),
@@ -322,12 +402,64 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
         model.get_decoder()(input_ids=ids, use_cache=False)
     shared = [Site(fed[0], tuple(fed), modules[fed[0]].features) for fed in seen.values()]
     experts = [
-        Site(m.name, (m.name,), m.features, expert=True)
+        Site(m.name, (m.name,), m.features, "routed")
         for own in maps.values()
         for m in own
         if m.expert is not None
     ]
-    return shared + experts
+    return shared + experts + _other_sites(model)
+
+
+def _other_sites(model: PreTrainedModel) -> list[Site]:
+    """The sites of embedding, LM head, norms and biases that one short pass confirms."""
+    inputs: dict[str, Tensor] = {}
+
+    def note(name: str) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+            if args:
+                inputs.setdefault(name, args[0])
+
+        hooks.enter_context(model.get_submodule(name).register_forward_hook(hook))
+
+    def watch(module: nn.Module, args: Any, output: Any) -> None:
+        inputs[""] = output[0]
+
+    maps = {m.name: m for own in other_maps(model).values() for m in own}
+    # A length that is no number of heads, which some norms have before the tokens.
+    ids = torch.zeros(1, 13, dtype=torch.long, device=model.device)
+    with ExitStack() as hooks:
+        for name, own in maps.items():
+            if own.kind != "bias":
+                note(name)
+        hooks.enter_context(model.get_decoder().register_forward_hook(watch))
+        model(input_ids=ids, use_cache=False)
+    sites = []
+    for name, own in maps.items():
+        x = inputs.get(name)
+        if x is None:
+            continue
+        if own.kind == "token embedding":
+            sites.append(Site(name, (name,), own.features, "tokens"))
+        elif own.kind == "norm":
+            module = model.get_submodule(name)
+            if x.shape[-1] == own.features and _acts_elementwise(module, x):
+                if x.shape[:2] == ids.shape:
+                    sites.append(Site(name, (name,), own.features, "normalized"))
+                elif x.ndim == 4 and x.shape[::2] == ids.shape:
+                    sites.append(Site(name, (name,), own.features, "by head"))
+        elif torch.equal(x, inputs[""]):
+            sites.append(Site(name, (name,), own.features, "hidden"))
+    biases = tuple(name for name, own in maps.items() if own.kind == "bias")
+    return [*sites, Site("biases", biases, 1, "one")] if biases else sites
+
+
+def _acts_elementwise(module: nn.Module, x: Tensor) -> bool:
+    """Whether y = w ⊙ x̂ (+ b) or (1 + w) ⊙ x̂ (+ b), as a norm should."""
+    weight: Any = module.weight
+    hat = normalized(module, x)
+    moved = {"weight": weight + 1}
+    difference = functional_call(module, moved, (x,)) - module(x)
+    return torch.allclose(difference.to(hat), hat, rtol=0.05, atol=0.05)
 
 
 @contextmanager

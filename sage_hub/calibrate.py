@@ -18,11 +18,12 @@ from sage_hub.architecture import (
     find_sites,
     is_experts,
     load_model,
+    normalized,
 )
 from sage_hub.checkpoint import Checkpoint
 from sage_hub.encoding import Encoded, batches, encode, load_tokenizer, row_limit, take_tokens
 from sage_hub.errors import ArchitectureError, NonFiniteError
-from sage_hub.moments import SecondMoment
+from sage_hub.moments import AxisMoment, SecondMoment
 from sage_hub.progress import SILENT, Progress
 from sage_hub.proxies import Proxy
 from sage_hub.settings import Settings
@@ -103,7 +104,7 @@ def collect_moments(
     batch_size: int,
     what: str = "Calibrating",
     progress: Progress = SILENT,
-) -> tuple[dict[str, SecondMoment], list[str]]:
+) -> tuple[dict[str, SecondMoment | AxisMoment], list[str]]:
     """Site name -> second moment of its inputs over all tokens of `rows`, padding left out.
 
     An expert sees the tokens that are routed to it. Where those are fewer than it has features,
@@ -131,9 +132,12 @@ def _observe(
     batch_size: int,
     what: str,
     progress: Progress,
-) -> dict[str, SecondMoment]:
+) -> dict[str, SecondMoment | AxisMoment]:
     """The moments of `sites`; experts are shown the tokens routed to them, or all."""
-    moments = {site.name: SecondMoment(site.size, model.device) for site in sites}
+    moments: dict[str, SecondMoment | AxisMoment] = {
+        site.name: (AxisMoment if site.diagonal else SecondMoment)(site.size, model.device)
+        for site in sites
+    }
     token_mask = torch.zeros(0, dtype=torch.bool)
 
     def tokens(name: str, inputs: Tensor) -> Tensor:
@@ -149,6 +153,23 @@ def _observe(
     def observe(site: Site) -> None:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             moments[site.name].add(tokens(site.name, args[0]))
+
+        hooks.enter_context(model.get_submodule(site.name).register_forward_pre_hook(hook))
+
+    def observe_norm(site: Site) -> None:
+        ours = False
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            nonlocal ours
+            if ours:  # `normalized` calls the module too
+                return
+            ours = True
+            hat = normalized(module, args[0])
+            ours = False
+            if site.sees == "by head":
+                hat = hat.transpose(1, 2)
+            hat = hat.reshape(len(token_mask), -1, site.size)
+            moments[site.name].add(hat[token_mask].flatten(0, 1))
 
         hooks.enter_context(model.get_submodule(site.name).register_forward_pre_hook(hook))
 
@@ -170,23 +191,32 @@ def _observe(
         progress.counter(what, sum(len(row.ids) for row in rows), "tok") as bar,
     ):
         for site in sites:
-            if not site.expert:
+            if site.sees == "input":
                 observe(site)
+            elif site.sees in ("normalized", "by head"):
+                observe_norm(site)
         for name, module in model.named_modules():
             if is_experts(module):
                 observe_experts(name, module)
         for batch in batches(rows, batch_size):
             mask = batch.mask.to(model.device)
             token_mask = mask.bool().reshape(-1)
+            ids = batch.ids.to(model.device)
             # Without the LM head, whose output nobody looks at.
-            model.get_decoder()(
-                input_ids=batch.ids.to(model.device), attention_mask=mask, use_cache=False
-            )
+            hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+            for site in sites:
+                moment = moments[site.name]
+                if site.sees == "hidden":
+                    moment.add(tokens(site.name, hidden))
+                elif isinstance(moment, AxisMoment) and site.sees == "tokens":
+                    moment.add_one_hot(ids.reshape(-1)[token_mask])
+                elif site.sees == "one":
+                    moment.add(torch.ones(int(token_mask.sum()), 1, device=model.device))
             bar.update(int(batch.mask.sum()))
     return moments
 
 
-def _check_finite(moments: Mapping[str, SecondMoment]) -> None:
+def _check_finite(moments: Mapping[str, SecondMoment | AxisMoment]) -> None:
     for name, moment in moments.items():
         if not torch.isfinite(moment.total).all():
             raise NonFiniteError(

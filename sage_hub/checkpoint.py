@@ -406,7 +406,7 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
         )
     for header in checkpoint.headers.values():
         for name, info in header.tensors.items():
-            if info.dtype.startswith(("F8", "F4", "F6")):
+            if re.fullmatch(r"F[468](_\w+)?", info.dtype):
                 raise QuantizedError(
                     f"Tensor {name!r} of {checkpoint.name} is stored as {info.dtype}; pass a "
                     "bfloat16, float16 or float32 checkpoint."

@@ -32,6 +32,8 @@ SETTINGS = (
     "device",
     "seed",
     "chat_template",
+    "parameters",
+    "out_dtype",
     "merge",
 )
 
@@ -303,6 +305,12 @@ def _parser() -> argparse.ArgumentParser:
             "--force", action="store_true", help="replace a target that sage-hub did not make"
         )
         command.add_argument(
+            "--out-dtype",
+            choices=("bfloat16", "float16", "float32", "float64"),
+            default=argparse.SUPPRESS,
+            help="store the release in this type (default: as the unlearned side does)",
+        )
+        command.add_argument(
             "--merge",
             action="store_true",
             default=argparse.SUPPRESS,
@@ -315,7 +323,7 @@ def _parser() -> argparse.ArgumentParser:
     stats = add("stats", _stats, "Calibrate MODEL once and keep the statistics for --stats.")
     stats.add_argument("model", metavar="MODEL", help="Hub repo[@revision] or folder")
     stats.add_argument("--output", type=Path, required=True, metavar="FILE")
-    _add_settings(stats, "retain", "forget", skip=("strength", "gain"))
+    _add_settings(stats, "retain", "forget", skip=("strength", "gain", "parameters"))
 
     audit = add("audit", _audit, "Show how much the update disturbs what should be kept.")
     _add_sources(audit)
@@ -382,6 +390,14 @@ def _add_settings(command: argparse.ArgumentParser, *sets: str, skip: Sequence[s
     add("batch_size", int, "N", "rows at a time (default: 8)")
     add("device", str, "DEVICE", "cpu, cuda, mps (default: cuda if there is one)")
     add("seed", int, "N", "for the choice of rows (default: 0)")
+    if "parameters" not in skip:
+        command.add_argument(
+            "--parameters",
+            choices=("linear", "all"),
+            default=absent,
+            help="what is filtered: linear layers, or embedding, LM head, norms and biases too "
+            "(default: linear)",
+        )
     command.add_argument(
         "--no-chat-template",
         dest="chat_template",

@@ -37,13 +37,36 @@ class SecondMoment:
         return self.total / self.tokens
 
 
+class AxisMoment:
+    """A second moment that is diagonal, or of which the diagonal is all that matters.
+
+    Of one-hot inputs it holds how often each token occurs; an elementwise map y_i = w_i x_i knows
+    no more of its inputs than E[x_i²].
+    """
+
+    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(size, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in `x` of shape (n, in)."""
+        self.total += x.double().square().sum(0)
+        self.tokens += x.shape[0]
+
+    def add_one_hot(self, ids: Tensor) -> None:
+        """Take in the one-hot vectors of `ids` (n,)."""
+        self.total += torch.bincount(ids, minlength=len(self.total))
+        self.tokens += len(ids)
+
+
 @dataclass(frozen=True)
 class Spectrum:
     """The dominant part of a second moment.
 
     `basis` (k, in) holds orthonormal directions as rows, `values` (k,) their eigenvalues in
     falling order, `trace` is tr C over *all* directions, so the energy outside the basis is known
-    exactly even though its directions are not.
+    exactly even though its directions are not. Where C is diagonal the directions are axes, all
+    of them, and `basis` (in,) holds their numbers.
     """
 
     basis: Tensor
@@ -54,12 +77,23 @@ class Spectrum:
     @property
     def size(self) -> int:
         """The number of input features, `in`."""
-        return int(self.basis.shape[1])
+        return int(self.basis.shape[-1])
 
     @property
     def rank(self) -> int:
         """The number of directions held, k."""
         return int(self.basis.shape[0])
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the directions are axes."""
+        return self.basis.ndim == 1
+
+    def inside(self, first: int, count: int, g: Tensor) -> tuple[Spectrum, Tensor]:
+        """This diagonal spectrum and its `g` on the inputs [first, first + count) alone."""
+        here = (self.basis >= first) & (self.basis < first + count)
+        part = Spectrum(self.basis[here] - first, self.values[here], self.trace, self.tokens)
+        return part, g[here[: len(g)]]
 
     @property
     def mean_eigenvalue(self) -> float:
@@ -95,8 +129,14 @@ def dominant_rank(values: Tensor, trace: float, energy: float) -> int:
     return min(max(k, 1), len(values))
 
 
-def spectrum(moment: SecondMoment, energy: float, rank: int | None = None) -> Spectrum:
-    """The directions of `moment` that hold `energy` of its trace, `rank` of them at most."""
+def spectrum(moment: SecondMoment | AxisMoment, energy: float, rank: int | None = None) -> Spectrum:
+    """The directions of `moment` that hold `energy` of its trace, `rank` of them at most.
+
+    All axes of a diagonal one, as they take no memory to speak of.
+    """
+    if isinstance(moment, AxisMoment):
+        values, order = (moment.total.cpu() / moment.tokens).sort(descending=True, stable=True)
+        return Spectrum(order, values, float(values.sum()), moment.tokens)
     # In float64 on the CPU: no slower than float32 there, and the small eigenvalues are right.
     values, vectors = torch.linalg.eigh(moment.matrix().to("cpu", torch.float64))
     values, vectors = values.flip(0), vectors.flip(1)

@@ -216,12 +216,32 @@ def check_disk(plan: Plan, output: Path) -> None:
             )
 
 
-def carry_files(plan: Plan, folder: Path) -> dict[str, str]:
-    """Copy everything of the unlearned side that comes along verbatim; return their SHA-256."""
+def carry_files(plan: Plan, folder: Path, dtype: str | None = None) -> dict[str, str]:
+    """Copy everything of the unlearned side that comes along verbatim; return their SHA-256.
+
+    If the weights are stored as another `dtype`, config.json says so.
+    """
     hashes = {}
     for name in plan.carried:
         destination = folder / name
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.unlearned.files.path(name), destination)
+        if name == "config.json" and dtype is not None:
+            config = _with_dtype(plan.unlearned.config, dtype)
+            destination.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         hashes[name] = file_sha256(destination)
     return hashes
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A model's config with its type changed, wherever it is stated, or stated on top."""
+
+    def changed(part: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: dtype
+            if key in ("dtype", "torch_dtype")
+            else (changed(value) if isinstance(value, dict) else value)
+            for key, value in part.items()
+        }
+
+    return changed({"dtype": dtype, **config})

@@ -9,11 +9,13 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 from sage_hub.adapter import Adapter, LowRank
 from sage_hub.architecture import Architecture, Linear, Place, read_architecture
 from sage_hub.checkpoint import INDEX, PICKLES, Checkpoint
 from sage_hub.errors import ArchitectureError, MissingTensorError
-from sage_hub.tensorfile import FLOATS, TensorInfo
+from sage_hub.tensorfile import DTYPES, FLOATS, TensorInfo, layout
 
 OTHER_WEIGHTS = (
     ".safetensors",
@@ -43,6 +45,7 @@ class Piece:
     base: str | None  # the tensor of the base; None if it has none
     base_start: int
     linear: Linear | None  # the map to filter; None if the rows are taken as they are
+    first: int = 0  # the row of the map that it begins with
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,13 @@ class Operation:
     info: TensorInfo
     pieces: tuple[Piece, ...]
     reason: str = ""  # why it is not filtered
+    stored: str = ""  # the type in the release, as safetensors names it; info's if empty
     pair: LowRank | None = None  # the pair that it is A of: the update is then s·B A
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in the release."""
+        return DTYPES[self.stored or self.info.dtype]
 
     @property
     def linears(self) -> list[Linear]:
@@ -77,7 +86,8 @@ class Plan:
     def output_bytes(self) -> int:
         """The size of the release in bytes, but for the record."""
         carried = sum(self.unlearned.files.sizes[name] for name in self.carried)
-        return self.unlearned.weight_bytes + carried
+        tensors = (info for shard in self.unlearned.shards for info in self.layout(shard).values())
+        return sum(info.nbytes for info in tensors) + carried
 
     @property
     def download_bytes(self) -> int:
@@ -91,6 +101,22 @@ class Plan:
         for operation in self.operations:
             found[operation.shard].append(operation)
         return found
+
+    def layout(self, shard: str) -> dict[str, TensorInfo]:
+        """The tensors of `shard` as the release holds them."""
+        return layout(
+            (op.tensor, op.stored or op.info.dtype, op.info.shape) for op in self.in_shard[shard]
+        )
+
+    def stored_as(self, dtype: str | None) -> Plan:
+        """The plan when all floating point tensors are stored as `dtype` (of safetensors)."""
+        if dtype is None:
+            return self
+        operations = tuple(
+            replace(operation, stored=dtype) if operation.info.dtype in FLOATS else operation
+            for operation in self.operations
+        )
+        return replace(self, operations=operations)
 
     def to_filter(self) -> list[Operation]:
         """The operations that filter."""
@@ -129,15 +155,18 @@ class Plan:
         }
 
 
-def make_plan(base: Checkpoint, unlearned: Checkpoint) -> Plan:
+def make_plan(base: Checkpoint, unlearned: Checkpoint, parameters: str = "linear") -> Plan:
     """Match the two sides tensor by tensor and decide what happens to each.
 
-    Raises ArchitectureError for different models or shapes, MissingTensorError for a tensor that
-    only one side has.
+    With `parameters` "all" embedding, LM head, norms and biases are filtered too. Raises
+    ArchitectureError for different models or shapes, MissingTensorError for a tensor that only
+    one side has.
     """
     if isinstance(unlearned, Adapter):
-        return _plan_adapter(base, unlearned)
+        return _plan_adapter(base, unlearned, parameters)
     theirs, ours = read_architecture(base), read_architecture(unlearned)
+    if parameters == "all":
+        ours = ours.with_others()
     if theirs.model_type != ours.model_type:
         raise ArchitectureError(
             f"{base.name} is a {theirs.model_type} model and {unlearned.name} a "
@@ -172,9 +201,11 @@ def make_plan(base: Checkpoint, unlearned: Checkpoint) -> Plan:
     )
 
 
-def _plan_adapter(base: Checkpoint, adapter: Adapter) -> Plan:
+def _plan_adapter(base: Checkpoint, adapter: Adapter, parameters: str) -> Plan:
     """A is filtered, B stays; whole tensors are treated as those of a whole model are."""
     architecture = adapter.architecture
+    if parameters == "all":
+        architecture = architecture.with_others()
     base_at = _rows_by_parameter(architecture, base)
     operations = []
     for shard, header in adapter.headers.items():
@@ -197,7 +228,7 @@ def _plan_adapter(base: Checkpoint, adapter: Adapter) -> Plan:
                 (m for m in maps if m.start <= place.start and place.stop <= m.stop), None
             )
             piece = Piece(0, info.rows, None, 0, None if reason else linear)
-            operations.append(Operation(tensor, shard, info, (piece,), reason, change.by))
+            operations.append(Operation(tensor, shard, info, (piece,), reason, pair=change.by))
     carried, left_behind = _sort_files(adapter)
     return Plan(
         base, adapter, tuple(operations), carried, left_behind, _statistics_bytes(architecture)
@@ -314,6 +345,7 @@ def _cut(mine: _Run, runs: Sequence[_Run], maps: Sequence[Linear]) -> Iterator[P
         if (
             linear is not None
             and linear.transposed
+            and not linear.diagonal
             and (start, stop) != (linear.start, linear.stop)
         ):
             linear = None  # its inputs are rows, and it takes all of them to filter
@@ -323,6 +355,7 @@ def _cut(mine: _Run, runs: Sequence[_Run], maps: Sequence[Linear]) -> Iterator[P
             run.tensor if run else None,
             start - run.start if run else 0,
             linear,
+            start - linear.start if linear else 0,
         )
 
 
@@ -349,9 +382,10 @@ def _sort_files(unlearned: Checkpoint) -> tuple[tuple[str, ...], dict[str, str]]
 
 def _statistics_bytes(architecture: Architecture) -> int:
     # Modules of one parent with inputs of one size usually share a site.
+    everything = architecture.with_others().linears
     sites = {
-        (m.name.rpartition(".")[0], m.expert, m.features)
-        for maps in architecture.linears.values()
+        (m.name.rpartition(".")[0], m.expert, m.diagonal, m.features)
+        for maps in everything.values()
         for m in maps
     }
-    return sum(4 * features**2 for *_, features in sites)
+    return sum(16 * features if diagonal else 4 * features**2 for *_, diagonal, features in sites)

@@ -162,7 +162,7 @@ def prepare(
         "base": base_side,
         "unlearned": open_unlearned(unlearned, base_side, merge=settings.merge),
     }
-    plan = make_plan(**sides)
+    plan = make_plan(**sides, parameters=settings.parameters).stored_as(settings.stored_dtype)
     if target.folder is None:
         if target.revision:
             raise UsageError("A target takes no @revision; publish to org/name.")
@@ -241,7 +241,9 @@ def write_release(job: Job, work: Work, progress: Progress = SILENT) -> Release:
         _check_different(plan, records)
         clock.lap("sanitize")
         hashes = {shard.shard: shard.sha256 for shard in finished}
-        hashes |= shards.write_index(plan.unlearned, folder) | carry_files(plan, folder)
+        hashes |= shards.write_index(plan, folder) | carry_files(
+            plan, folder, job.settings.out_dtype
+        )
         manifest = make_manifest(
             plan, job.fingerprint, _sources(job), job.settings, gain, statistics, records, hashes
         )
@@ -339,7 +341,7 @@ def audit(
     statistics = None if statistics is None else Path(statistics)
     settings = settings.resolve_device()
     base_side = open_checkpoint(base)
-    plan = make_plan(base_side, open_unlearned(unlearned, base_side))
+    plan = make_plan(base_side, open_unlearned(unlearned, base_side), settings.parameters)
     proxies = read_proxies(replace(settings, heldout=None), statistics=statistics)
     fingerprints = {
         "base": plan.base.fingerprint(progress),

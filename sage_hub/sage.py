@@ -9,7 +9,8 @@ dominant part C_k = U_k diag(s) U_kᵀ and mean eigenvalue s̄:
     D* = argmin_D ‖D − Δ‖²_F + (λ/s̄) · tr(D C_k Dᵀ)
        = Δ − (Δ U_k) diag(g) U_kᵀ ,      g_i = λ s_i / (s̄ + λ s_i)
 
-Shapes: Δ, D (out, in); `basis` (k, in), the columns of U_k as rows; g, s, p (k,).
+Shapes: Δ, D (out, in); `basis` (k, in), the columns of U_k as rows; g, s, p (k,). Where C is
+diagonal the u_i are axes, `basis` (k,) holds their numbers, and the filter is elementwise.
 """
 
 from __future__ import annotations
@@ -45,8 +46,14 @@ def suppression(
 
 def removed_part(delta: Tensor, basis: Tensor, g: Tensor) -> Tensor:
     """Δ − D = (Δ U_k) diag(g) U_kᵀ, in the dtype of `delta`: 4·out·in·k flops."""
+    g = g.to(delta)
+    if basis.ndim == 1:
+        axes = basis[: len(g)].to(delta.device)
+        removed = torch.zeros_like(delta)
+        removed[:, axes] = delta[:, axes] * g
+        return removed
     u = basis[: len(g)].to(delta)
-    return ((delta @ u.T) * g.to(delta)) @ u
+    return ((delta @ u.T) * g) @ u
 
 
 def filter_update(delta: Tensor, basis: Tensor, g: Tensor) -> Tensor:
@@ -94,8 +101,11 @@ class Profile:
 
 
 def profile(update: Tensor, basis: Tensor) -> Profile:
-    """The profile of `update` (out, in) along the rows of `basis` (k, in)."""
-    projected = update @ basis.to(update).T
+    """The profile of `update` (out, in) along the directions of `basis` (k, in)."""
+    if basis.ndim == 1:
+        projected = update[:, basis.to(update.device)]
+    else:
+        projected = update @ basis.to(update).T
     return Profile(
         along=projected.square().sum(0, dtype=torch.float64).cpu(),
         norm=float(update.square().sum(dtype=torch.float64)),

@@ -15,6 +15,7 @@ from sage_hub.checkpoint import Files
 from sage_hub.errors import NotFoundError, UsageError
 
 CONFIG = "sage.yaml"
+OUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 SETS = ("retain", "forget", "heldout")
 
 
@@ -38,6 +39,8 @@ class Settings:
     device: str = "auto"
     seed: int = 0  # which rows are taken where a proxy has more than max_tokens
     chat_template: bool = True
+    parameters: Literal["linear", "all"] = "linear"  # all: embedding, head, norms, biases too
+    out_dtype: str | None = None  # of the release's floating point tensors; None: the unlearned's
     merge: bool = False  # an adapter's release is a whole model
 
     def __post_init__(self) -> None:
@@ -54,6 +57,8 @@ class Settings:
             value = getattr(self, name)
             if not (isinstance(value, str) or (value is None and name != "device")):
                 raise UsageError(f"{name} must be text, not {value!r}.")
+        _one_of(self.out_dtype, "out_dtype", (None, *OUT_DTYPES))
+        _one_of(self.parameters, "parameters", ("linear", "all"))
         for name in ("chat_template", "merge"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} must be true or false, not {getattr(self, name)!r}.")
@@ -68,6 +73,11 @@ class Settings:
         if math.isinf(self.strength):
             described["strength"] = "inf"  # JSON has no infinity
         return described
+
+    @property
+    def stored_dtype(self) -> str | None:
+        """`out_dtype` as safetensors names it."""
+        return None if self.out_dtype is None else OUT_DTYPES[self.out_dtype]
 
     def resolve_device(self) -> Settings:
         """The settings with "auto" replaced. Raises UsageError for a device that is not here."""
@@ -160,6 +170,12 @@ def _in_repo(values: dict[str, Any], files: Files, shown: str) -> dict[str, Any]
 def _number(value: object, name: str, fits: Any, wanted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
         raise UsageError(f"{name} must be {wanted}, not {value!r}.")
+
+
+def _one_of(value: object, name: str, known: tuple[str | None, ...]) -> None:
+    if value not in known:
+        names = " or ".join(word for word in known if word)
+        raise UsageError(f"{name} must be {names}, not {value!r}.")
 
 
 def _integer(value: object, name: str, *, least: int) -> None:

@@ -27,7 +27,7 @@ from sage_hub.sage import (
     suppression,
 )
 from sage_hub.statistics import Statistics
-from sage_hub.tensorfile import DTYPES, RowReader, TensorWriter, file_sha256
+from sage_hub.tensorfile import RowReader, TensorWriter, file_sha256
 from sage_hub.threads import ahead
 
 # Numbers in a block of rows: 32 MB in bfloat16. A larger one wins no time, and costs memory.
@@ -90,6 +90,7 @@ class Block:
     piece: Piece
     base: Tensor | None
     unlearned: Tensor
+    first: int  # the row of the map that it begins with
     outer: Tensor | None = None  # the update is this times the rows: R of an adapter's pair
 
     @property
@@ -97,7 +98,7 @@ class Block:
         """Whether the two sides differ here, as far as the stored type can tell."""
         if self.base is None:
             return True
-        stored = DTYPES[self.operation.info.dtype]
+        stored = self.operation.dtype
         return not torch.equal(self.base.to(stored), self.unlearned.to(stored))
 
     def update(self, rows: Tensor, base: Tensor) -> Tensor:
@@ -109,6 +110,13 @@ class Block:
     def transposed(self) -> bool:
         linear = self.piece.linear
         return linear is not None and linear.transposed and self.operation.pair is None
+
+    def seen_by(self, spectrum: Spectrum, g: Tensor, device: str) -> tuple[Spectrum, Tensor]:
+        """The part of a spectrum and of its g that acts on these rows."""
+        if spectrum.diagonal and self.transposed:
+            spectrum, g = spectrum.inside(self.first, len(self.unlearned), g)
+        basis = spectrum.basis.to(device)
+        return Spectrum(basis, spectrum.values, spectrum.trace, spectrum.tokens), g
 
     def oriented(self, tensor: Tensor, device: str) -> Tensor:
         """The rows as (out, in), in float32 at least."""
@@ -124,6 +132,7 @@ class TensorRecord:
     shard: str
     action: str  # "filtered", "identical" or "copied"
     reason: str = ""
+    kind: str | None = None  # of map, if it was filtered
     rank: int | None = None  # the largest, where it holds several maps
     bias_before: float | None = None
     bias_after: float | None = None
@@ -164,21 +173,24 @@ def measure(
             if linear is None or block.base is None or not block.changed:
                 continue
             site = sites[linear.name]
-            spectrum = _on(statistics.spectrum("retain", site), device)
+            whole = statistics.spectrum("retain", site)
+            g = how.suppression(whole)
+            rank = len(g)
+            spectrum, g = block.seen_by(whole, g, device)
             b, u = block.oriented(block.base, device), block.oriented(block.unlearned, device)
-            g = how.suppression(spectrum)
             update = block.update(u, b)
             along = profile(update, spectrum.basis)
             forget = forget_filtered = None
             if statistics.has("forget"):
-                forget_spectrum = _on(statistics.spectrum("forget", site), device)
+                other = statistics.spectrum("forget", site)
+                forget_spectrum, _ = block.seen_by(other, other.values, device)
                 filtered = filter_update(update, spectrum.basis, g)
                 forget = profile(update, forget_spectrum.basis).bias(forget_spectrum)
                 forget_filtered = profile(filtered, forget_spectrum.basis).bias(forget_spectrum)
             measured = Measurement(
                 tensor=block.operation.tensor,
                 module=linear.name,
-                rank=len(g),
+                rank=rank,
                 retain=along.bias(spectrum),
                 retain_filtered=along.bias(spectrum, g),
                 base=profile(b, spectrum.basis).bias(spectrum),
@@ -230,9 +242,8 @@ def write_shards(
         block = next(stream, None)
         for shard in todo:
             records: list[TensorRecord] = []
-            header = plan.unlearned.headers[shard]
-            metadata = {**header.metadata, "format": "pt"}
-            with TensorWriter(folder / shard, header.tensors, metadata) as writer:
+            metadata = {**plan.unlearned.headers[shard].metadata, "format": "pt"}
+            with TensorWriter(folder / shard, plan.layout(shard), metadata) as writer:
                 for operation in plan.in_shard[shard]:
                     tally = _Tally(operation)
                     while block is not None and block.operation is operation:
@@ -282,6 +293,7 @@ class _Tally:
             name,
             shard,
             "filtered",
+            kind=self.operation.linears[0].kind,
             rank=self.rank,
             bias_before=relative(self.before, self.base),
             bias_after=relative(self.after, self.base),
@@ -305,29 +317,23 @@ def _treat(
 ) -> Tensor:
     """The rows as they are stored in the release; what is to be said of them goes to `tally`."""
     base, unlearned = block.base, block.unlearned
-    dtype = DTYPES[block.operation.info.dtype]
     if not block.changed:
-        return unlearned.to(dtype)
+        return _rounded(unlearned, block)
     tally.differs = True
     if spectrum is None or base is None:
         if base is not None:
             norm = float(block.update(_wide(unlearned), _wide(base)).square().sum())
             tally.update += norm
             tally.kept += norm
-        return unlearned.to(dtype)
-    spectrum = _on(spectrum, device)
-    b, u = block.oriented(base, device), block.oriented(unlearned, device)
+        return _rounded(unlearned, block)
     g = how.suppression(spectrum)
-    stored = sanitize_weight(b, u, spectrum.basis, g, gain).to(dtype)
-    if not torch.isfinite(stored).all():
-        raise NonFiniteError(
-            f"The sanitized {block.operation.tensor!r} overflows {dtype}; lower --gain, "
-            "or store the unlearned model in a wider type."
-        )
+    tally.rank = max(tally.rank or 0, len(g))
+    spectrum, g = block.seen_by(spectrum, g, device)
+    b, u = block.oriented(base, device), block.oriented(unlearned, device)
+    stored = _rounded(sanitize_weight(b, u, spectrum.basis, g, gain), block)
     # Measured on what is stored, because rounding to bfloat16 is an update too.
     before = profile(block.update(u, b), spectrum.basis)
     after = profile(block.update(stored.to(b), b), spectrum.basis)
-    tally.rank = max(tally.rank or 0, len(g))
     tally.before += before.bias(spectrum)
     tally.after += after.bias(spectrum)
     tally.base += profile(b, spectrum.basis).bias(spectrum)
@@ -368,7 +374,8 @@ def _blocks(
                                 piece.base, start + shift, stop + shift
                             )
                             _check_finite(base, piece.base, plan.base)
-                        yield Block(operation, piece, base, unlearned, outer)
+                        first = piece.first + start - piece.start
+                        yield Block(operation, piece, base, unlearned, first, outer)
                         bar.update(unlearned.nbytes)
 
 
@@ -376,10 +383,25 @@ def _steps(operation: Operation) -> Iterator[tuple[Piece, int, int]]:
     """The pieces of a tensor, cut into blocks of rows."""
     rows = max(1, BLOCK // max(1, operation.info.columns))
     for piece in operation.pieces:
-        whole = operation.pair is not None or (piece.linear is not None and piece.linear.transposed)
+        linear = piece.linear
+        whole = operation.pair is not None or (
+            linear is not None and linear.transposed and not linear.diagonal
+        )
         step = max(1, piece.stop - piece.start) if whole else rows
         for start in range(piece.start, piece.stop, step):
             yield piece, start, min(start + step, piece.stop)
+
+
+def _rounded(rows: Tensor, block: Block) -> Tensor:
+    """`rows` in the type of the release. Raises NonFiniteError if that cannot hold them."""
+    dtype = block.operation.dtype
+    stored = rows.to(dtype)
+    if rows.dtype != dtype and not torch.isfinite(stored).all():
+        raise NonFiniteError(
+            f"The sanitized {block.operation.tensor!r} overflows {dtype}; lower --gain, "
+            "or choose a wider type with --out-dtype."
+        )
+    return stored
 
 
 def _check_finite(tensor: Tensor, name: str, side: Checkpoint) -> None:
@@ -393,17 +415,14 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _on(spectrum: Spectrum, device: str) -> Spectrum:
-    return Spectrum(spectrum.basis.to(device), spectrum.values, spectrum.trace, spectrum.tokens)
-
-
-def write_index(unlearned: Checkpoint, folder: Path) -> dict[str, str]:
+def write_index(plan: Plan, folder: Path) -> dict[str, str]:
     """Write the index of the shards into `folder`, if there is to be one; its name and SHA-256."""
+    unlearned = plan.unlearned
     if SINGLE in unlearned.shards or INDEX not in unlearned.files.sizes:
         return {}
     metadata: dict[str, Any] = dict(read_json(unlearned.files, INDEX).get("metadata") or {})
     metadata["total_size"] = sum(
-        info.nbytes for header in unlearned.headers.values() for info in header.tensors.values()
+        info.nbytes for shard in unlearned.shards for info in plan.layout(shard).values()
     )
     index = {"metadata": metadata, "weight_map": dict(sorted(unlearned.shard_of.items()))}
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"

@@ -1,8 +1,8 @@
 """The statistics file: what calibration saw of each site, memory-mapped and checked when opened.
 
 A safetensors file. Per set (`retain`, and `forget` if there is one) and site it holds
-`<set>/<site>/basis` (k, in) and `<set>/<site>/values` (k,); its metadata says which model,
-tokenizer, data and settings they belong to. docs/formats.md describes it.
+`<set>/<site>/basis`, (k, in) or (in,) for axes, and `<set>/<site>/values` (k,); its metadata says
+which model, tokenizer, data and settings they belong to. docs/formats.md describes it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from sage_hub.architecture import Site
 from sage_hub.errors import CorruptCheckpointError, NotFoundError, StatisticsError
-from sage_hub.moments import SecondMoment, Spectrum, spectrum
+from sage_hub.moments import AxisMoment, SecondMoment, Spectrum, spectrum
 from sage_hub.progress import SILENT, Progress
 from sage_hub.tensorfile import TensorReader, TensorWriter, dtype_name, file_sha256, layout
 
@@ -84,7 +84,7 @@ def write_statistics(
     path: Path,
     origin: Origin,
     sites: list[Site],
-    moments: dict[str, dict[str, SecondMoment]],
+    moments: dict[str, dict[str, SecondMoment | AxisMoment]],
     *,
     energy: float,
     rank: int | None,
@@ -101,11 +101,11 @@ def write_statistics(
     }
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {which: {} for which in moments}
-    # float64 goes first: the format wants each tensor aligned to its type.
+    # What has 8 bytes goes first: the format wants each tensor aligned to its type.
     for (which, site), found in spectra.items():
         tensors[f"{which}/{site.name}/values"] = found.values
         scalars[which][site.name] = {"trace": found.trace, "tokens": found.tokens}
-    for (which, site), found in spectra.items():
+    for (which, site), found in sorted(spectra.items(), key=lambda item: -item[1].basis.itemsize):
         tensors[f"{which}/{site.name}/basis"] = found.basis
     metadata = {
         "format": FORMAT,

