@@ -133,6 +133,11 @@ class Architecture:
             )
         return Place(name, 0, row_count(shape))
 
+    def whole(self, tensor: str) -> Place:
+        """All rows of the parameter that checkpoint tensor `tensor` belongs to."""
+        name, _ = self._rename(tensor)
+        return Place(name, 0, row_count(self.parameters[name]))
+
     def stored_transposed(self, tensor: str) -> bool:
         """Whether the parameter of checkpoint tensor `tensor` is stored (in, out)."""
         name, _ = self._rename(tensor)

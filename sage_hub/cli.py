@@ -109,21 +109,23 @@ def _run(args: argparse.Namespace, target: Any, options: dict[str, Any]) -> None
     from sage_hub import display, release
 
     progress = _progress(args)
-    job = release.prepare(
+    job = release.survey(
         args.base,
         args.unlearned,
         target,
         settings=_settings(args, args.unlearned),
         statistics=args.stats,
         force=args.force,
-        progress=progress,
         **options,
     )
-    progress.note(display.plan_text(job))
+    progress.note(display.plan_text(job, verbose=args.verbose))
     if args.dry_run:
         if args.json:
-            _print_json({"plan": job.plan.describe(), "settings": job.settings.describe()})
+            _print_json(display.plan_json(job))
+        if job.problems:
+            raise job.problems[0]
         return
+    job = release.check_weights(job, progress)
     if target.folder is None and not args.yes and sys.stdin.isatty() and sys.stderr.isatty():
         print(f"Publish to {target.repo}? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
@@ -316,7 +318,12 @@ def _parser() -> argparse.ArgumentParser:
             default=argparse.SUPPRESS,
             help="where UNLEARNED is an adapter: write the whole model, not an adapter",
         )
-        command.add_argument("--dry-run", action="store_true", help="show the plan and stop")
+        command.add_argument(
+            "--dry-run", action="store_true", help="show the plan and its problems, and stop"
+        )
+        command.add_argument(
+            "--verbose", "-v", action="store_true", help="list the plan tensor by tensor"
+        )
         command.add_argument("--yes", "-y", action="store_true", help="don't ask before publishing")
         _add_settings(command, "retain", "forget", "heldout")
 

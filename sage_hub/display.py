@@ -7,13 +7,14 @@ from typing import Any
 
 from sage_hub.card import MODELS, metric_table
 from sage_hub.checkpoint import Checkpoint
+from sage_hub.plan import Plan
 from sage_hub.release import Job, Release
 from sage_hub.settings import SETS
 from sage_hub.verify import Verification
 
 
-def plan_text(job: Job) -> str:
-    """What is going to happen, before it does."""
+def plan_text(job: Job, *, verbose: bool = False) -> str:
+    """What is going to happen, before it does; tensor by tensor if `verbose`."""
     plan, settings = job.plan, job.settings
     described = plan.describe()
     lines = [
@@ -40,12 +41,41 @@ def plan_text(job: Job) -> str:
         (
             "needs",
             f"{_size(plan.download_bytes)} to download, {_size(plan.output_bytes)} of disk for "
-            f"the release, at most {_size(plan.statistics_bytes)} for statistics",
+            f"the release, at most {_size(plan.statistics_bytes)} for statistics; at most "
+            f"{_size(plan.model_memory)} of memory for a model and its moments",
         ),
     ]
     lines += [("note", warning) for warning in job.warnings]
     lines += [("left behind", f"{name} ({reason})") for name, reason in plan.left_behind.items()]
-    return "\n".join(f"  {label:<12}{text}" for label, text in lines)
+    lines += [("problem", str(problem)) for problem in job.problems]
+    text = "\n".join(f"  {label:<12}{text}" for label, text in lines)
+    return f"{_operations_text(plan)}\n\n{text}" if verbose else text
+
+
+def _operations_text(plan: Plan) -> str:
+    header = ["tensor", "shape", "type", "what is done", "with the base's"]
+    rows = []
+    for operation in plan.operations:
+        about = operation.describe()
+        what = f"copy: {about['reason']}"
+        if about["modules"]:
+            first, more = about["modules"][0], len(about["modules"]) - 1
+            what = f"filter {first}" + (f" and {more} more" if more else "")
+        base = "" if about["base"] == [about["tensor"]] else ", ".join(about["base"])
+        kind = about["dtype"]
+        if about["stored"] != kind:
+            kind += f" → {about['stored']}"
+        rows.append([about["tensor"], "×".join(map(str, about["shape"])), kind, what, base])
+    return _table(header, rows)
+
+
+def plan_json(job: Job) -> dict[str, Any]:
+    """The plan for `--dry-run --json`."""
+    return {
+        "plan": job.plan.describe(),
+        "settings": job.settings.describe(),
+        "problems": [{"status": p.status, "message": str(p)} for p in job.problems],
+    }
 
 
 def release_text(release: Release) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -14,7 +14,7 @@ import torch
 from sage_hub.adapter import Adapter, LowRank
 from sage_hub.architecture import Architecture, Linear, Place, read_architecture
 from sage_hub.checkpoint import INDEX, PICKLES, Checkpoint
-from sage_hub.errors import ArchitectureError, MissingTensorError
+from sage_hub.errors import ArchitectureError, MissingTensorError, SageHubError
 from sage_hub.tensorfile import DTYPES, FLOATS, TensorInfo, layout
 
 OTHER_WEIGHTS = (
@@ -65,6 +65,20 @@ class Operation:
         """The type in the release."""
         return DTYPES[self.stored or self.info.dtype]
 
+    def describe(self) -> dict[str, Any]:
+        """The operation for a listing."""
+        return {
+            "tensor": self.tensor,
+            "shard": self.shard,
+            "shape": list(self.info.shape),
+            "dtype": self.info.dtype,
+            "stored": self.stored or self.info.dtype,
+            "action": "filter" if self.linears else "copy",
+            "modules": [linear.name for linear in self.linears],
+            "reason": self.reason,
+            "base": list(dict.fromkeys(piece.base for piece in self.pieces if piece.base)),
+        }
+
     @property
     def linears(self) -> list[Linear]:
         """The maps that are filtered."""
@@ -81,6 +95,7 @@ class Plan:
     carried: tuple[str, ...]  # files that come along verbatim
     left_behind: dict[str, str]  # files that don't, and why
     statistics_bytes: int  # at most
+    problems: tuple[SageHubError, ...] = ()  # each would stop the run
 
     @property
     def output_bytes(self) -> int:
@@ -88,6 +103,13 @@ class Plan:
         carried = sum(self.unlearned.files.sizes[name] for name in self.carried)
         tensors = (info for shard in self.unlearned.shards for info in self.layout(shard).values())
         return sum(info.nbytes for info in tensors) + carried
+
+    @property
+    def model_memory(self) -> int:
+        """What calibration and evaluation take in bytes, but for activations: a model of the base
+        and the second moments of all its sites, or one of the unlearned side."""
+        moments = self.base.weight_bytes + self.statistics_bytes
+        return max(moments, self.base.weight_bytes, self.unlearned.weight_bytes)
 
     @property
     def download_bytes(self) -> int:
@@ -152,15 +174,17 @@ class Plan:
             "download_bytes": self.download_bytes,
             "output_bytes": self.output_bytes,
             "statistics_bytes_at_most": self.statistics_bytes,
+            "model_memory_bytes": self.model_memory,
+            "operations": [operation.describe() for operation in self.operations],
         }
 
 
 def make_plan(base: Checkpoint, unlearned: Checkpoint, parameters: str = "linear") -> Plan:
     """Match the two sides tensor by tensor and decide what happens to each.
 
-    With `parameters` "all" embedding, LM head, norms and biases are filtered too. Raises
-    ArchitectureError for different models or shapes, MissingTensorError for a tensor that only
-    one side has.
+    With `parameters` "all" embedding, LM head, norms and biases are filtered too. Its problems are
+    an ArchitectureError for each shape that differs and a MissingTensorError for each tensor that
+    only one side has. Raises ArchitectureError for different models.
     """
     if isinstance(unlearned, Adapter):
         return _plan_adapter(base, unlearned, parameters)
@@ -172,23 +196,26 @@ def make_plan(base: Checkpoint, unlearned: Checkpoint, parameters: str = "linear
             f"{base.name} is a {theirs.model_type} model and {unlearned.name} a "
             f"{ours.model_type} model; the base must be the model that was unlearned."
         )
-    theirs_at, ours_at = _rows_by_parameter(theirs, base), _rows_by_parameter(ours, unlearned)
+    problems: list[SageHubError] = []
+    places = _places(ours, unlearned, problems)
+    theirs_at = _rows_by_parameter(_places(theirs, base, problems), base)
+    ours_at = _rows_by_parameter(places, unlearned)
     for parameter, runs in theirs_at.items():
-        _check_shapes(theirs, ours, base, unlearned, parameter)
+        problems += _different_shapes(theirs, ours, base, unlearned, parameter)
         if not ours.may_be_absent(parameter):
             for lost in _uncovered(runs, ours_at.get(parameter, [])):
-                raise _missing(lost, base, unlearned)
+                problems.append(_missing(lost, base, unlearned))
     operations = []
     for shard, header in unlearned.headers.items():
         for tensor, info in header.tensors.items():
-            place = ours.place(tensor, info.shape)
+            place = places[tensor]
             parameter = place.parameter if place else tensor
             # A base that ties its head to the embedding has the head there.
             runs = theirs_at.get(parameter) or theirs_at.get(theirs.tied.get(parameter, ""), [])
             mine = _Run(place.start if place else 0, place.stop if place else info.rows, tensor)
             if not theirs.may_be_absent(parameter) or runs:
                 for lost in _uncovered([mine], runs):
-                    raise _missing(lost, unlearned, base)
+                    problems.append(_missing(lost, unlearned, base))
             operations.append(_decide(ours, shard, info, place, mine, runs))
     carried, left_behind = _sort_files(unlearned)
     return Plan(
@@ -198,6 +225,7 @@ def make_plan(base: Checkpoint, unlearned: Checkpoint, parameters: str = "linear
         carried,
         left_behind,
         _statistics_bytes(ours),
+        tuple(problems),
     )
 
 
@@ -206,7 +234,8 @@ def _plan_adapter(base: Checkpoint, adapter: Adapter, parameters: str) -> Plan:
     architecture = adapter.architecture
     if parameters == "all":
         architecture = architecture.with_others()
-    base_at = _rows_by_parameter(architecture, base)
+    problems: list[SageHubError] = []
+    base_at = _rows_by_parameter(_places(architecture, base, problems), base)
     operations = []
     for shard, header in adapter.headers.items():
         for tensor, info in header.tensors.items():
@@ -231,7 +260,13 @@ def _plan_adapter(base: Checkpoint, adapter: Adapter, parameters: str) -> Plan:
             operations.append(Operation(tensor, shard, info, (piece,), reason, pair=change.by))
     carried, left_behind = _sort_files(adapter)
     return Plan(
-        base, adapter, tuple(operations), carried, left_behind, _statistics_bytes(architecture)
+        base,
+        adapter,
+        tuple(operations),
+        carried,
+        left_behind,
+        _statistics_bytes(architecture),
+        tuple(problems),
     )
 
 
@@ -244,13 +279,30 @@ class _Run:
     tensor: str
 
 
-def _rows_by_parameter(architecture: Architecture, side: Checkpoint) -> dict[str, list[_Run]]:
+def _places(
+    architecture: Architecture, side: Checkpoint, problems: list[SageHubError]
+) -> dict[str, Place | None]:
+    """Where every tensor of `side` lies in the model; one that does not fit is a problem."""
+    found: dict[str, Place | None] = {}
+    for header in side.headers.values():
+        for tensor, info in header.tensors.items():
+            try:
+                found[tensor] = architecture.place(tensor, info.shape)
+            except ArchitectureError as error:
+                problems.append(ArchitectureError(f"{side.name}: {error}"))
+                found[tensor] = architecture.whole(tensor)  # so that it is one problem, not two
+    return found
+
+
+def _rows_by_parameter(
+    places: Mapping[str, Place | None], side: Checkpoint
+) -> dict[str, list[_Run]]:
     """Parameter -> the runs of its rows that `side` has, in order; a tensor of no parameter is
     one by its own name."""
     found: dict[str, list[_Run]] = {}
     for header in side.headers.values():
         for tensor, info in header.tensors.items():
-            place = architecture.place(tensor, info.shape) or Place(tensor, 0, info.rows)
+            place = places[tensor] or Place(tensor, 0, info.rows)
             found.setdefault(place.parameter, []).append(_Run(place.start, place.stop, tensor))
     return {parameter: sorted(runs) for parameter, runs in found.items()}
 
@@ -266,19 +318,19 @@ def _uncovered(wanted: Sequence[_Run], there: Sequence[_Run]) -> Iterator[str]:
             yield run.tensor
 
 
-def _check_shapes(
+def _different_shapes(
     theirs: Architecture,
     ours: Architecture,
     base: Checkpoint,
     unlearned: Checkpoint,
     parameter: str,
-) -> None:
+) -> Iterator[SageHubError]:
     shapes = theirs.parameters.get(parameter), ours.parameters.get(parameter)
     shared = parameter in base.shard_of and parameter in unlearned.shard_of
     if shapes == (None, None) and shared:
         shapes = base.info(parameter).shape, unlearned.info(parameter).shape
     if None not in shapes and shapes[0] != shapes[1]:
-        raise ArchitectureError(
+        yield ArchitectureError(
             f"Tensor {parameter!r} has the shape {[*(shapes[0] or ())]} in {base.name} and "
             f"{[*(shapes[1] or ())]} in {unlearned.name}; the base must be the model that was "
             "unlearned."

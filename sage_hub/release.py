@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -45,18 +45,19 @@ REPORT = "sage/report.json"
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that a run needs, checked: nothing was computed or written yet."""
+    """Everything that a run needs: nothing was computed or written yet."""
 
     plan: Plan
     settings: Settings
     proxies: Mapping[str, Proxy]  # those of retain, forget, heldout that there are
-    fingerprints: Mapping[str, str]  # "base", "unlearned", "tokenizer"
+    fingerprints: Mapping[str, str]  # "tokenizer"; "base" and "unlearned" once weights are checked
     statistics: Path | None  # a ready file, instead of calibrating
     target: Location
     private: bool = False
     create_pr: bool = False
     force: bool = False
     warnings: tuple[str, ...] = ()
+    problems: tuple[SageHubError, ...] = ()  # each would stop the run
 
     @cached_property
     def fingerprint(self) -> str:
@@ -155,6 +156,34 @@ def prepare(
     progress: Progress = SILENT,
 ) -> Job:
     """Open both sides, plan the run, and raise whatever would stop it later."""
+    job = survey(
+        base,
+        unlearned,
+        target,
+        settings=settings,
+        statistics=statistics,
+        private=private,
+        create_pr=create_pr,
+        force=force,
+    )
+    return check_weights(job, progress)
+
+
+def survey(
+    base: str,
+    unlearned: str,
+    target: Location,
+    *,
+    settings: Settings,
+    statistics: str | Path | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    force: bool = False,
+) -> Job:
+    """Plan the run from configs and headers, reading no weights, and find all its problems.
+
+    What leaves nothing to plan is raised: a side that cannot be opened, or another architecture.
+    """
     statistics = None if statistics is None else Path(statistics)
     settings = settings.resolve_device()
     base_side = open_checkpoint(base)
@@ -163,28 +192,74 @@ def prepare(
         "unlearned": open_unlearned(unlearned, base_side, merge=settings.merge),
     }
     plan = make_plan(**sides, parameters=settings.parameters).stored_as(settings.stored_dtype)
-    if target.folder is None:
-        if target.revision:
-            raise UsageError("A target takes no @revision; publish to org/name.")
-        check_target(target.repo, force=force)
-        check_disk(plan, _workspace(target))
-    else:
-        sources = [parse_location(side).folder for side in (base, unlearned)]
-        check_output(target.folder, sources, force=force)
-        check_disk(plan, target.folder)
-    proxies = read_proxies(settings, statistics=statistics)
-    if settings.gain == "match" and statistics is None and "forget" not in proxies:
-        raise UsageError("--gain match is measured on the forget proxy; give --forget.")
-    fingerprints = {name: side.fingerprint(progress) for name, side in sides.items()}
-    if fingerprints["base"] == fingerprints["unlearned"]:
-        raise NothingToDoError(
-            f"{base} and {unlearned} hold the same weights; there is no update to sanitize. "
-            "Check that both arguments are what you meant."
-        )
-    fingerprints["tokenizer"] = plan.base.tokenizer_fingerprint()
+    sources = [parse_location(side).folder for side in (base, unlearned)]
+    proxies: dict[str, Proxy] = {}
+
+    def read_sets() -> None:
+        proxies.update(read_proxies(settings, statistics=statistics))
+        if settings.gain == "match" and statistics is None and "forget" not in proxies:
+            raise UsageError("--gain match is measured on the forget proxy; give --forget.")
+
+    checks: list[Callable[[], object]] = [
+        lambda: _check_target(target, sources, force=force),
+        lambda: check_disk(plan, target.folder or _workspace(target)),
+        read_sets,
+    ]
+    if plan.base.commit and plan.unlearned.commit:  # the Hub knows the hashes
+        checks.append(lambda: _fingerprints(plan, SILENT))
+    problems = [*plan.problems, *_failures(checks)]
+    fingerprints = {"tokenizer": plan.base.tokenizer_fingerprint()}
     job = Job(plan, settings, proxies, fingerprints, statistics, target, private, create_pr, force)
+    return replace(job, problems=tuple(problems), warnings=tuple(_warnings(job)))
+
+
+def check_weights(job: Job, progress: Progress = SILENT) -> Job:
+    """Raise the first problem of `job`, if any; then the checks that take the weights' hashes.
+
+    For a Hub repo these are known, and the files of a folder are read once.
+    """
+    if job.problems:
+        first, more = job.problems[0], len(job.problems) - 1
+        if not more:
+            raise first
+        others = "is another problem" if more == 1 else f"are {more} more problems"
+        raise type(first)(f"{first} There {others}; --dry-run lists all.")
+    job = replace(job, fingerprints={**job.fingerprints, **_fingerprints(job.plan, progress)})
     _check_given_statistics(job)
-    return replace(job, warnings=tuple(_warnings(job)))
+    return job
+
+
+def _fingerprints(plan: Plan, progress: Progress) -> dict[str, str]:
+    """The fingerprints of both sides. Raises NothingToDoError if they are the same."""
+    sides = {"base": plan.base, "unlearned": plan.unlearned}
+    found = {name: side.fingerprint(progress) for name, side in sides.items()}
+    if found["base"] == found["unlearned"]:
+        raise _nothing_to_do(plan)
+    return found
+
+
+def _nothing_to_do(plan: Plan) -> NothingToDoError:
+    return NothingToDoError(
+        f"{plan.base.name} and {plan.unlearned.name} hold the same weights; there is no update to "
+        "sanitize. Check that both arguments are what you meant."
+    )
+
+
+def _check_target(target: Location, sources: Sequence[Path | None], *, force: bool) -> None:
+    if target.folder is not None:
+        check_output(target.folder, sources, force=force)
+        return
+    if target.revision:
+        raise UsageError("A target takes no @revision; publish to org/name.")
+    check_target(target.repo, force=force)
+
+
+def _failures(checks: Sequence[Callable[[], object]]) -> Iterator[SageHubError]:
+    for check in checks:
+        try:
+            check()
+        except SageHubError as error:
+            yield error
 
 
 def run(job: Job, progress: Progress = SILENT) -> Release:
@@ -238,7 +313,8 @@ def write_release(job: Job, work: Work, progress: Progress = SILENT) -> Release:
         gain = _choose_gain(plan, statistics, how, job.settings, progress)
         finished = _write_shards(job, plan, statistics, how, gain, work, progress)
         records = [tensor for shard in finished for tensor in shard.tensors]
-        _check_different(plan, records)
+        if all(record.action == "identical" for record in records):
+            raise _nothing_to_do(plan)
         clock.lap("sanitize")
         hashes = {shard.shard: shard.sha256 for shard in finished}
         hashes |= shards.write_index(plan, folder) | carry_files(
@@ -447,14 +523,6 @@ def _choose_gain(
         return float(settings.gain)
     measured = shards.measure(plan, statistics, how, device=settings.device, progress=progress)
     return shards.gain_that_matches(measured)
-
-
-def _check_different(plan: Plan, records: Sequence[shards.TensorRecord]) -> None:
-    if all(record.action == "identical" for record in records):
-        raise NothingToDoError(
-            f"{plan.base.name} and {plan.unlearned.name} hold the same weights; there is no "
-            "update to sanitize. Check that both arguments are what you meant."
-        )
 
 
 def _warnings(job: Job) -> Iterator[str]:

@@ -95,6 +95,46 @@ def test_a_dry_run_fetches_no_weights_and_writes_nothing(
     assert ("org/unlearned-sage", "model") not in on_hub.repos
 
 
+def test_a_dry_run_of_folders_reads_headers_alone(
+    pair: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_data(*_: object) -> None:
+        raise AssertionError("read the weights")
+
+    monkeypatch.setattr("sage_hub.checkpoint.file_sha256", no_data)
+    monkeypatch.setattr("sage_hub.checkpoint.TensorReader", no_data)
+    monkeypatch.setattr("sage_hub.checkpoint.TOKENIZER_FILES", ())
+    both = ["sanitize", str(pair / "base"), str(pair / "unlearned"), "--output", "out"]
+    assert main([*both, "--dry-run", "--verbose"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    tensors = [line.split() for line in lines if line.startswith(("model.", "lm_head."))]
+    assert len(tensors) == 21
+    assert ["model.layers.0.mlp.down_proj.weight", "32×64", "BF16", "filter"] in [
+        t[:4] for t in tensors
+    ]
+    assert ["lm_head.weight", "72×32", "BF16", "copy:", "LM", "head"] in tensors
+
+
+def test_a_dry_run_lists_every_problem(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"]
+    for tensor in gone:
+        change(pair / "base", tensor, lambda _: None)
+    change(pair / "unlearned", "model.norm.weight", lambda _: torch.ones(48))
+    (pair / "out").mkdir()
+    (pair / "out" / "thesis.tex").write_text("years")
+    both = ["sanitize", str(pair / "base"), str(pair / "unlearned"), "--output", str(pair / "out")]
+    both += ["--retain", str(pair / "no-such-file.jsonl")]
+    assert main([*both, "--dry-run", "--json"]) == 12
+    out, err = capsys.readouterr()
+    problems = json.loads(out)["problems"]
+    assert [problem["status"] for problem in problems] == [12, 13, 13, 23, 10]
+    assert [line for line in err.splitlines() if line.startswith("  problem ")] == [
+        f"  {'problem':<12}{problem['message']}" for problem in problems
+    ]
+    assert main([*both, "--quiet"]) == 12
+    assert "There are 4 more problems; --dry-run lists all." in capsys.readouterr().err
+
+
 def test_statistics_given_are_the_statistics_taken(
     pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
