@@ -176,7 +176,8 @@ def build_statistics(pair: str, rank: int) -> None:
     small = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 8}
     twin = LlamaForCausalLM(LlamaConfig(**{**base.config, **narrow, **small}))
     wide = {value: base.config[key] for key, value in narrow.items()}
-    sites = [replace(site, size=wide[site.size]) for site in find_sites(twin)]
+    inputs = [site for site in find_sites(twin) if site.sees == "input"]
+    sites = [replace(site, size=wide[site.size]) for site in inputs]
     used = {"rows_used": 0, "tokens_used": 0, "rows_truncated": 0, "row_hashes": []}
     origin = Origin(
         model=base.name,

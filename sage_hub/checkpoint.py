@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +51,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+HASHING = 4  # files at a time
 _REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -283,11 +285,10 @@ class Checkpoint:
         used with the other.
         """
         names = [self.config_file, *sorted(self.headers)]
-        hashes = {
-            name: self.files.sha256(name)
-            for name in progress.each(f"Hashing {self.name}", names, len(names), "file")
-        }
-        return digest(hashes)
+        with ThreadPoolExecutor(HASHING) as pool:
+            found = pool.map(self.files.sha256, names)
+            hashes = progress.each(f"Hashing {self.name}", found, len(names), "file")
+            return digest(dict(zip(names, hashes, strict=True)))
 
     @property
     def has_tokenizer(self) -> bool:
