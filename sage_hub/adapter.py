@@ -272,6 +272,9 @@ class _Overlay:
     def missing_bytes(self, files: list[str]) -> int:
         return self.adapter.missing_bytes([WEIGHTS])
 
+    def close(self, file: str) -> None:
+        self._holder(file).close(file)
+
     def _holder(self, file: str) -> Files:
         taken = file in (*TOKENIZER_FILES, "README.md", "LICENSE")
         return self.adapter if taken and file in self.adapter.sizes else self.base

@@ -122,8 +122,8 @@ def reproduce_command(manifest: Mapping[str, Any], name: str) -> str:
             continue  # they change the speed, and the result by rounding at most
         if option == "chat_template":
             words += [] if value else ["--no-chat-template"]
-        elif option == "merge":
-            words += ["--merge"] if value else []
+        elif isinstance(value, bool):
+            words += [f"--{option.replace('_', '-')}"] if value else []
         else:
             words += [f"--{option.replace('_', '-')}", str(value)]
     return shlex.join(words)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -117,6 +117,9 @@ class Files(Protocol):
     def missing_bytes(self, files: list[str]) -> int:
         """How many bytes of `files` would have to be downloaded."""
 
+    def close(self, file: str) -> None:
+        """`file` is not needed for now."""
+
 
 class LocalFiles:
     """The files below a local folder."""
@@ -152,6 +155,9 @@ class LocalFiles:
 
     def missing_bytes(self, files: list[str]) -> int:
         return 0
+
+    def close(self, file: str) -> None:
+        pass
 
 
 def _check_links(folder: Path) -> None:
@@ -228,6 +234,45 @@ class HubFiles:
             )
         )
 
+    def close(self, file: str) -> None:
+        pass
+
+
+class PassingFiles:
+    """The files of a Hub repo, of which weights come into `folder` and go when they are closed.
+
+    What is in the cache already is used from there, and stays.
+    """
+
+    def __init__(self, files: HubFiles, folder: Path) -> None:
+        self._files, self._folder = files, folder
+        self.name, self.commit, self.sizes = files.name, files.commit, files.sizes
+
+    def path(self, file: str) -> Path:
+        if not file.endswith(".safetensors") or not self._files.missing_bytes([file]):
+            return self._files.path(file)
+        with explained(self.name, self.commit):
+            return Path(
+                hf_hub_download(
+                    self.name, file, revision=self.commit, local_dir=self._folder / self.name
+                )
+            )
+
+    def folder(self, files: list[str]) -> Path:
+        raise NotImplementedError("the files are not here together")
+
+    def header(self, file: str) -> Header:
+        return self._files.header(file)
+
+    def sha256(self, file: str) -> str:
+        return self._files.sha256(file)
+
+    def missing_bytes(self, files: list[str]) -> int:
+        return self._files.missing_bytes(files)
+
+    def close(self, file: str) -> None:
+        (self._folder / self.name / file).unlink(missing_ok=True)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -266,12 +311,21 @@ class Checkpoint:
     @contextmanager
     def open_shard(self, shard: str) -> Iterator[RowReader]:
         """Fetch `shard` if need be and open it, checking that it holds what the plan read."""
-        with TensorReader(self.files.path(shard)) as reader:
-            if reader.header.tensors != self.headers[shard].tensors:
-                raise CorruptCheckpointError(
-                    f"{shard} of {self.name} changed since its header was read; start again."
-                )
-            yield reader
+        try:
+            with TensorReader(self.files.path(shard)) as reader:
+                if reader.header.tensors != self.headers[shard].tensors:
+                    raise CorruptCheckpointError(
+                        f"{shard} of {self.name} changed since its header was read; start again."
+                    )
+                yield reader
+        finally:
+            self.files.close(shard)
+
+    def passing(self, folder: Path) -> Checkpoint:
+        """The same, keeping a downloaded shard, in `folder`, only while it is open."""
+        if not isinstance(self.files, HubFiles):
+            return self
+        return replace(self, files=PassingFiles(self.files, folder))
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -45,6 +45,9 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
             f"{_size(plan.model_memory)} of memory for a model and its moments",
         ),
     ]
+    kept = plan.output_bytes if job.target.folder is not None else plan.largest_output
+    if plan.download_bytes and not settings.low_disk:
+        lines.append(("", f"with --low-disk {_size(kept + plan.passing_bytes)} of disk in all"))
     lines += [("note", warning) for warning in job.warnings]
     lines += [("left behind", f"{name} ({reason})") for name, reason in plan.left_behind.items()]
     lines += [("problem", str(problem)) for problem in job.problems]

@@ -26,6 +26,11 @@ class Evaluation:
     data: dict[str, dict[str, Any]]
     not_run: list[dict[str, str]]
 
+    @classmethod
+    def not_at_all(cls, reason: str) -> Evaluation:
+        """No evaluation, and why."""
+        return cls([], {}, [{"what": "all metrics", "reason": reason}])
+
 
 def evaluate_release(
     plan: Plan,

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationCopy,
+    CommitOperationDelete,
+    HfApi,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -114,53 +120,115 @@ def _target_files(repo: str, *, force: bool) -> tuple[str | None, set[str]]:
     return info.sha, files
 
 
-def publish(
-    folder: Path,
-    repo: str,
-    *,
-    message: str,
-    private: bool = False,
-    create_pr: bool = False,
-    force: bool = False,
-    progress: Progress = SILENT,
-) -> str:
-    """Make `repo` hold exactly the files of `folder`, in one commit; return the commit's URL.
+@dataclass(frozen=True)
+class Source:
+    """A large file of a repo at a commit, which the Hub can copy by itself."""
 
-    Large files are uploaded first, where nobody sees them; the commit makes all visible at once
-    and is refused by the Hub if the target moved meanwhile. After PublishError, AccessError,
-    NetworkError or TargetError the target is as it was, or empty if it did not exist.
+    repo: str
+    commit: str
+    path: str
+
+    def copied_to(self, path: str) -> CommitOperationCopy:
+        """The part of a commit that copies it."""
+        return CommitOperationCopy(
+            self.path,
+            path,
+            src_revision=self.commit,
+            src_repo_id=self.repo,
+            src_repo_type="model",
+        )
+
+
+class Upload:
+    """A commit in the making: large files are sent as they come, where nobody sees them.
+
+    The commit makes all visible at once, leaves nothing in the repo but what was added, and is
+    refused by the Hub if the repo moved meanwhile. After PublishError, AccessError, NetworkError
+    or TargetError the repo is as it was, or empty if it did not exist.
     """
-    api = HfApi()
-    head, present = _target_files(repo, force=force)
-    if head is None:
-        with explained(repo):
-            api.create_repo(repo, private=private, exist_ok=True)
-        head, present = _target_files(repo, force=force)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
-    stale = present - {operation.path_in_repo for operation in additions}
-    with explained(repo):
-        for addition in progress.each("Uploading", additions, len(additions), "file"):
-            try:
-                api.preupload_lfs_files(repo, [addition], create_pr=create_pr)
-            except RuntimeError as error:  # what hf_xet raises when an upload breaks off
-                raise NetworkError(
-                    f"Uploading {addition.path_in_repo} to {repo} broke off "
-                    f"({first_line(error)}); nothing was published. Run the same command again."
-                ) from None
+
+    def __init__(
+        self, repo: str, *, private: bool = False, create_pr: bool = False, force: bool = False
+    ) -> None:
+        self.repo, self.create_pr = repo, create_pr
+        self._api = HfApi()
+        self._head, self._present = _target_files(repo, force=force)
+        if self._head is None:
+            with explained(repo):
+                self._api.create_repo(repo, private=private, exist_ok=True)
+            self._head, self._present = _target_files(repo, force=force)
+        self._added: dict[str, CommitOperationAdd] = {}
+        self._copied: dict[str, tuple[Source, Callable[[], Path]]] = {}
+
+    def add(self, path: str, file: Path) -> None:
+        """Send `file`, which is to be `path` in the repo."""
+        addition = CommitOperationAdd(path, file)
         try:
-            commit = api.create_commit(
-                repo,
-                [*additions, *(CommitOperationDelete(name) for name in sorted(stale))],
-                commit_message=message,
-                parent_commit=head,
-                create_pr=create_pr,
-            )
-        except HfHubHTTPError as error:
-            if error.response.status_code == 412:
-                raise PublishError(
-                    f"{repo} changed while the release was made; nothing was published. "
-                    "Run the same command again."
-                ) from None
-            raise
-    return commit.pr_url or commit.commit_url
+            with explained(self.repo):
+                self._api.preupload_lfs_files(self.repo, [addition], create_pr=self.create_pr)
+        except RuntimeError as error:  # what hf_xet raises when an upload breaks off
+            raise NetworkError(
+                f"Uploading {path} to {self.repo} broke off ({first_line(error)}); nothing was "
+                "published. Run the same command again."
+            ) from None
+        self._added[path] = addition
+
+    def copy(self, path: str, source: Source, file: Callable[[], Path]) -> None:
+        """Have the Hub copy `source` to `path`; if it will not, send what `file` fetches."""
+        self._copied[path] = (source, file)
+
+    def add_folder(self, folder: Path, progress: Progress = SILENT) -> None:
+        """Send all files of `folder` that were not sent or copied already."""
+        files = {
+            path.relative_to(folder).as_posix(): path
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        todo = [path for path in files if path not in self._added and path not in self._copied]
+        for path in progress.each("Uploading", todo, len(todo), "file"):
+            self.add(path, files[path])
+
+    def commit(self, message: str) -> str:
+        """Make everything visible; return the URL of the commit or pull request."""
+        with explained(self.repo), _told_if_moved(self.repo):
+            if self._copied:
+                copies = [source.copied_to(path) for path, (source, _) in self._copied.items()]
+                try:
+                    return self._commit(message, copies)
+                except (HfHubHTTPError, ValueError) as error:
+                    if _final(error):
+                        raise
+                # Not every storage can be copied from, and not into every region.
+                for path, (_, file) in self._copied.items():
+                    self.add(path, file())
+            return self._commit(message, [])
+
+    def _commit(self, message: str, copies: Sequence[CommitOperationCopy]) -> str:
+        names = {*self._added, *(copy.path_in_repo for copy in copies)}
+        stale = [CommitOperationDelete(name) for name in sorted(self._present - names)]
+        made = self._api.create_commit(
+            self.repo,
+            [*self._added.values(), *copies, *stale],
+            commit_message=message,
+            parent_commit=self._head,
+            create_pr=self.create_pr,
+        )
+        return made.pr_url or made.commit_url
+
+
+def _final(error: Exception) -> bool:
+    """Whether a commit without copies would be refused as well."""
+    return isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 412)
+
+
+@contextmanager
+def _told_if_moved(repo: str) -> Iterator[None]:
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if error.response.status_code == 412:
+            raise PublishError(
+                f"{repo} changed while the release was made; nothing was published. "
+                "Run the same command again."
+            ) from None
+        raise

@@ -6,6 +6,7 @@ stopped:
     lock                      held by the run; the system releases it when the run dies
     fingerprint               of all that the parts are made from
     statistics.safetensors    a finished part
+    downloads/                shards of the sources, with --low-disk
     shards/SHARD.json         what was done with a shard that is finished
     release/                  what will be the output
     old/                      the output before, while it is being replaced
@@ -50,6 +51,11 @@ class Work:
     def statistics(self) -> Path:
         """The statistics of the base model, if this run makes them."""
         return self.folder / "statistics.safetensors"
+
+    @property
+    def downloads(self) -> Path:
+        """Where shards of the sources are kept while they are read, with low disk."""
+        return self.folder / "downloads"
 
     def keep(self, shard: str, record: dict[str, Any]) -> None:
         """Note that `shard` is finished."""
@@ -191,14 +197,18 @@ def check_output(output: Path, sources: Sequence[Path | None] = (), *, force: bo
         )
 
 
-def check_disk(plan: Plan, output: Path) -> None:
+def check_disk(plan: Plan, output: Path, *, low_disk: bool = False, keep: bool = True) -> None:
     """Raise DiskSpaceError if output, statistics and downloads don't fit where they go.
 
-    What an earlier run has left there is used again, or removed first.
+    What an earlier run has left there is used again, or removed first. With `low_disk` a download
+    goes where the output goes, and of an output that is not kept there is one shard at a time.
     """
     left = sum(path.stat().st_size for path in work_folder(output).rglob("*") if path.is_file())
     needs = {output: max(0, plan.output_bytes + plan.statistics_bytes - left)}
-    if plan.download_bytes:
+    if low_disk:
+        written = plan.output_bytes if keep else plan.largest_output
+        needs = {output: max(0, written + plan.passing_bytes - left)}
+    elif plan.download_bytes:
         needs[Path(HF_HUB_CACHE)] = plan.download_bytes
     per_device: dict[int, tuple[Path, int]] = {}
     for path, size in needs.items():
@@ -212,7 +222,7 @@ def check_disk(plan: Plan, output: Path) -> None:
         if size > free:
             raise DiskSpaceError(
                 f"The run needs {size / 1e9:.1f} GB at {path}, where {free / 1e9:.1f} GB are "
-                "free; free some, or set --output or HF_HOME to a larger disk."
+                "free; free some, set --output or HF_HOME to a larger disk, or see --low-disk."
             )
 
 

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from sage_hub.adapter import Adapter, LowRank
+from sage_hub.adapter import Adapter, LowRank, Merged
 from sage_hub.architecture import Architecture, Linear, Place, read_architecture
 from sage_hub.checkpoint import INDEX, PICKLES, Checkpoint
 from sage_hub.errors import ArchitectureError, MissingTensorError, SageHubError
@@ -96,6 +97,8 @@ class Plan:
     left_behind: dict[str, str]  # files that don't, and why
     statistics_bytes: int  # at most
     problems: tuple[SageHubError, ...] = ()  # each would stop the run
+    equal: frozenset[str] = frozenset()  # shards that the base has byte for byte
+    low_disk: bool = False  # a downloaded shard is kept only while it is read
 
     @property
     def output_bytes(self) -> int:
@@ -112,6 +115,22 @@ class Plan:
         return max(moments, self.base.weight_bytes, self.unlearned.weight_bytes)
 
     @property
+    def largest_output(self) -> int:
+        """The largest shard of the release in bytes."""
+        return max(
+            sum(info.nbytes for info in self.layout(shard).values())
+            for shard in self.unlearned.shards
+        )
+
+    @property
+    def passing_bytes(self) -> int:
+        """The disk for downloads where a shard is kept only while it is read: one of each side."""
+        return sum(
+            max(side.files.missing_bytes([shard]) for shard in side.shards)
+            for side in (self.base, self.unlearned)
+        )
+
+    @property
     def download_bytes(self) -> int:
         """The weights that are not on this machine yet, in bytes."""
         return sum(side.files.missing_bytes(side.shards) for side in (self.base, self.unlearned))
@@ -123,6 +142,28 @@ class Plan:
         for operation in self.operations:
             found[operation.shard].append(operation)
         return found
+
+    def knowing_hashes(self) -> Plan:
+        """The plan when shards of equal hash on both sides are known to be untouched."""
+        if isinstance(self.unlearned, Merged) or any(op.stored for op in self.operations):
+            return self
+        theirs = {self.base.files.sha256(shard) for shard in self.base.shards}
+        ours = self.unlearned.files
+        equal = frozenset(s for s in self.unlearned.shards if ours.sha256(s) in theirs)
+        return replace(self, equal=equal)
+
+    def passing(self, folder: Path) -> Plan:
+        """The plan with low disk: downloads go to `folder`."""
+        sides = self.base.passing(folder / "base"), self.unlearned.passing(folder / "unlearned")
+        return replace(self, base=sides[0], unlearned=sides[1], low_disk=True)
+
+    def base_shards(self, shard: str) -> list[str]:
+        """The shards of the base that `shard` of the unlearned side needs, in that order."""
+        if shard in self.equal:
+            return []
+        pieces = (piece for op in self.in_shard[shard] for piece in op.pieces)
+        needed = (self.base.shard_of[piece.base] for piece in pieces if piece.base)
+        return list(dict.fromkeys(needed))
 
     def layout(self, shard: str) -> dict[str, TensorInfo]:
         """The tensors of `shard` as the release holds them."""
@@ -174,6 +215,7 @@ class Plan:
             "download_bytes": self.download_bytes,
             "output_bytes": self.output_bytes,
             "statistics_bytes_at_most": self.statistics_bytes,
+            "low_disk_bytes": self.passing_bytes,
             "model_memory_bytes": self.model_memory,
             "operations": [operation.describe() for operation in self.operations],
         }

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from sage_hub.bias import summarize
 from sage_hub.calibrate import calibrate
 from sage_hub.checkpoint import Location, digest, open_checkpoint, parse_location
 from sage_hub.errors import NothingToDoError, SageHubError, StatisticsError, UsageError
-from sage_hub.evaluation import evaluate_release
-from sage_hub.hub import MANIFEST, check_target, publish
+from sage_hub.evaluation import Evaluation, evaluate_release
+from sage_hub.hub import MANIFEST, Source, Upload, check_target
 from sage_hub.output import Work, carry_files, check_disk, check_output, working_on
 from sage_hub.plan import Plan, make_plan
 from sage_hub.progress import SILENT, Progress
@@ -202,7 +202,13 @@ def survey(
 
     checks: list[Callable[[], object]] = [
         lambda: _check_target(target, sources, force=force),
-        lambda: check_disk(plan, target.folder or _workspace(target)),
+        lambda: check_disk(
+            plan,
+            target.folder or _workspace(target),
+            low_disk=settings.low_disk,
+            keep=target.folder is not None,
+        ),
+        lambda: _check_low_disk(settings, statistics),
         read_sets,
     ]
     if plan.base.commit and plan.unlearned.commit:  # the Hub knows the hashes
@@ -224,7 +230,8 @@ def check_weights(job: Job, progress: Progress = SILENT) -> Job:
             raise first
         others = "is another problem" if more == 1 else f"are {more} more problems"
         raise type(first)(f"{first} There {others}; --dry-run lists all.")
-    job = replace(job, fingerprints={**job.fingerprints, **_fingerprints(job.plan, progress)})
+    fingerprints = {**job.fingerprints, **_fingerprints(job.plan, progress)}
+    job = replace(job, plan=job.plan.knowing_hashes(), fingerprints=fingerprints)
     _check_given_statistics(job)
     return job
 
@@ -254,6 +261,14 @@ def _check_target(target: Location, sources: Sequence[Path | None], *, force: bo
     check_target(target.repo, force=force)
 
 
+def _check_low_disk(settings: Settings, statistics: Path | None) -> None:
+    if settings.low_disk and statistics is None:
+        raise UsageError(
+            "--low-disk keeps no whole model to calibrate on; make the statistics with `sage-hub "
+            "stats` where there is room for the base, and give them with --stats."
+        )
+
+
 def _failures(checks: Sequence[Callable[[], object]]) -> Iterator[SageHubError]:
     for check in checks:
         try:
@@ -270,23 +285,36 @@ def run(job: Job, progress: Progress = SILENT) -> Release:
     """
     output = job.target.folder or _workspace(job.target)
     with working_on(output, job.fingerprint, force=job.force, progress=progress) as work:
+        if job.target.folder is None and job.settings.low_disk:
+            upload = _upload(job)
+            release = write_release(job, work, progress, upload)
+            return replace(release, location=_publish(job, upload, work.release, progress))
         release = finished_release(job, work, progress) or write_release(job, work, progress)
         if job.target.folder is not None:
             return release
         try:
-            url = publish(
-                work.output,
-                job.target.repo,
-                message=f"Sanitize {job.plan.unlearned.name} with sage-hub",
-                private=job.private,
-                create_pr=job.create_pr,
-                force=job.force,
-                progress=progress,
-            )
+            url = _publish(job, _upload(job), work.output, progress)
         except SageHubError as error:
             raise type(error)(f"{error} The finished release is kept in {output}.") from None
         shutil.rmtree(work.output)
         return replace(release, location=url)
+
+
+def _upload(job: Job) -> Upload:
+    return Upload(job.target.repo, private=job.private, create_pr=job.create_pr, force=job.force)
+
+
+def _publish(job: Job, upload: Upload, folder: Path, progress: Progress) -> str:
+    """Send what was not sent yet, have the Hub copy untouched shards, and commit."""
+    source = job.plan.unlearned
+    for shard in job.plan.equal if source.commit else ():
+        upload.copy(
+            shard,
+            Source(source.name, source.commit or "", shard),
+            partial(source.files.path, shard),
+        )
+    upload.add_folder(folder, progress)
+    return upload.commit(f"Sanitize {source.name} with sage-hub")
 
 
 def finished_release(job: Job, work: Work, progress: Progress = SILENT) -> Release | None:
@@ -302,16 +330,24 @@ def finished_release(job: Job, work: Work, progress: Progress = SILENT) -> Relea
     return Release(str(job.target.folder or work.output), manifest, report, job.warnings)
 
 
-def write_release(job: Job, work: Work, progress: Progress = SILENT) -> Release:
-    """Write the whole release into the output folder, which appears only when it is complete."""
+def write_release(
+    job: Job, work: Work, progress: Progress = SILENT, upload: Upload | None = None
+) -> Release:
+    """Write the whole release into the output folder, which appears only when it is complete.
+
+    With an `upload` each shard is sent as soon as it is finished and is not kept, and the folder
+    gets no name.
+    """
     clock = _Clock()
     how = shards.Filter(job.settings.strength, job.settings.energy, job.settings.rank)
     folder = work.release
     with _statistics_for(job, work.statistics, progress) as statistics:
         clock.lap("calibrate")
         plan = job.plan.observed(statistics.site_of)
+        if job.settings.low_disk:
+            plan = plan.passing(work.downloads)
         gain = _choose_gain(plan, statistics, how, job.settings, progress)
-        finished = _write_shards(job, plan, statistics, how, gain, work, progress)
+        finished = _write_shards(job, plan, statistics, how, gain, work, progress, upload)
         records = [tensor for shard in finished for tensor in shard.tensors]
         if all(record.action == "identical" for record in records):
             raise _nothing_to_do(plan)
@@ -327,16 +363,20 @@ def write_release(job: Job, work: Work, progress: Progress = SILENT) -> Release:
             manifest["statistics"]["file"] = job.statistics.name
         calibrated = {about["fingerprint"] for about in statistics.origin.data.values()}
     alpha = shards.norm_matched_alpha(records)
-    sanitized = open_unlearned(str(folder), plan.base)
-    evaluation = evaluate_release(
-        plan, sanitized, alpha, job.proxies, job.settings, calibrated, progress
-    )
+    if job.settings.low_disk:
+        evaluation = Evaluation.not_at_all("--low-disk keeps no whole model that could be run")
+    else:
+        sanitized = open_unlearned(str(folder), plan.base)
+        evaluation = evaluate_release(
+            plan, sanitized, alpha, job.proxies, job.settings, calibrated, progress
+        )
     clock.lap("evaluate")
     report = make_report(evaluation, alpha=alpha, seed=job.settings.seed, seconds=clock.laps)
     write_json(folder / MANIFEST, manifest)
     write_json(folder / REPORT, report)
     card.write_card(folder, plan, manifest, report, name=job.target.name, warnings=job.warnings)
-    work.finish(force=job.force)
+    if upload is None:
+        work.finish(force=job.force)
     return Release(str(job.target.folder or work.output), manifest, report, job.warnings)
 
 
@@ -348,8 +388,13 @@ def _write_shards(
     gain: float,
     work: Work,
     progress: Progress,
+    upload: Upload | None,
 ) -> list[shards.ShardRecord]:
-    """All shards, those that an earlier run has finished and the others."""
+    """All shards, those that an earlier run has finished and the others.
+
+    One that is untouched comes along as it is; to a repo the Hub copies it in the end.
+    """
+    by_hub = plan.unlearned.commit is not None and upload is not None
     kept = {shard: work.recall(shard) for shard in plan.unlearned.shards}
     done = {s: shards.ShardRecord.from_json(record) for s, record in kept.items() if record}
     if done:
@@ -366,8 +411,15 @@ def _write_shards(
     )
     with closing(written):
         for shard in written:
-            work.keep(shard.shard, asdict(shard))
-            done[shard.shard] = shard
+            name, file = shard.shard, work.release / shard.shard
+            if name in plan.equal and not by_hub:
+                shutil.copyfile(plan.unlearned.files.path(name), file)
+                plan.unlearned.files.close(name)
+            work.keep(name, asdict(shard))
+            done[name] = shard
+            if upload is not None and file.exists():
+                upload.add(name, file)
+                file.unlink()
     return [done[shard] for shard in plan.unlearned.shards]
 
 

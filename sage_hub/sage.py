@@ -44,16 +44,25 @@ def suppression(
     return torch.where(weighted > 0, 1 / (1 + spectrum.mean_eigenvalue / weighted), 0.0)
 
 
-def removed_part(delta: Tensor, basis: Tensor, g: Tensor) -> Tensor:
-    """Δ − D = (Δ U_k) diag(g) U_kᵀ, in the dtype of `delta`: 4·out·in·k flops."""
-    g = g.to(delta)
+def project(update: Tensor, basis: Tensor) -> Tensor:
+    """Δ U, shape (out, k): what `update` (out, in) does along each direction of `basis`."""
     if basis.ndim == 1:
-        axes = basis[: len(g)].to(delta.device)
+        return update[:, basis.to(update.device)]
+    return update @ basis.to(update).T
+
+
+def removed_part(delta: Tensor, basis: Tensor, g: Tensor, along: Tensor | None = None) -> Tensor:
+    """Δ − D = (Δ U_k) diag(g) U_kᵀ, in the dtype of `delta`: 4·out·in·k flops.
+
+    `along` is Δ U, if it is known already.
+    """
+    k, g = len(g), g.to(delta)
+    weakened = (project(delta, basis[:k]) if along is None else along[:, :k]) * g
+    if basis.ndim == 1:
         removed = torch.zeros_like(delta)
-        removed[:, axes] = delta[:, axes] * g
+        removed[:, basis[:k].to(delta.device)] = weakened
         return removed
-    u = basis[: len(g)].to(delta)
-    return ((delta @ u.T) * g) @ u
+    return weakened @ basis[:k].to(delta)
 
 
 def filter_update(delta: Tensor, basis: Tensor, g: Tensor) -> Tensor:
@@ -62,16 +71,22 @@ def filter_update(delta: Tensor, basis: Tensor, g: Tensor) -> Tensor:
 
 
 def sanitize_weight(
-    base: Tensor, unlearned: Tensor, basis: Tensor, g: Tensor, gain: float = 1.0
+    base: Tensor,
+    unlearned: Tensor,
+    basis: Tensor,
+    g: Tensor,
+    gain: float = 1.0,
+    along: Tensor | None = None,
 ) -> Tensor:
     """W_b + γD, both weights (out, in) in the precision to compute in.
 
-    Written as W_u + (γ−1)Δ − γ(Δ−D), which for g = 0 and γ = 1 is the source to the last bit.
+    `along` is Δ U, if it is known already. Written as W_u + (γ−1)Δ − γ(Δ−D), which for g = 0 and
+    γ = 1 is the source to the last bit.
     """
     if gain == 1 and not g.any():
         return unlearned
     delta = unlearned - base
-    result = removed_part(delta, basis, g)  # reused, because memory is what this waits for
+    result = removed_part(delta, basis, g, along)  # reused, because memory is what this waits for
     if gain == 1:
         return torch.sub(unlearned, result, out=result)
     return result.mul_(-gain).add_(delta, alpha=gain - 1).add_(unlearned)
@@ -103,13 +118,14 @@ class Profile:
         return float((self.along[: len(g)] * g**2).sum())
 
 
-def profile(update: Tensor, basis: Tensor) -> Profile:
-    """The profile of `update` (out, in) along the directions of `basis` (k, in)."""
-    if basis.ndim == 1:
-        projected = update[:, basis.to(update.device)]
-    else:
-        projected = update @ basis.to(update).T
-    return Profile(_squares(projected, 0).cpu(), float(_squares(update, 1).sum()))
+def profile(update: Tensor, basis: Tensor, along: Tensor | None = None) -> Profile:
+    """The profile of `update` (out, in) along the directions of `basis` (k, in).
+
+    `along` is Δ U, if it is known already.
+    """
+    if along is None:
+        along = project(update, basis)
+    return Profile(_squares(along, 0).cpu(), float(_squares(update, 1).sum()))
 
 
 def _squares(matrix: Tensor, dim: int) -> Tensor:

@@ -41,6 +41,7 @@ class Settings:
     chat_template: bool = True
     parameters: Literal["linear", "all"] = "linear"  # all: embedding, head, norms, biases too
     out_dtype: str | None = None  # of the release's floating point tensors; None: the unlearned's
+    low_disk: bool = False  # keep a downloaded shard only while it is read; evaluates nothing
     merge: bool = False  # an adapter's release is a whole model
 
     def __post_init__(self) -> None:
@@ -59,7 +60,7 @@ class Settings:
                 raise UsageError(f"{name} must be text, not {value!r}.")
         _one_of(self.out_dtype, "out_dtype", (None, *OUT_DTYPES))
         _one_of(self.parameters, "parameters", ("linear", "all"))
-        for name in ("chat_template", "merge"):
+        for name in ("chat_template", "merge", "low_disk"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} must be true or false, not {getattr(self, name)!r}.")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_hub.checkpoint import INDEX, SINGLE, read_json
+from sage_hub.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 from sage_hub.errors import NonFiniteError, NothingToDoError
 from sage_hub.moments import Spectrum
 from sage_hub.plan import Operation, Piece, Plan
@@ -22,6 +22,7 @@ from sage_hub.sage import (
     filter_update,
     matching_gain,
     profile,
+    project,
     relative,
     sanitize_weight,
     suppression,
@@ -168,7 +169,8 @@ def measure(
     """Measure every weight that would be filtered, writing nothing."""
     found: dict[str, Measurement] = {}
     sites = statistics.site_of
-    with ahead(_blocks(plan, plan.unlearned.shards, "Measuring", progress)) as blocks:
+    different = [shard for shard in plan.unlearned.shards if shard not in plan.equal]
+    with ahead(_blocks(plan, different, "Measuring", progress)) as blocks:
         for block in blocks:
             _check_finite(block, plan)
             linear = block.piece.linear
@@ -234,30 +236,41 @@ def write_shards(
 ) -> Generator[ShardRecord, None, None]:
     """Write the sanitized shards that are not `done` yet into `folder`, and yield what was done.
 
-    A shard has its name when it is yielded, and is whole. Raises NonFiniteError or
+    A shard has its name when it is yielded, and is whole. One that the base has byte for byte is
+    not read and not written, but for its record. Raises NonFiniteError or
     CorruptCheckpointError.
     """
     todo = [shard for shard in plan.unlearned.shards if shard not in done]
     sites = statistics.site_of
-    with ahead(_blocks(plan, todo, "Sanitizing", progress)) as blocks:
+    different = [shard for shard in todo if shard not in plan.equal]
+    with ahead(_blocks(plan, different, "Sanitizing", progress)) as blocks:
         stream = iter(blocks)
         block = next(stream, None)
         for shard in todo:
+            if shard in plan.equal:
+                yield _untouched(plan, shard)
+                continue
             records: list[TensorRecord] = []
             metadata = {**plan.unlearned.headers[shard].metadata, "format": "pt"}
             with TensorWriter(folder / shard, plan.layout(shard), metadata) as writer:
                 for operation in plan.in_shard[shard]:
                     tally = _Tally(operation)
                     while block is not None and block.operation is operation:
-                        _check_finite(block, plan)
                         site = sites.get(block.piece.linear.name) if block.piece.linear else None
                         spectrum = statistics.spectrum("retain", site) if site else None
                         writer.write(
-                            operation.tensor, _treat(block, spectrum, how, gain, device, tally)
+                            operation.tensor,
+                            _treat(block, plan, spectrum, how, gain, device, tally),
                         )
                         block = next(stream, None)
                     records.append(tally.record())
             yield ShardRecord(shard, writer.sha256, tuple(records))
+
+
+def _untouched(plan: Plan, shard: str) -> ShardRecord:
+    names = [operation.tensor for operation in plan.in_shard[shard]]
+    records = tuple(TensorRecord(name, shard, "identical") for name in names)
+    return ShardRecord(shard, plan.unlearned.files.sha256(shard), records)
 
 
 def norm_matched_alpha(records: Sequence[TensorRecord]) -> float:
@@ -312,6 +325,7 @@ class _Tally:
 
 def _treat(
     block: Block,
+    plan: Plan,
     spectrum: Spectrum | None,
     how: Filter,
     gain: float,
@@ -320,7 +334,10 @@ def _treat(
 ) -> Tensor:
     """The rows as they are stored in the release; what is to be said of them goes to `tally`."""
     base, unlearned = block.base, block.unlearned
-    if not block.changed:
+    changed = block.changed
+    if spectrum is None or base is None or not changed:
+        _check_finite(block, plan)
+    if not changed:
         return _rounded(unlearned, block)
     tally.differs = True
     if spectrum is None or base is None:
@@ -333,13 +350,23 @@ def _treat(
     tally.rank = max(tally.rank or 0, len(g))
     spectrum, g = block.seen_by(spectrum, g, device)
     b, u = block.oriented(base, device), block.oriented(unlearned, device)
-    stored = _rounded(sanitize_weight(b, u, spectrum.basis, g, gain), block)
+    update = block.update(u, b)
+    # One product for both, as two small ones take longer.
+    both = project(torch.cat([update, b]), spectrum.basis)
+    along, base_along = both[: len(update)], both[len(update) :]
+    known = along if block.outer is None else None
+    stored = sanitize_weight(b, u, spectrum.basis, g, gain, known).to(block.operation.dtype)
     # Measured on what is stored, because rounding to bfloat16 is an update too.
-    before = profile(block.update(u, b), spectrum.basis)
+    before = profile(update, spectrum.basis, along)
     after = profile(block.update(stored.to(b), b), spectrum.basis)
+    reference = profile(b, spectrum.basis, base_along)
+    if not math.isfinite(before.norm + after.norm + reference.norm):
+        # The norms have seen every number, which spares a look of its own at each.
+        _check_finite(block, plan)
+        _check_stored(stored, block)
     tally.before += before.bias(spectrum)
     tally.after += after.bias(spectrum)
-    tally.base += profile(b, spectrum.basis).bias(spectrum)
+    tally.base += reference.bias(spectrum)
     tally.update += before.norm
     tally.kept += after.norm
     return (stored.T.contiguous() if block.transposed else stored).cpu()
@@ -353,9 +380,12 @@ def _blocks(
     It computes nothing, because in a thread of its own it would fight for the cores.
     """
     total = sum(plan.unlearned.files.sizes[shard] for shard in shards)
-    with ExitStack() as stack, progress.counter(what, total, "B") as bar:
-        base_readers: dict[str, RowReader] = {}
-        for shard in shards:
+    with (
+        _readers(plan.base, 1 if plan.low_disk else None) as base_reader,
+        ahead(_fetched(plan, shards), depth=1) as fetched,
+        progress.counter(what, total, "B") as bar,
+    ):
+        for shard in shards if plan.low_disk else fetched:
             with plan.unlearned.open_shard(shard) as reader:
                 for operation in plan.in_shard[shard]:
                     outer = None
@@ -365,18 +395,42 @@ def _blocks(
                         unlearned = reader.read_rows(operation.tensor, start, stop)
                         base = None if outer is None else torch.zeros_like(unlearned)
                         if piece.base is not None:
-                            place = plan.base.shard_of[piece.base]
-                            if place not in base_readers:
-                                # Open readers hold no memory, only a file handle.
-                                opened = plan.base.open_shard(place)
-                                base_readers[place] = stack.enter_context(opened)
                             shift = piece.base_start - piece.start
-                            base = base_readers[place].read_rows(
+                            base = base_reader(plan.base.shard_of[piece.base]).read_rows(
                                 piece.base, start + shift, stop + shift
                             )
                         first = piece.first + start - piece.start
                         yield Block(operation, piece, base, unlearned, first, outer)
                         bar.update(unlearned.nbytes)
+
+
+def _fetched(plan: Plan, shards: Sequence[str]) -> Generator[str, None, None]:
+    """The shards, each as soon as it is on this machine with what it needs of the base."""
+    for shard in () if plan.low_disk else shards:
+        plan.unlearned.files.path(shard)
+        for other in plan.base_shards(shard):
+            plan.base.files.path(other)
+        yield shard
+
+
+@contextmanager
+def _readers(side: Checkpoint, limit: int | None) -> Iterator[Callable[[str], RowReader]]:
+    """Readers of the shards of `side`, of which the last `limit` stay open.
+
+    Without a limit all: they hold a file handle each, and no memory.
+    """
+    opened: dict[str, tuple[RowReader, ExitStack]] = {}
+
+    def reader(shard: str) -> RowReader:
+        if shard not in opened:
+            while limit is not None and len(opened) >= limit:
+                opened.pop(next(iter(opened)))[1].close()
+            stack = everything.enter_context(ExitStack())
+            opened[shard] = stack.enter_context(side.open_shard(shard)), stack
+        return opened[shard][0]
+
+    with ExitStack() as everything:
+        yield reader
 
 
 def _steps(operation: Operation) -> Iterator[tuple[Piece, int, int]]:
@@ -394,14 +448,18 @@ def _steps(operation: Operation) -> Iterator[tuple[Piece, int, int]]:
 
 def _rounded(rows: Tensor, block: Block) -> Tensor:
     """`rows` in the type of the release. Raises NonFiniteError if that cannot hold them."""
-    dtype = block.operation.dtype
-    stored = rows.to(dtype)
-    if rows.dtype != dtype and not _finite(stored):
+    stored = rows.to(block.operation.dtype)
+    if rows.dtype != stored.dtype:
+        _check_stored(stored, block)
+    return stored
+
+
+def _check_stored(stored: Tensor, block: Block) -> None:
+    if stored.is_floating_point() and not _finite(stored):
         raise NonFiniteError(
-            f"The sanitized {block.operation.tensor!r} overflows {dtype}; lower --gain, "
+            f"The sanitized {block.operation.tensor!r} overflows {stored.dtype}; lower --gain, "
             "or choose a wider type with --out-dtype."
         )
-    return stored
 
 
 def _check_finite(block: Block, plan: Plan) -> None:
