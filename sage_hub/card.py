@@ -106,14 +106,20 @@ def copied_by_reason(manifest: Mapping[str, Any]) -> dict[str, int]:
     return counts
 
 
+def recorded_source(side: Mapping[str, Any]) -> str:
+    """A source of the manifest as a command names it."""
+    return f"{side['name']}@{side['commit']}" if side["commit"] else f"./{side['name']}"
+
+
 def reproduce_command(manifest: Mapping[str, Any], name: str) -> str:
     """The command that makes this release again, from the recorded commits and settings."""
 
-    def source(side: Mapping[str, Any]) -> str:
-        return f"{side['name']}@{side['commit']}" if side["commit"] else f"./{side['name']}"
-
     sources, settings = manifest["sources"], manifest["settings"]
-    words = ["sage-hub", "push", source(sources["base"]), source(sources["unlearned"])]
+    words = [
+        "sage-hub",
+        "push",
+        *(recorded_source(sources[side]) for side in ("base", "unlearned")),
+    ]
     words += ["--to", name if "/" in name else f"./{name}"]
     if file := manifest["statistics"].get("file"):
         words += ["--stats", file]

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,9 @@ def _explain_machine(error: Exception) -> SageHubError | None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    from sage_hub import release
+    from sage_hub import jobs
 
-    target = release.choose_target(args.to, args.unlearned)
+    target = jobs.choose_target(args.to, args.unlearned)
     options = {"private": args.private, "create_pr": args.create_pr}
     _run(args, target, options)
 
@@ -123,10 +123,10 @@ def _sanitize(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace, target: Any, options: dict[str, Any]) -> None:
     """Plan, show the plan, ask if a person is there to be asked, run, show the result."""
-    from sage_hub import display, release
+    from sage_hub import display, jobs, release
 
     progress = _progress(args)
-    job = release.survey(
+    job = jobs.survey(
         args.base,
         args.unlearned,
         target,
@@ -142,7 +142,7 @@ def _run(args: argparse.Namespace, target: Any, options: dict[str, Any]) -> None
         if job.problems:
             raise job.problems[0]
         return
-    job = release.check_weights(job, progress)
+    job = jobs.check_weights(job, progress)
     if target.folder is None and not args.yes and sys.stdin.isatty() and sys.stderr.isatty():
         print(f"Publish to {target.repo}? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
@@ -187,11 +187,15 @@ def _audit(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from sage_hub import display
+    from sage_hub import display, release
     from sage_hub.errors import VerificationError
     from sage_hub.verify import verify
 
-    found = verify(args.release, _progress(args))
+    progress = _progress(args)
+    found = verify(args.release, progress)
+    if args.rebuild:
+        again = release.rebuild(args.release, progress)
+        found = replace(found, differences=(*found.differences, *again))
     if args.json:
         _print_json(asdict(found))
     else:
@@ -276,7 +280,8 @@ EPILOG = {
   sage-hub audit org/base org/unlearned --retain retain.jsonl --strength 10""",
     "verify": """examples:
   sage-hub verify ./release
-  sage-hub verify org/unlearned-sage""",
+  sage-hub verify org/unlearned-sage
+  sage-hub verify org/unlearned-sage --rebuild""",
     "demo": """examples:
   sage-hub demo
   sage-hub demo --model smollm2 --output ./smollm2-demo""",
@@ -364,6 +369,12 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = add("verify", _verify, "Compare every file of RELEASE with its manifest.")
     verify.add_argument("release", metavar="RELEASE", help="Hub repo[@revision] or folder")
+    verify.add_argument(
+        "--rebuild",
+        action="store_true",
+        help="make it again from the recorded commits and settings, and compare; local files are "
+        "looked for in the current folder",
+    )
     _add_output_options(verify)
 
     demo = add("demo", _demo, "Make a small unlearning problem and run the main job on it.")

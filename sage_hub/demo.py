@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from sage_hub import demo_models, display, release
+from sage_hub import demo_models, display, jobs, release
 from sage_hub.checkpoint import Location
 from sage_hub.errors import TargetError
 from sage_hub.progress import Progress
@@ -47,7 +47,7 @@ def run(
     }
     settings = Settings(**{**sets, **given})
     target = Location(folder=folder / "release")
-    job = release.prepare(
+    job = jobs.prepare(
         str(files.base), str(files.unlearned), target, settings=settings, progress=progress
     )
     progress.note(display.plan_text(job))

@@ -7,8 +7,9 @@ from typing import Any
 
 from sage_hub.card import MODELS, metric_table
 from sage_hub.checkpoint import Checkpoint
+from sage_hub.jobs import Job
 from sage_hub.plan import Plan
-from sage_hub.release import Job, Release
+from sage_hub.release import Release
 from sage_hub.settings import SETS
 from sage_hub.verify import Verification
 

@@ -15,6 +15,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileDuplicationError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -167,6 +168,8 @@ class Upload:
             with explained(self.repo):
                 self._api.preupload_lfs_files(self.repo, [addition], create_pr=self.create_pr)
         except RuntimeError as error:  # what hf_xet raises when an upload breaks off
+            if isinstance(error.__cause__, HfHubHTTPError):
+                raise _explain_status(error.__cause__, self.repo) from None
             raise NetworkError(
                 f"Uploading {path} to {self.repo} broke off ({first_line(error)}); nothing was "
                 "published. Run the same command again."
@@ -195,7 +198,7 @@ class Upload:
                 copies = [source.copied_to(path) for path, (source, _) in self._copied.items()]
                 try:
                     return self._commit(message, copies)
-                except (HfHubHTTPError, ValueError) as error:
+                except (HfHubHTTPError, FileDuplicationError, ValueError) as error:
                     if _final(error):
                         raise
                 # Not every storage can be copied from, and not into every region.

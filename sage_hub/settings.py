@@ -75,6 +75,23 @@ class Settings:
             described["strength"] = "inf"  # JSON has no infinity
         return described
 
+    @classmethod
+    def from_record(cls, described: Mapping[str, Any]) -> Settings:
+        """What `describe` wrote; files are taken from the current folder.
+
+        Raises UsageError for a setting that this version does not know.
+        """
+        names = [field.name for field in fields(cls)]
+        if unknown := [name for name in described if name not in names]:
+            raise UsageError(
+                f"The record has the setting {unknown[0]!r}, which this sage-hub does not know; "
+                "use the version that it names."
+            )
+        values = dict(described)
+        if values.get("strength") == "inf":
+            values["strength"] = math.inf
+        return cls(**values)
+
     @property
     def stored_dtype(self) -> str | None:
         """`out_dtype` as safetensors names it."""

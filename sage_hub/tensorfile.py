@@ -326,6 +326,6 @@ def file_sha256(path: Path) -> str:
     """The SHA-256 of the file at `path` in hex, read in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
+        while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sage_hub.checkpoint import open_files, read_json
+from sage_hub.checkpoint import Files, open_files, read_json
 from sage_hub.errors import CorruptCheckpointError, NotFoundError
 from sage_hub.hub import MANIFEST
 from sage_hub.progress import SILENT, Progress
@@ -35,9 +35,7 @@ def verify(release: str, progress: Progress = SILENT) -> Verification:
     Raises NotFoundError if it has no manifest.
     """
     files = open_files(release)
-    if MANIFEST not in files.sizes:
-        raise NotFoundError(f"{files.name} has no {MANIFEST}; it was not made by sage-hub.")
-    manifest = read_json(files, MANIFEST)
+    manifest = _manifest_of(files)
     stated = _stated_hashes(manifest, files.name)
     present = [name for name in stated if name in files.sizes]
     found = {
@@ -65,6 +63,17 @@ def verify(release: str, progress: Progress = SILENT) -> Verification:
         tuple(name for name in NOT_COVERED if name in files.sizes),
         tuple(differences),
     )
+
+
+def read_manifest(release: str) -> dict[str, Any]:
+    """The manifest of `release`. Raises NotFoundError if it has none."""
+    return _manifest_of(open_files(release))
+
+
+def _manifest_of(files: Files) -> dict[str, Any]:
+    if MANIFEST not in files.sizes:
+        raise NotFoundError(f"{files.name} has no {MANIFEST}; it was not made by sage-hub.")
+    return read_json(files, MANIFEST)
 
 
 def _stated_hashes(manifest: Mapping[str, Any], name: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ from loopback_hub import LoopbackHub
 from pico import make_pair
 
 import sage_hub
-from sage_hub import release
+from sage_hub import jobs, release
 from sage_hub.checkpoint import Location
 from sage_hub.cli import main
 from sage_hub.errors import NotFoundError
@@ -175,8 +175,8 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def job(source: Path, output: Path) -> release.Job:
-    return release.prepare(
+def job(source: Path, output: Path) -> jobs.Job:
+    return jobs.prepare(
         str(source / "base"),
         str(source / "unlearned"),
         Location(folder=output),
@@ -348,3 +348,23 @@ def test_verify_reads_the_hashes_of_a_repo_without_its_weights(
     fetched = [request.path for request in hub.requests if "/resolve/" in request.path]
     assert fetched
     assert not [path for path in fetched if path.endswith(".safetensors")]
+
+
+def test_rebuild_makes_the_same_bytes_or_says_which_differ(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "out"
+    assert main(arguments(source, output, "--quiet", "--strength", "inf")) == 0
+    monkeypatch.chdir(source)  # where the card's own command would be run
+    assert main(["verify", str(output), "--rebuild"]) == 0
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    monkeypatch.chdir(other)
+    (other / "retain.jsonl").write_text('{"text": "p1 a1 v1"}\n')
+    capsys.readouterr()
+    assert main(["verify", str(output), "--rebuild", "--json"]) == 27
+    differences = json.loads(capsys.readouterr().out)["differences"]
+    assert "model-00002-of-00012.safetensors comes out as" in differences[0]

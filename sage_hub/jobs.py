@@ -1,0 +1,286 @@
+"""Everything a run needs, and everything that would stop it, found out before any work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HOME
+
+from sage_hub import card
+from sage_hub.adapter import open_unlearned
+from sage_hub.checkpoint import Location, digest, open_checkpoint, parse_location
+from sage_hub.errors import NothingToDoError, SageHubError, StatisticsError, UsageError
+from sage_hub.hub import check_target
+from sage_hub.output import check_disk, check_output
+from sage_hub.plan import Plan, make_plan
+from sage_hub.progress import SILENT, Progress
+from sage_hub.proxies import Proxy, check_disjoint, read_proxy
+from sage_hub.record import describe_source, versions
+from sage_hub.settings import SETS, Settings
+from sage_hub.statistics import check_belongs, open_statistics
+from sage_hub.tensorfile import file_sha256
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a run needs: nothing was computed or written yet."""
+
+    plan: Plan
+    settings: Settings
+    proxies: Mapping[str, Proxy]  # those of retain, forget, heldout that there are
+    fingerprints: Mapping[str, str]  # "tokenizer"; "base" and "unlearned" once weights are checked
+    statistics: Path | None  # a ready file, instead of calibrating
+    target: Location
+    private: bool = False
+    create_pr: bool = False
+    force: bool = False
+    warnings: tuple[str, ...] = ()
+    problems: tuple[SageHubError, ...] = ()  # each would stop the run
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A SHA-256 over all that the release is made from: the same for the same release."""
+        unlearned = self.plan.unlearned.files
+        beside = [*self.plan.carried, *(["README.md"] if "README.md" in unlearned.sizes else [])]
+        return digest(
+            {
+                "sources": describe_sources(self),
+                "tokenizer": self.fingerprints["tokenizer"],
+                "beside the weights": {name: unlearned.sha256(name) for name in beside},
+                "proxies": {which: proxy.row_hashes for which, proxy in self.proxies.items()},
+                "statistics": file_sha256(self.statistics) if self.statistics else None,
+                "settings": self.settings.describe(),
+                "versions": versions(),
+            }
+        )
+
+
+def prepare(
+    base: str,
+    unlearned: str,
+    target: Location,
+    *,
+    settings: Settings,
+    statistics: str | Path | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Job:
+    """Open both sides, plan the run, and raise whatever would stop it later."""
+    job = survey(
+        base,
+        unlearned,
+        target,
+        settings=settings,
+        statistics=statistics,
+        private=private,
+        create_pr=create_pr,
+        force=force,
+    )
+    return check_weights(job, progress)
+
+
+def survey(
+    base: str,
+    unlearned: str,
+    target: Location,
+    *,
+    settings: Settings,
+    statistics: str | Path | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    force: bool = False,
+) -> Job:
+    """Plan the run from configs and headers, reading no weights, and find all its problems.
+
+    What leaves nothing to plan is raised: a side that cannot be opened, or another architecture.
+    """
+    statistics = None if statistics is None else Path(statistics)
+    settings = settings.resolve_device()
+    base_side = open_checkpoint(base)
+    sides = {
+        "base": base_side,
+        "unlearned": open_unlearned(unlearned, base_side, merge=settings.merge),
+    }
+    plan = make_plan(**sides, parameters=settings.parameters).stored_as(settings.stored_dtype)
+    sources = [parse_location(side).folder for side in (base, unlearned)]
+    proxies: dict[str, Proxy] = {}
+
+    def read_sets() -> None:
+        proxies.update(read_proxies(settings, statistics=statistics))
+        if settings.gain == "match" and statistics is None and "forget" not in proxies:
+            raise UsageError("--gain match is measured on the forget proxy; give --forget.")
+
+    checks: list[Callable[[], object]] = [
+        lambda: _check_target(target, sources, force=force),
+        lambda: check_disk(
+            plan,
+            target.folder or workspace(target),
+            low_disk=settings.low_disk,
+            keep=target.folder is not None,
+        ),
+        lambda: _check_low_disk(settings, statistics),
+        read_sets,
+    ]
+    if plan.base.commit and plan.unlearned.commit:  # the Hub knows the hashes
+        checks.append(lambda: _fingerprints(plan, SILENT))
+    problems = [*plan.problems, *_failures(checks)]
+    fingerprints = {"tokenizer": plan.base.tokenizer_fingerprint()}
+    job = Job(plan, settings, proxies, fingerprints, statistics, target, private, create_pr, force)
+    return replace(job, problems=tuple(problems), warnings=tuple(_warnings(job)))
+
+
+def check_weights(job: Job, progress: Progress = SILENT) -> Job:
+    """Raise the first problem of `job`, if any; then the checks that take the weights' hashes.
+
+    For a Hub repo these are known, and the files of a folder are read once.
+    """
+    if job.problems:
+        first, more = job.problems[0], len(job.problems) - 1
+        if not more:
+            raise first
+        others = "is another problem" if more == 1 else f"are {more} more problems"
+        raise type(first)(f"{first} There {others}; --dry-run lists all.")
+    fingerprints = {**job.fingerprints, **_fingerprints(job.plan, progress)}
+    job = replace(job, plan=job.plan.knowing_hashes(), fingerprints=fingerprints)
+    check_given_statistics(job)
+    return job
+
+
+def choose_target(to: str | None, unlearned: str) -> Location:
+    """Where `to` says, or `<unlearned>-sage` beside the unlearned one."""
+    if to:
+        return parse_location(to)
+    source = parse_location(unlearned)
+    if source.folder is None:
+        return Location(folder=None, repo=f"{source.repo}-sage")
+    folder = Path(os.path.realpath(source.folder))  # resolve() raises on a loop of links
+    return Location(folder=folder.with_name(f"{folder.name}-sage"))
+
+
+def read_proxies(settings: Settings, *, statistics: Path | None) -> dict[str, Proxy]:
+    """The sets that are given, read and checked to be disjoint.
+
+    Without a retain proxy the general-purpose one stands in, unless ready statistics were given.
+    """
+    sources = {which: getattr(settings, which) for which in SETS}
+    proxies = {
+        which: read_proxy(source)
+        for which, source in sources.items()
+        if source is not None or (which == "retain" and statistics is None)
+    }
+    check_disjoint({which: (proxy.name, proxy.row_hashes) for which, proxy in proxies.items()})
+    return proxies
+
+
+def _fingerprints(plan: Plan, progress: Progress) -> dict[str, str]:
+    """The fingerprints of both sides. Raises NothingToDoError if they are the same."""
+    sides = {"base": plan.base, "unlearned": plan.unlearned}
+    found = {name: side.fingerprint(progress) for name, side in sides.items()}
+    if found["base"] == found["unlearned"]:
+        raise nothing_to_do(plan)
+    return found
+
+
+def nothing_to_do(plan: Plan) -> NothingToDoError:
+    """The error that says so."""
+    return NothingToDoError(
+        f"{plan.base.name} and {plan.unlearned.name} hold the same weights; there is no update to "
+        "sanitize. Check that both arguments are what you meant."
+    )
+
+
+def _check_target(target: Location, sources: Sequence[Path | None], *, force: bool) -> None:
+    if target.folder is not None:
+        check_output(target.folder, sources, force=force)
+        return
+    if target.revision:
+        raise UsageError("A target takes no @revision; publish to org/name.")
+    check_target(target.repo, force=force)
+
+
+def _check_low_disk(settings: Settings, statistics: Path | None) -> None:
+    if settings.low_disk and statistics is None:
+        raise UsageError(
+            "--low-disk keeps no whole model to calibrate on; make the statistics with `sage-hub "
+            "stats` where there is room for the base, and give them with --stats."
+        )
+
+
+def _failures(checks: Sequence[Callable[[], object]]) -> Iterator[SageHubError]:
+    for check in checks:
+        try:
+            check()
+        except SageHubError as error:
+            yield error
+
+
+def check_given_statistics(job: Job) -> None:
+    """Raise StatisticsError or OverlapError if ready statistics don't belong to `job`."""
+    if job.statistics is None:
+        return
+    with open_statistics(job.statistics) as statistics:
+        check_belongs(
+            statistics,
+            name=job.plan.base.name,
+            weights=job.fingerprints["base"],
+            tokenizer=job.fingerprints["tokenizer"],
+            energy=job.settings.energy,
+            rank=job.settings.rank,
+        )
+        if job.settings.gain == "match" and not statistics.has("forget"):
+            raise StatisticsError(
+                "--gain match is measured on the forget proxy, which the statistics don't have; "
+                "make them anew with `sage-hub stats --forget`."
+            )
+        seen = statistics.origin.data["retain"]
+    others = {
+        which: (proxy.name, proxy.row_hashes)
+        for which, proxy in job.proxies.items()
+        if which != "retain"
+    }
+    check_disjoint({"retain": (seen["name"], seen["row_hashes"]), **others})
+
+
+def _warnings(job: Job) -> Iterator[str]:
+    retain = job.proxies.get("retain")
+    if retain is not None and retain.builtin:
+        yield (
+            "The retain proxy is the general-purpose one that comes with sage-hub. A few hundred "
+            "rows of your own domain, given with --retain, protect what you care for better."
+        )
+    yield from card.licence_warnings(job.plan)
+    unlearned = job.plan.unlearned
+    for key in ("_name_or_path", "base_model_name_or_path"):
+        if str(unlearned.config.get(key, "")).startswith(("/", "~")):
+            yield (
+                f"{unlearned.config_file} of the unlearned model names a folder of the machine it "
+                f"was made on ({key}) and comes along verbatim; change that line first if it is "
+                "private."
+            )
+    if unlearned.has_tokenizer and (
+        unlearned.tokenizer_fingerprint() != job.fingerprints["tokenizer"]
+    ):
+        yield (
+            "The tokenizer files of the two sides differ; the base's are used for calibration and "
+            "evaluation, the unlearned side's are in the release."
+        )
+
+
+def describe_sources(job: Job) -> dict[str, dict[str, Any]]:
+    """Both sources for the record."""
+    return {
+        "base": describe_source(job.plan.base, job.fingerprints["base"]),
+        "unlearned": describe_source(job.plan.unlearned, job.fingerprints["unlearned"]),
+    }
+
+
+def workspace(target: Location) -> Path:
+    """Where a release is made before it is published."""
+    return Path(HF_HOME) / "sage-hub" / target.repo.replace("/", "--")
