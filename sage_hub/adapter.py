@@ -157,10 +157,8 @@ class Adapter(Checkpoint):
         if partner not in self.shard_of:
             raise self._broken(f"{tensor!r} has no partner")
         a, b = self.info(tensor).shape, self.info(partner).shape
-        rank = _for_module(self.config.get("rank_pattern"), module, self.config.get("r", 8))
-        alpha = _for_module(
-            self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8)
-        )
+        rank = self._for_module("r", "rank_pattern", module)
+        alpha = self._for_module("lora_alpha", "alpha_pattern", module)
         if len(a) != 2 or len(b) != 2:
             raise AdapterError(
                 f"{tensor!r} of {self.name} adapts a convolution; sage-hub sanitizes LoRA on "
@@ -180,6 +178,24 @@ class Adapter(Checkpoint):
         if place is None:
             raise self._unknown(module)
         return Change(place, LowRank(tensor, partner, scale), transposed)
+
+    def _for_module(self, name: str, pattern: str, module: str) -> float:
+        """The setting `name` for `module`, read as PEFT reads it: the first key of `pattern` that
+        matches the end of the module's name (peft.utils.other.get_pattern_key), or for all."""
+        value, patterns = self.config.get(name, 8), self.config.get(pattern) or {}
+        try:
+            for key, special in patterns.items():
+                if re.match(rf"(.*\.)?({key})$", module):
+                    value = special
+                    break
+        except (AttributeError, re.error):
+            raise self._wrong(pattern) from None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise self._wrong(name)
+        return value
+
+    def _wrong(self, name: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(f"{CONFIG} of {self.name} has no usable {name}.")
 
     def _broken(self, why: str) -> CorruptCheckpointError:
         return CorruptCheckpointError(f"{WEIGHTS} of {self.name} is not whole: {why}.")
@@ -341,14 +357,3 @@ def _refuse_tied(adapter: Adapter) -> None:
                 f"The adapter {adapter.name} changes {change.place.parameter!r}, which the base "
                 "ties to another weight; merging would change both. Leave out --merge."
             )
-
-
-def _for_module(pattern: object, module: str, default: Any) -> Any:
-    """The value for `module` in a rank_pattern or alpha_pattern, read as PEFT reads it.
-
-    (peft.utils.other.get_pattern_key: the first key that matches the end of the name.)
-    """
-    for key, value in pattern.items() if isinstance(pattern, dict) else ():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,13 @@ def test_a_bfloat16_adapter_of_a_float32_base_stays_bfloat16(tmp_path: Path) -> 
         ({"target_parameters": ["experts.gate_up_proj"]}, 28, "target_parameters"),
         ({"a_field_of_tomorrow": 1}, 28, "a_field_of_tomorrow"),
         ({"r": 8}, 17, "the rank 8"),
+        ({"r": 0}, 17, "no usable r"),
+        ({"lora_alpha": None}, 17, "lora_alpha"),
+        ({"lora_alpha": math.inf}, 15, "NaN or Inf"),
+        ({"rank_pattern": {"(": 4}}, 17, "rank_pattern"),
+        ({"alpha_pattern": [1]}, 17, "alpha_pattern"),
+        ({"alpha_pattern": {"q_proj": "8"}}, 17, "lora_alpha"),
+        ({"init_lora_weights": [1]}, 28, "init_lora_weights"),
     ],
 )
 def test_other_adapters_are_refused_by_name(
