@@ -170,10 +170,8 @@ class Adapter(Checkpoint):
                 f"the rank {rank}"
             )
         scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-        shape, transposed = (b[0], a[1]), False
-        stored = self.architecture.stored_transposed(f"{module}.weight")
-        if stored:
-            shape, transposed = shape[::-1], True
+        transposed = self.architecture.stored_transposed(f"{module}.weight")
+        shape = (a[1], b[0]) if transposed else (b[0], a[1])
         place = self.architecture.place(f"{module}.weight", shape)
         if place is None:
             raise self._unknown(module)

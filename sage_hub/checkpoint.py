@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -189,11 +190,29 @@ class HubFiles:
         self.name = repo
         self.commit: str = info.sha
         self.sizes = {s.rfilename: s.size or 0 for s in info.siblings}
+        self._passing: Path | None = None
         self._lfs = {s.rfilename: s.lfs.sha256 for s in info.siblings if s.lfs is not None}
 
     def path(self, file: str) -> Path:
+        passes = self._passing and file.endswith(".safetensors") and self.missing_bytes([file])
         with explained(self.name, self.commit):
-            return Path(hf_hub_download(self.name, file, revision=self.commit))
+            return Path(
+                hf_hub_download(
+                    self.name,
+                    file,
+                    revision=self.commit,
+                    local_dir=self._passing if passes else None,
+                )
+            )
+
+    def passing(self, folder: Path) -> HubFiles:
+        """The same files, of which weights come into `folder` and go when they are closed.
+
+        What is in the cache already is used from there, and stays.
+        """
+        files = copy(self)
+        files._passing = folder
+        return files
 
     def folder(self, files: list[str]) -> Path:
         with explained(self.name, self.commit):
@@ -235,43 +254,8 @@ class HubFiles:
         )
 
     def close(self, file: str) -> None:
-        pass
-
-
-class PassingFiles:
-    """The files of a Hub repo, of which weights come into `folder` and go when they are closed.
-
-    What is in the cache already is used from there, and stays.
-    """
-
-    def __init__(self, files: HubFiles, folder: Path) -> None:
-        self._files, self._folder = files, folder
-        self.name, self.commit, self.sizes = files.name, files.commit, files.sizes
-
-    def path(self, file: str) -> Path:
-        if not file.endswith(".safetensors") or not self._files.missing_bytes([file]):
-            return self._files.path(file)
-        with explained(self.name, self.commit):
-            return Path(
-                hf_hub_download(
-                    self.name, file, revision=self.commit, local_dir=self._folder / self.name
-                )
-            )
-
-    def folder(self, files: list[str]) -> Path:
-        raise NotImplementedError("the files are not here together")
-
-    def header(self, file: str) -> Header:
-        return self._files.header(file)
-
-    def sha256(self, file: str) -> str:
-        return self._files.sha256(file)
-
-    def missing_bytes(self, files: list[str]) -> int:
-        return self._files.missing_bytes(files)
-
-    def close(self, file: str) -> None:
-        (self._folder / self.name / file).unlink(missing_ok=True)
+        if self._passing is not None:
+            (self._passing / file).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -325,7 +309,7 @@ class Checkpoint:
         """The same, keeping a downloaded shard, in `folder`, only while it is open."""
         if not isinstance(self.files, HubFiles):
             return self
-        return replace(self, files=PassingFiles(self.files, folder))
+        return replace(self, files=self.files.passing(folder))
 
     @cached_property
     def config(self) -> dict[str, Any]:

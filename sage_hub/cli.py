@@ -12,33 +12,13 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from sage_hub import __version__
 from sage_hub.errors import DiskSpaceError, OutOfMemoryError, SageHubError, first_line
 from sage_hub.progress import Progress
-
-SETTINGS = (
-    "retain",
-    "forget",
-    "heldout",
-    "strength",
-    "energy",
-    "rank",
-    "gain",
-    "max_tokens",
-    "max_length",
-    "batch_size",
-    "device",
-    "seed",
-    "chat_template",
-    "parameters",
-    "out_dtype",
-    "low_disk",
-    "merge",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -237,7 +217,10 @@ def _progress(args: argparse.Namespace) -> Progress:
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given on the command line, and no others."""
-    return {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+    from sage_hub.settings import Settings
+
+    names = [field.name for field in fields(Settings)]
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def _settings(args: argparse.Namespace, unlearned: str | None) -> Any:

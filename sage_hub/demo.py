@@ -47,11 +47,9 @@ def run(
     }
     settings = Settings(**{**sets, **given})
     target = Location(folder=folder / "release")
-    job = jobs.prepare(
-        str(files.base), str(files.unlearned), target, settings=settings, progress=progress
-    )
+    job = jobs.survey(str(files.base), str(files.unlearned), target, settings=settings)
     progress.note(display.plan_text(job))
-    done = release.run(job, progress)
+    done = release.run(jobs.check_weights(job, progress), progress)
     return done, _commands(files, target, given)
 
 

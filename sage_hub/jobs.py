@@ -60,32 +60,6 @@ class Job:
         )
 
 
-def prepare(
-    base: str,
-    unlearned: str,
-    target: Location,
-    *,
-    settings: Settings,
-    statistics: str | Path | None = None,
-    private: bool = False,
-    create_pr: bool = False,
-    force: bool = False,
-    progress: Progress = SILENT,
-) -> Job:
-    """Open both sides, plan the run, and raise whatever would stop it later."""
-    job = survey(
-        base,
-        unlearned,
-        target,
-        settings=settings,
-        statistics=statistics,
-        private=private,
-        create_pr=create_pr,
-        force=force,
-    )
-    return check_weights(job, progress)
-
-
 def survey(
     base: str,
     unlearned: str,

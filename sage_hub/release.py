@@ -23,11 +23,12 @@ from sage_hub.hub import MANIFEST, Source, Upload
 from sage_hub.jobs import (
     Job,
     check_given_statistics,
+    check_weights,
     choose_target,
     describe_sources,
     nothing_to_do,
-    prepare,
     read_proxies,
+    survey,
     workspace,
 )
 from sage_hub.output import Work, carry_files, working_on
@@ -70,7 +71,7 @@ def push(
     everything went well. Raises the errors of `sage_hub.errors`.
     """
     target = choose_target(to, unlearned)
-    job = prepare(
+    job = survey(
         base,
         unlearned,
         target,
@@ -79,9 +80,8 @@ def push(
         private=private,
         create_pr=create_pr,
         force=force,
-        progress=progress,
     )
-    return run(job, progress)
+    return run(check_weights(job, progress), progress)
 
 
 def sanitize(
@@ -95,16 +95,9 @@ def sanitize(
     progress: Progress = SILENT,
 ) -> Release:
     """The same as `push`, into the folder `output`: nothing leaves the machine."""
-    job = prepare(
-        base,
-        unlearned,
-        Location(folder=Path(output)),
-        settings=settings,
-        statistics=statistics,
-        force=force,
-        progress=progress,
-    )
-    return run(job, progress)
+    target = Location(folder=Path(output))
+    job = survey(base, unlearned, target, settings=settings, statistics=statistics, force=force)
+    return run(check_weights(job, progress), progress)
 
 
 def run(job: Job, progress: Progress = SILENT) -> Release:

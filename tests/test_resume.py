@@ -176,12 +176,9 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
 
 
 def job(source: Path, output: Path) -> jobs.Job:
-    return jobs.prepare(
-        str(source / "base"),
-        str(source / "unlearned"),
-        Location(folder=output),
-        settings=sage_hub.Settings(retain=str(source / "retain.jsonl")),
-    )
+    settings = sage_hub.Settings(retain=str(source / "retain.jsonl"))
+    sides = str(source / "base"), str(source / "unlearned")
+    return jobs.check_weights(jobs.survey(*sides, Location(folder=output), settings=settings))
 
 
 def test_a_disk_that_fills_up_during_the_run(
