@@ -96,6 +96,7 @@ def survey(
         lambda: check_disk(
             plan,
             target.folder or workspace(target),
+            ready_statistics=statistics is not None,
             low_disk=settings.low_disk,
             keep=target.folder is not None,
         ),

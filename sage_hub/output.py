@@ -197,14 +197,22 @@ def check_output(output: Path, sources: Sequence[Path | None] = (), *, force: bo
         )
 
 
-def check_disk(plan: Plan, output: Path, *, low_disk: bool = False, keep: bool = True) -> None:
+def check_disk(
+    plan: Plan,
+    output: Path,
+    *,
+    ready_statistics: bool = False,
+    low_disk: bool = False,
+    keep: bool = True,
+) -> None:
     """Raise DiskSpaceError if output, statistics and downloads don't fit where they go.
 
     What an earlier run has left there is used again, or removed first. With `low_disk` a download
     goes where the output goes, and of an output that is not kept there is one shard at a time.
     """
     left = sum(path.stat().st_size for path in work_folder(output).rglob("*") if path.is_file())
-    needs = {output: max(0, plan.output_bytes + plan.statistics_bytes - left)}
+    statistics = 0 if ready_statistics else plan.statistics_bytes
+    needs = {output: max(0, plan.output_bytes + statistics - left)}
     if low_disk:
         written = plan.output_bytes if keep else plan.largest_output
         needs = {output: max(0, written + plan.passing_bytes - left)}
