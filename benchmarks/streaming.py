@@ -157,27 +157,18 @@ def build_statistics(pair: str, rank: int) -> None:
 
     What this benchmark knows of the inside of sage-hub is all here.
     """
-    from dataclasses import replace
-    from unittest.mock import patch
-
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    from sage_hub.architecture import find_sites
+    from sage_hub.architecture import empty_model
     from sage_hub.checkpoint import open_checkpoint
     from sage_hub.moments import Spectrum
     from sage_hub.proxies import read_proxy
     from sage_hub.settings import Settings
-    from sage_hub.statistics import Origin, write_statistics
+    from sage_hub.sites import find_sites
+    from sage_hub.statistics import Origin, StatisticsWriter
 
     base, energy = open_checkpoint(f"{pair}/base"), Settings().energy
-    # The sites are those of a twin with as many layers and hardly any weights.
-    narrow = {"hidden_size": 16, "intermediate_size": 24}
-    small = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 8}
-    twin = LlamaForCausalLM(LlamaConfig(**{**base.config, **narrow, **small}))
-    wide = {value: base.config[key] for key, value in narrow.items()}
-    inputs = [site for site in find_sites(twin) if site.sees == "input"]
-    sites = [replace(site, size=wide[site.size]) for site in inputs]
+    sites = [site for site in find_sites(empty_model(base)) if site.sees == "input"]
     used = {"rows_used": 0, "tokens_used": 0, "rows_truncated": 0, "row_hashes": []}
     origin = Origin(
         model=base.name,
@@ -187,18 +178,13 @@ def build_statistics(pair: str, rank: int) -> None:
         data={"retain": {**read_proxy(None).describe(), **used, "name": "random directions"}},
         settings={"energy": energy, "rank": None},
     )
-
-    def random_spectrum(size: int, *_: object, **__: object) -> Spectrum:
-        basis = torch.linalg.qr(torch.randn(size, min(rank, size))).Q.T.contiguous()
-        values = 1 / torch.arange(1, len(basis) + 1, dtype=torch.float64)
-        # The last direction is needed to hold the filter's share of the energy, so all are used.
-        return Spectrum(basis, values, float(values.sum()) / energy, 1)
-
-    # In place of second moments, which would take hours to decompose, come the sizes of the sites.
-    moments: Any = {"retain": {site.name: site.size for site in sites}}
-    file = Path(pair, "statistics.safetensors")
-    with patch("sage_hub.statistics.spectrum", random_spectrum):
-        write_statistics(file, origin, sites, moments, energy=energy, rank=None)
+    with StatisticsWriter(Path(pair, "statistics.safetensors")) as writer:
+        for site in sites:
+            basis = torch.linalg.qr(torch.randn(site.size, min(rank, site.size))).Q.T.contiguous()
+            values = 1 / torch.arange(1, len(basis) + 1, dtype=torch.float64)
+            # The last direction is needed to hold the filter's share of the energy.
+            writer.add("retain", site, Spectrum(basis, values, float(values.sum()) / energy, 1))
+        writer.finish(origin, sites)
 
 
 def measure_all(pairs: list[Path], repeats: int, mergekit: str | None) -> Iterator[Run]:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from sage_hub.architecture import Architecture, Place, read_architecture
 from sage_hub.checkpoint import (
@@ -115,24 +114,6 @@ class Adapter(Checkpoint):
             if change is not None:
                 found[tensor] = change
         return found
-
-    @torch.no_grad()
-    def add_to(self, model: PreTrainedModel, alpha: float = 1.0) -> None:
-        """Turn the base `model` into W_b + αΔ, in place."""
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        with self.open_shard(WEIGHTS) as tensors:
-            for change in self.changes.values():
-                name = change.place.parameter
-                whole = parameters[name]
-                if any(other is whole for n, other in parameters.items() if n != name):
-                    whole = nn.Parameter(whole.clone())  # PEFT changes one of the two that are tied
-                    path, _, attribute = name.rpartition(".")
-                    setattr(model.get_submodule(path), attribute, whole)
-                    parameters[name] = whole
-                rows = whole.view(-1, whole.shape[-1]) if whole.ndim > 1 else whole.view(-1, 1)
-                part = rows[change.place.start : change.place.stop]
-                new = change.apply(tensors, part.cpu(), 0, alpha)
-                part.copy_(new.to(part.dtype))
 
     def _change(self, tensor: str) -> Change | None:
         name = tensor.removeprefix(PREFIX)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.utils import (
@@ -15,7 +15,6 @@ from huggingface_hub.utils import (
     enable_progress_bars,
 )
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -39,7 +38,7 @@ from transformers.utils import logging as transformers_logging
 
 from sage_hub.checkpoint import Checkpoint
 from sage_hub.errors import ArchitectureError, first_line
-from sage_hub.tensorfile import row_count
+from sage_hub.tensorfile import DTYPES, FLOATS, row_count
 
 # Conversions at load that stack the experts, and join the parts of each.
 ROWS_STAY_WHOLE = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
@@ -62,26 +61,6 @@ class Linear:
     expert: int | None = None
     kind: str = "linear"
     diagonal: bool = False  # C is: one-hot inputs, or an elementwise map
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place whose input is observed once, and the linear maps that it feeds."""
-
-    name: str  # the first of its maps
-    modules: tuple[str, ...]  # the names of its maps
-    size: int  # input features
-    sees: Literal["input", "routed", "tokens", "hidden", "normalized", "by head", "one"] = "input"
-
-    @property
-    def expert(self) -> bool:
-        """Whether it sees the tokens that are routed to it, not all."""
-        return self.sees == "routed"
-
-    @property
-    def diagonal(self) -> bool:
-        """Whether the diagonal of the second moment is all that is observed."""
-        return self.sees in ("tokens", "normalized", "by head", "one")
 
 
 @dataclass(frozen=True)
@@ -260,19 +239,6 @@ def is_elementwise(module: nn.Module) -> bool:
     return leaf and isinstance(weight, nn.Parameter) and weight.ndim == 1
 
 
-def normalized(module: nn.Module, x: Tensor) -> Tensor:
-    """The x̂ of a norm y = w ⊙ x̂ (+ b) at the input `x`, in float32 at least.
-
-    Taken as the difference that a weight makes, so that it holds for w and for 1 + w alike.
-    """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    ones = {name: torch.ones_like(p, dtype=x.dtype) for name, p in module.named_parameters()}
-    zeros = {name: torch.zeros_like(p) for name, p in ones.items()}
-    high: Tensor = functional_call(module, {**zeros, "weight": ones["weight"]}, (x,))
-    low: Tensor = functional_call(module, zeros, (x,))
-    return high - low
-
-
 def _expert_maps(parameter: str, module: nn.Module, weight: Tensor) -> tuple[Linear, ...]:
     experts, rows, columns = weight.shape
     transposed = bool(module.is_transposed)
@@ -294,14 +260,36 @@ def is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("num_experts", "is_transposed", "_apply_gate"))
 
 
-def expert_inputs(module: Any, expert: int, x: Tensor) -> dict[str, Tensor]:
-    """What the parameters of one expert are given when it sees `x` (n, in): kind -> (n, in)."""
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    weight, bias = getattr(module, first)[expert], None
-    if module.has_bias:
-        bias = getattr(module, f"{first}_bias")[expert]
-    y = nn.functional.linear(x, weight.T if module.is_transposed else weight, bias)
-    return {first: x, "down_proj": module._apply_gate(y) if module.has_gate else module.act_fn(y)}
+def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model that `checkpoint` holds, from its config alone; its weights are on "meta".
+
+    They have the types that transformers loads them in. Raises ArchitectureError for a model that
+    transformers does not know without remote code.
+    """
+    checkpoint.config  # noqa: B018 - its own errors are clearer than transformers'
+    folder = checkpoint.files.path("config.json").parent
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            dtype = config.dtype or _first_dtype(checkpoint)
+            model = _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:
+        # Whatever a config makes transformers raise, the user's next step is the same.
+        raise ArchitectureError(
+            f"transformers cannot build a causal language model from the config of "
+            f"{checkpoint.name} (remote code is not run): {first_line(error)}"
+        ) from None
+    for pattern, kept in model._get_dtype_plan(dtype).items():  # some stay in float32
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if re.search(pattern.replace("*", ".*"), name):
+                tensor.data = tensor.data.to(kept)
+    return model.eval()
+
+
+def _first_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What transformers takes where the config names no type: that of the first weight."""
+    infos = (info for header in checkpoint.headers.values() for info in header.tensors.values())
+    return next((DTYPES[i.dtype] for i in infos if i.dtype in FLOATS), torch.float32)
 
 
 def read_architecture(checkpoint: Checkpoint) -> Architecture:
@@ -309,25 +297,14 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
 
     Raises ArchitectureError for one that transformers does not know without remote code.
     """
-    checkpoint.config  # noqa: B018 - its own errors are clearer than transformers'
-    folder = checkpoint.files.path("config.json").parent
-    try:
-        with quiet_transformers(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            model = _auto_class(config).from_config(config, trust_remote_code=False)
-    except Exception as error:
-        # Whatever a config makes transformers raise, the user's next step is the same.
-        raise ArchitectureError(
-            f"transformers cannot build a causal language model from the config of "
-            f"{checkpoint.name} (remote code is not run): {first_line(error)}"
-        ) from None
+    model = empty_model(checkpoint)
     transforms = get_model_conversion_mapping(model)
     head = model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     decoder = model.get_decoder()
     language = names.get(id(decoder), "")
     return Architecture(
-        model_type=config.model_type,
+        model_type=model.config.model_type,
         linears=linear_maps(model),
         others=other_maps(model),
         embedding=f"{names[id(model.get_input_embeddings())]}.weight",
@@ -360,8 +337,8 @@ def _auto_class(config: PretrainedConfig) -> Any:
     return AutoModelForCausalLM  # whose error says what is wrong
 
 
-def load_model(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
-    """The model of `checkpoint`, in its stored dtype, on `device`, ready for inference."""
+def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The whole model of `checkpoint` in memory, as transformers loads it, ready for inference."""
     try:
         with quiet_transformers():
             folder = checkpoint.model_folder()
@@ -376,95 +353,7 @@ def load_model(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
         raise ArchitectureError(
             f"transformers cannot load {checkpoint.name}: {first_line(error)}"
         ) from None
-    return model.to(device).eval()
-
-
-@torch.inference_mode()
-def find_sites(model: PreTrainedModel) -> list[Site]:
-    """The sites of `model`, seen in one short forward pass.
-
-    Modules that are given the very same tensor share a site: q, k and v; gate and up. A module
-    that the pass does not reach has no site.
-    """
-    maps = linear_maps(model)
-    modules = {m.name: m for own in maps.values() for m in own if m.expert is None}
-    seen: dict[int, list[str]] = {}
-    alive: list[Tensor] = []  # so that no id is used twice
-
-    def note(name: str) -> None:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            alive.append(args[0])
-            fed = seen.setdefault(id(args[0]), [])
-            if name not in fed:
-                fed.append(name)
-
-        hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(hook))
-
-    with ExitStack() as hooks:
-        for name in modules:
-            note(name)
-        ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
-        model.get_decoder()(input_ids=ids, use_cache=False)
-    shared = [Site(fed[0], tuple(fed), modules[fed[0]].features) for fed in seen.values()]
-    experts = [
-        Site(m.name, (m.name,), m.features, "routed")
-        for own in maps.values()
-        for m in own
-        if m.expert is not None
-    ]
-    return shared + experts + _other_sites(model)
-
-
-def _other_sites(model: PreTrainedModel) -> list[Site]:
-    """The sites of embedding, LM head, norms and biases that one short pass confirms."""
-    inputs: dict[str, Tensor] = {}
-
-    def note(name: str) -> None:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-            if args:
-                inputs.setdefault(name, args[0])
-
-        hooks.enter_context(model.get_submodule(name).register_forward_hook(hook))
-
-    def watch(module: nn.Module, args: Any, output: Any) -> None:
-        inputs[""] = output[0]
-
-    maps = {m.name: m for own in other_maps(model).values() for m in own}
-    # A length that is no number of heads, which some norms have before the tokens.
-    ids = torch.zeros(1, 13, dtype=torch.long, device=model.device)
-    with ExitStack() as hooks:
-        for name, own in maps.items():
-            if own.kind != "bias":
-                note(name)
-        hooks.enter_context(model.get_decoder().register_forward_hook(watch))
-        model(input_ids=ids, use_cache=False)
-    sites = []
-    for name, own in maps.items():
-        x = inputs.get(name)
-        if x is None:
-            continue
-        if own.kind == "token embedding":
-            sites.append(Site(name, (name,), own.features, "tokens"))
-        elif own.kind == "norm":
-            module = model.get_submodule(name)
-            if x.shape[-1] == own.features and _acts_elementwise(module, x):
-                if x.shape[:2] == ids.shape:
-                    sites.append(Site(name, (name,), own.features, "normalized"))
-                elif x.ndim == 4 and x.shape[::2] == ids.shape:
-                    sites.append(Site(name, (name,), own.features, "by head"))
-        elif torch.equal(x, inputs[""]):
-            sites.append(Site(name, (name,), own.features, "hidden"))
-    biases = tuple(name for name, own in maps.items() if own.kind == "bias")
-    return [*sites, Site("biases", biases, 1, "one")] if biases else sites
-
-
-def _acts_elementwise(module: nn.Module, x: Tensor) -> bool:
-    """Whether y = w ⊙ x̂ (+ b) or (1 + w) ⊙ x̂ (+ b), as a norm should."""
-    weight: Any = module.weight
-    hat = normalized(module, x)
-    moved = {"weight": weight + 1}
-    difference = functional_call(module, moved, (x,)) - module(x)
-    return torch.allclose(difference.to(hat), hat, rtol=0.05, atol=0.05)
+    return model.eval()
 
 
 @contextmanager

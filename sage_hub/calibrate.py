@@ -1,33 +1,59 @@
-"""Run the proxies through the base model and write the second moments of every site's inputs."""
+"""Run the proxies through the base model, block by block, and write what every site has seen."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from sage_hub.architecture import (
-    EXPERT_KINDS,
-    Site,
-    expert_inputs,
-    find_sites,
-    is_experts,
-    load_model,
-    normalized,
-)
+from sage_hub.architecture import empty_model
+from sage_hub.blocks import Block, BlockModel, open_blocks
+from sage_hub.budget import plan_memory
 from sage_hub.checkpoint import Checkpoint
-from sage_hub.encoding import Encoded, batches, encode, load_tokenizer, row_limit, take_tokens
-from sage_hub.errors import ArchitectureError, NonFiniteError
-from sage_hub.moments import AxisMoment, SecondMoment
-from sage_hub.progress import SILENT, Progress
+from sage_hub.encoding import (
+    Batch,
+    Encoded,
+    batches,
+    encode,
+    load_tokenizer,
+    row_limit,
+    take_tokens,
+)
+from sage_hub.moments import (
+    AxisMoment,
+    Moment,
+    SecondMoment,
+    SketchedMoment,
+    sketch_width,
+    spectrum,
+)
+from sage_hub.observe import View, watching
+from sage_hub.progress import Progress
 from sage_hub.proxies import Proxy
 from sage_hub.settings import Settings
-from sage_hub.statistics import Origin, write_statistics
+from sage_hub.sites import Site, find_sites
+from sage_hub.spill import Spill
+from sage_hub.statistics import STORED_ENERGY, Origin, StatisticsWriter
+from sage_hub.weights import open_weights
+
+
+@dataclass(frozen=True)
+class _Set:
+    """The rows of one proxy that are used."""
+
+    name: str
+    rows: Sequence[Encoded]
+    batches: Sequence[Batch]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row.ids) for row in self.rows)
 
 
 def calibrate(
@@ -41,185 +67,125 @@ def calibrate(
 ) -> Origin:
     """Calibrate `checkpoint` on `proxies` (set -> rows) and write the statistics file `path`.
 
-    `weights` is the checkpoint's fingerprint, which its caller has computed already.
+    `weights` is the checkpoint's fingerprint, which its caller has computed already. Raises
+    OutOfMemoryError if `settings.memory` is too little, NonFiniteError with site and row at the
+    first NaN or Inf in an activation.
     """
-    model = load_model(checkpoint, settings.device)
+    sites = find_sites(empty_model(checkpoint))
     tokenizer = load_tokenizer(checkpoint)
     max_length = row_limit(checkpoint, settings.max_length)
-    sites = find_sites(model)
-    data, moments = {}, {}
+    sets, data = [], {}
     for which, proxy in proxies.items():
         rows = encode(proxy, tokenizer, chat_template=settings.chat_template, max_length=max_length)
         places = take_tokens(rows, settings.max_tokens, settings.seed)
         used = [rows[place] for place in places]
-        moments[which], starved = collect_moments(
-            model,
-            sites,
-            used,
-            batch_size=settings.batch_size,
-            what=f"Calibrating on {which}",
-            progress=progress,
-        )
+        sets.append(_Set(which, used, list(batches(used, settings.batch_size))))
         data[which] = {
             **proxy.describe(),
             "rows_used": len(used),
-            "tokens_used": sum(len(row.ids) for row in used),
+            "tokens_used": sets[-1].tokens,
             "rows_truncated": sum(row.truncated for row in used),
-            "experts_shown_block_input": starved,
+            "experts_shown_block_input": [],
             "row_hashes": [proxy.rows[place].hash for place in places],
         }
-    del model
-    origin = Origin(
-        model=checkpoint.name,
-        commit=checkpoint.commit,
-        weights=weights,
-        tokenizer=checkpoint.tokenizer_fingerprint(),
-        data=data,
-        settings={
-            "energy": settings.energy,
-            "rank": settings.rank,
-            "max_tokens": settings.max_tokens,
-            "max_length": max_length,
-            "seed": settings.seed,
-            "chat_template": settings.chat_template,
-        },
-    )
-    write_statistics(
-        path,
-        origin,
-        sites,
-        moments,
-        energy=settings.energy,
-        rank=settings.rank,
-        progress=progress,
-    )
+    with ExitStack() as stack:
+        reader = stack.enter_context(open_weights(checkpoint))
+        model = stack.enter_context(open_blocks(checkpoint, reader, settings.device))
+        budget = plan_memory(
+            model,
+            sites,
+            settings,
+            tokens=sum(batch.ids.numel() for part in sets for batch in part.batches),
+            longest=max(len(row.ids) for part in sets for row in part.rows),
+        )
+        writer = stack.enter_context(StatisticsWriter(path))
+        hidden = {
+            part.name: stack.enter_context(Spill(path.parent, budget.hidden / len(sets)))
+            for part in sets
+        }
+        bar = stack.enter_context(
+            progress.counter("Calibrating", sum(part.tokens for part in sets), "tok")
+        )
+        make = partial(_moment, settings=settings, sketched=budget.sketched)
+        place = 0  # of two that each batch has, where its hidden states are
+        for block in model.blocks:
+            seen = model.sites_of(block, sites)
+            after = 1 - place if any(site.expert for site in seen) else place
+            with model.holding(block, reader):
+                for part in sets:
+                    moments, rare = _observe(
+                        model, block, seen, part, make, hidden[part.name], (place, after), bar
+                    )
+                    data[part.name]["experts_shown_block_input"] += rare
+                    for site in seen:
+                        stored = max(settings.energy, STORED_ENERGY)
+                        found = spectrum(moments.pop(site.name), stored, settings.rank)
+                        writer.add(part.name, site, found)
+            place = after
+        origin = Origin(
+            model=checkpoint.name,
+            commit=checkpoint.commit,
+            weights=weights,
+            tokenizer=checkpoint.tokenizer_fingerprint(),
+            data=data,
+            settings={
+                "energy": settings.energy,
+                "rank": settings.rank,
+                "max_tokens": settings.max_tokens,
+                "max_length": max_length,
+                "seed": settings.seed,
+                "chat_template": settings.chat_template,
+                "sketched": sorted(budget.sketched),
+            },
+        )
+        writer.finish(origin, sites)
     return origin
 
 
-def collect_moments(
-    model: PreTrainedModel,
-    sites: Sequence[Site],
-    rows: Sequence[Encoded],
-    *,
-    batch_size: int,
-    what: str = "Calibrating",
-    progress: Progress = SILENT,
-) -> tuple[dict[str, SecondMoment | AxisMoment], list[str]]:
-    """Site name -> second moment of its inputs over all tokens of `rows`, padding left out.
-
-    An expert sees the tokens that are routed to it. Where those are fewer than it has features,
-    they say too little, and it is shown the input of its whole block instead, in a second pass;
-    the sites that this happened to are returned beside the moments. Raises NonFiniteError with
-    the site at the first NaN or Inf.
-    """
-    options: Any = {"batch_size": batch_size, "progress": progress}
-    moments = _observe(model, sites, rows, routed=True, what=what, **options)
-    starved = [site for site in sites if site.expert and moments[site.name].tokens < site.size]
-    if starved:
-        what = f"{what}, {len(starved)} rare experts"
-        moments |= _observe(model, starved, rows, routed=False, what=what, **options)
-    _check_finite(moments)
-    return moments, [site.name for site in starved]
+def _moment(site: Site, settings: Settings, sketched: Collection[str]) -> Moment:
+    if site.diagonal:
+        return AxisMoment(site.size, settings.device)
+    if site.name in sketched:
+        seed = zlib.crc32(site.name.encode()) ^ settings.seed
+        width = sketch_width(site.size, settings.rank)
+        return SketchedMoment(site.size, width, seed, settings.device)
+    return SecondMoment(site.size, settings.device)
 
 
-@torch.inference_mode()
 def _observe(
-    model: PreTrainedModel,
+    model: BlockModel,
+    block: Block,
     sites: Sequence[Site],
-    rows: Sequence[Encoded],
-    *,
-    routed: bool,
-    batch_size: int,
-    what: str,
-    progress: Progress,
-) -> dict[str, SecondMoment | AxisMoment]:
-    """The moments of `sites`; experts are shown the tokens routed to them, or all."""
-    moments: dict[str, SecondMoment | AxisMoment] = {
-        site.name: (AxisMoment if site.diagonal else SecondMoment)(site.size, model.device)
-        for site in sites
-    }
-    token_mask = torch.zeros(0, dtype=torch.bool)
+    part: _Set,
+    make: Callable[[Site], Moment],
+    hidden: Spill,
+    places: tuple[int, int],
+    bar: Any,
+) -> tuple[dict[str, Moment], list[str]]:
+    """Run `part` through `block`: what its `sites` take in, as moments that `make` makes.
 
-    def tokens(name: str, inputs: Tensor) -> Tensor:
-        """The inputs (tokens, in) of a module that sees every token, padding left out."""
-        flat = inputs.reshape(-1, inputs.shape[-1])
-        if len(flat) != len(token_mask):
-            raise ArchitectureError(
-                f"{name} does not see every token once (it has {len(flat)} inputs for "
-                f"{len(token_mask)} tokens); this architecture is not supported yet."
-            )
-        return flat[token_mask]
+    `hidden` has the states of batch n before the block at 2 n + places[0], and gets those behind
+    it at 2 n + places[1]. An expert sees the tokens that are routed to it. Where those are fewer
+    than it has features, they say too little, and it is shown the input of its whole block
+    instead, in a second pass; the names of these sites come second. Raises NonFiniteError.
+    """
+    moments = {site.name: make(site) for site in sites}
+    view = View(part.rows, part.name)
 
-    def observe(site: Site) -> None:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            moments[site.name].add(tokens(site.name, args[0]))
+    def batches_run() -> Iterator[tuple[int, Batch, Tensor]]:
+        for number, batch in enumerate(part.batches):
+            view.show(batch, model.device)
+            yield number, batch, model.run(block, batch, hidden.get(2 * number + places[0]))
 
-        hooks.enter_context(model.get_submodule(site.name).register_forward_pre_hook(hook))
-
-    def observe_norm(site: Site) -> None:
-        ours = False
-
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            nonlocal ours
-            if ours:  # `normalized` calls the module too
-                return
-            ours = True
-            hat = normalized(module, args[0])
-            ours = False
-            if site.sees == "by head":
-                hat = hat.transpose(1, 2)
-            hat = hat.reshape(len(token_mask), -1, site.size)
-            moments[site.name].add(hat[token_mask].flatten(0, 1))
-
-        hooks.enter_context(model.get_submodule(site.name).register_forward_pre_hook(hook))
-
-    def observe_experts(name: str, module: Any) -> None:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x, chosen = tokens(name, args[0]), tokens(name, args[1])
-            for expert in range(module.num_experts):
-                seen = x[(chosen == expert).any(dim=1)] if routed else x
-                wanted = [k for k in EXPERT_KINDS if f"{name}.{k}.{expert}" in moments]
-                if wanted and len(seen):
-                    inputs = expert_inputs(module, expert, seen)
-                    for kind in wanted:
-                        moments[f"{name}.{kind}.{expert}"].add(inputs[kind])
-
-        hooks.enter_context(module.register_forward_pre_hook(hook))
-
-    with (
-        ExitStack() as hooks,
-        progress.counter(what, sum(len(row.ids) for row in rows), "tok") as bar,
-    ):
-        for site in sites:
-            if site.sees == "input":
-                observe(site)
-            elif site.sees in ("normalized", "by head"):
-                observe_norm(site)
-        for name, module in model.named_modules():
-            if is_experts(module):
-                observe_experts(name, module)
-        for batch in batches(rows, batch_size):
-            mask = batch.mask.to(model.device)
-            token_mask = mask.bool().reshape(-1)
-            ids = batch.ids.to(model.device)
-            # Without the LM head, whose output nobody looks at.
-            hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-            for site in sites:
-                moment = moments[site.name]
-                if site.sees == "hidden":
-                    moment.add(tokens(site.name, hidden))
-                elif isinstance(moment, AxisMoment) and site.sees == "tokens":
-                    moment.add_one_hot(ids.reshape(-1)[token_mask])
-                elif site.sees == "one":
-                    moment.add(torch.ones(int(token_mask.sum()), 1, device=model.device))
-            bar.update(int(batch.mask.sum()))
-    return moments
-
-
-def _check_finite(moments: Mapping[str, SecondMoment | AxisMoment]) -> None:
-    for name, moment in moments.items():
-        if not torch.isfinite(moment.total).all():
-            raise NonFiniteError(
-                f"The inputs of {name} hold NaN or Inf on the proxy; the base model overflows. "
-                "Check its weights, or store it in bfloat16 or float32 instead of float16."
-            )
+    with watching(model, sites, moments, view):
+        for number, batch, states in batches_run():
+            view.observe_ends(sites, moments, states)
+            if not block.finishes:
+                hidden.put(2 * number + places[1], states)
+            bar.update(int(batch.mask.sum()) / len(model.blocks))
+    starved = [site for site in sites if site.expert and moments[site.name].tokens < site.size]
+    moments |= {site.name: make(site) for site in starved}
+    with watching(model, starved, moments, view, routed=False):
+        for _ in batches_run() if starved else ():
+            pass
+    return moments, [site.name for site in starved]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -370,6 +370,26 @@ def open_checkpoint(text: str) -> Checkpoint:
             )
         seen |= header.tensors.keys()
     return checkpoint
+
+
+@contextmanager
+def open_shards(side: Checkpoint, limit: int | None = None) -> Iterator[Callable[[str], RowReader]]:
+    """Shard file -> a reader of it, of which the last `limit` stay open.
+
+    Without a limit all: they hold a file handle each, and no memory.
+    """
+    opened: dict[str, tuple[RowReader, ExitStack]] = {}
+
+    def reader(shard: str) -> RowReader:
+        if shard not in opened:
+            while limit is not None and len(opened) >= limit:
+                opened.pop(next(iter(opened)))[1].close()
+            stack = everything.enter_context(ExitStack())
+            opened[shard] = stack.enter_context(side.open_shard(shard)), stack
+        return opened[shard][0]
+
+    with ExitStack() as everything:
+        yield reader
 
 
 def read_json(files: Files, name: str) -> dict[str, Any]:

@@ -80,7 +80,8 @@ def _explain_machine(error: Exception) -> SageHubError | None:
         )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return OutOfMemoryError(
-            "Memory ran out; lower --batch-size or --max-length, or use --device cpu."
+            "Memory ran out; lower --memory to what this machine has free, or --batch-size or "
+            "--max-length."
         )
     if isinstance(error, OSError) and error.filename is not None:
         return SageHubError(f"{error.filename}: {error.strerror}.")
@@ -414,6 +415,13 @@ def _add_settings(command: argparse.ArgumentParser, *sets: str, skip: Sequence[s
     add("batch_size", int, "N", "rows at a time (default: 8)")
     add("device", str, "DEVICE", "cpu, cuda, mps (default: cuda if there is one)")
     add("seed", int, "N", "for the choice of rows (default: 0)")
+    add("memory", float, "GB", "what calibration and evaluation may take (default: 8)")
+    command.add_argument(
+        "--moments",
+        choices=("auto", "exact", "sketch"),
+        default=absent,
+        help="second moments exact or sketched; auto: exact where --memory allows (default: auto)",
+    )
     if "parameters" not in skip:
         command.add_argument(
             "--parameters",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jinja2 import TemplateError
@@ -24,6 +24,7 @@ class Encoded:
     ids: tuple[int, ...]
     answer_start: int
     truncated: bool = False
+    number: int = 0  # of the row in its proxy, from 1
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def encode(
             ) from None
         if not found.ids:
             raise ProxyError(f"{proxy.name}, row {number}: the tokenizer makes no token of it.")
-        encoded.append(found)
+        encoded.append(replace(found, number=number))
     return encoded
 
 

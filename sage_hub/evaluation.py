@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from sage_hub.blend import load_blend
+from sage_hub.blocks import open_blocks
+from sage_hub.budget import GB
 from sage_hub.checkpoint import Checkpoint
 from sage_hub.encoding import Encoded, encode, load_tokenizer, row_limit, take_tokens
 from sage_hub.errors import ArchitectureError
@@ -16,6 +18,8 @@ from sage_hub.plan import Plan
 from sage_hub.progress import SILENT, Progress
 from sage_hub.proxies import Proxy
 from sage_hub.settings import SETS, Settings
+from sage_hub.spill import Spill
+from sage_hub.weights import model_of, open_weights
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,14 @@ def evaluate_release(
     proxies: Mapping[str, Proxy],
     settings: Settings,
     calibrated: Collection[str],
+    scratch: Path,
     progress: Progress = SILENT,
 ) -> Evaluation:
     """Evaluate base, unlearned, the control W_b + αΔ and `sanitized` on the sets there are.
 
-    `calibrated` holds the fingerprints of the sets that calibration has seen. The same rows and
-    the base's tokenizer for all, one model in memory at a time.
+    `calibrated` holds the fingerprints of the sets that calibration has seen; hidden states that
+    memory has no room for wait in the folder `scratch`. The same rows and the base's tokenizer
+    for all, one block of one model in memory at a time.
     """
     tokenizer = load_tokenizer(plan.base)
     limit = row_limit(plan.base, settings.max_length)
@@ -84,13 +90,24 @@ def evaluate_release(
     results: list[Result] = []
     for name, (side, scale) in models.items() if sets else ():
         try:
-            model = load_blend(plan.base, side, scale, settings.device)
+            with (
+                open_weights(side, plan.base, scale) as weights,
+                open_blocks(model_of(side), weights, settings.device) as model,
+                Spill(scratch, settings.memory * GB / 4) as hidden,
+            ):
+                results += evaluate(
+                    name,
+                    model,
+                    weights,
+                    sets,
+                    batch_size=settings.batch_size,
+                    hidden=hidden,
+                    progress=progress,
+                )
         except ArchitectureError as error:
             if name != "control":
                 raise
             not_run.append({"what": "the norm-matched control", "reason": str(error)})
-            continue
-        results += evaluate(name, model, sets, batch_size=settings.batch_size, progress=progress)
     for result in results:
         if not math.isfinite(result.value):
             what = f"{result.metric} of {result.model} on {result.set}"

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from sage_hub.encoding import Encoded, batches
+from sage_hub.blocks import BlockModel
+from sage_hub.encoding import Batch, Encoded, batches
 from sage_hub.progress import SILENT, Progress
+from sage_hub.spill import Spill
+from sage_hub.weights import Weights
 
 # Direction of each metric on a retained set; on the forget set it is the opposite.
 BETTER_ON_RETAIN = {"probability": "higher", "loss": "lower"}
@@ -39,61 +43,77 @@ class Result:
 
 @torch.inference_mode()
 def answer_losses(
-    model: PreTrainedModel,
+    model: BlockModel,
+    weights: Weights,
     rows: Sequence[Encoded],
     *,
     batch_size: int,
+    hidden: Spill,
     what: str = "Evaluating",
     progress: Progress = SILENT,
 ) -> list[tuple[float, int]]:
     """Per row: the mean negative log-likelihood of its answer tokens in nats, and their number.
 
-    Rows whose answer was cut away by truncation count zero tokens and NaN.
+    `hidden` keeps the rows between two blocks of the model. Rows whose answer was cut away by
+    truncation count zero tokens and NaN.
     """
     losses = [(math.nan, 0)] * len(rows)
     with progress.counter(what, len(rows), "row") as bar:
-        for batch in batches(rows, batch_size):
-            ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            for line, place in enumerate(batch.rows):
-                answer = batch.answer[line, 1:].to(model.device)
-                if answer.any():
-                    # Row by row, so that float32 logits of a whole batch never exist at once.
-                    loss = torch.nn.functional.cross_entropy(
-                        logits[line, :-1][answer].float(), ids[line, 1:][answer]
-                    )
-                    losses[place] = (float(loss), int(answer.sum()))
-            bar.update(len(batch.rows))
+        for block in model.blocks:
+            with model.holding(block, weights, head=True):
+                for number, batch in enumerate(batches(rows, batch_size)):
+                    states = model.run(block, batch, hidden.get(number), logits=True)
+                    if block.finishes:
+                        for place, found in zip(batch.rows, _losses(states, batch), strict=True):
+                            losses[place] = found
+                    else:
+                        hidden.put(number, states)
+                    bar.update(len(batch.rows) / len(model.blocks))
     return losses
+
+
+def _losses(logits: Tensor, batch: Batch) -> Iterator[tuple[float, int]]:
+    for line in range(len(batch.rows)):
+        answer = batch.answer[line, 1:].to(logits.device)
+        if not answer.any():
+            yield math.nan, 0
+            continue
+        # Row by row, so that float32 logits of a whole batch never exist at once.
+        ids = batch.ids[line, 1:].to(logits.device)
+        loss = torch.nn.functional.cross_entropy(logits[line, :-1][answer].float(), ids[answer])
+        yield float(loss), int(answer.sum())
 
 
 def evaluate(
     name: str,
-    model: PreTrainedModel,
+    model: BlockModel,
+    weights: Weights,
     sets: Mapping[str, Sequence[Encoded]],
     *,
     batch_size: int,
+    hidden: Spill,
     progress: Progress = SILENT,
 ) -> list[Result]:
-    """Probability and loss of `model` on each of `sets`.
+    """Probability and loss of `model` on each of `sets`, from one pass over its weights.
 
     Probability is the mean over rows of exp(−ℓ), ℓ the row's mean negative log-likelihood per
     answer token, as TOFU defines it (Maini et al. 2024, arXiv 2401.06121); loss is the mean of
     the negative log-likelihood over all answer tokens of the set, in nats.
     """
+    found = iter(
+        answer_losses(
+            model,
+            weights,
+            [row for rows in sets.values() for row in rows],
+            batch_size=batch_size,
+            hidden=hidden,
+            what=f"Evaluating {name}",
+            progress=progress,
+        )
+    )
     results = []
     for which, rows in sets.items():
-        losses = [
-            (loss, tokens)
-            for loss, tokens in answer_losses(
-                model,
-                rows,
-                batch_size=batch_size,
-                what=f"Evaluating {name} on {which}",
-                progress=progress,
-            )
-            if tokens
-        ]
+        losses = [(loss, tokens) for loss, tokens in islice(found, len(rows)) if tokens]
         if not losses:
             continue
         total = sum(tokens for _, tokens in losses)

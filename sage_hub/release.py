@@ -181,7 +181,14 @@ def write_release(
     else:
         sanitized = open_unlearned(str(folder), plan.base)
         evaluation = evaluate_release(
-            plan, sanitized, alpha, job.proxies, job.settings, calibrated, progress
+            plan,
+            sanitized,
+            alpha,
+            job.proxies,
+            job.settings,
+            calibrated,
+            work.statistics.parent,
+            progress,
         )
     clock.lap("evaluate")
     report = make_report(evaluation, alpha=alpha, seed=job.settings.seed, seconds=clock.laps)

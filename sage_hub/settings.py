@@ -36,6 +36,8 @@ class Settings:
     max_tokens: int = 131_072  # of each proxy, in calibration
     max_length: int = 2_048  # of a row, in tokens
     batch_size: int = 8
+    moments: Literal["auto", "exact", "sketch"] = "auto"  # auto: exact where memory allows
+    memory: float = 8.0  # GB that calibration and evaluation may take
     device: str = "auto"
     seed: int = 0  # which rows are taken where a proxy has more than max_tokens
     chat_template: bool = True
@@ -58,6 +60,8 @@ class Settings:
             value = getattr(self, name)
             if not (isinstance(value, str) or (value is None and name != "device")):
                 raise UsageError(f"{name} must be text, not {value!r}.")
+        _number(self.memory, "memory", lambda x: 0 < x < math.inf, "above 0, in GB")
+        _one_of(self.moments, "moments", ("auto", "exact", "sketch"))
         _one_of(self.out_dtype, "out_dtype", (None, *OUT_DTYPES))
         _one_of(self.parameters, "parameters", ("linear", "all"))
         for name in ("chat_template", "merge", "low_disk"):

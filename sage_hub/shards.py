@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_hub.checkpoint import INDEX, SINGLE, Checkpoint, read_json
+from sage_hub.checkpoint import INDEX, SINGLE, open_shards, read_json
 from sage_hub.errors import NonFiniteError, NothingToDoError
 from sage_hub.moments import Spectrum
 from sage_hub.plan import Operation, Piece, Plan
@@ -28,7 +27,7 @@ from sage_hub.sage import (
     suppression,
 )
 from sage_hub.statistics import Statistics
-from sage_hub.tensorfile import RowReader, TensorWriter, file_sha256
+from sage_hub.tensorfile import TensorWriter, file_sha256
 from sage_hub.threads import ahead
 
 # Numbers in a block of rows: 4 MB in float32, so that a block stays in the cache while it is
@@ -118,7 +117,7 @@ class Block:
         if spectrum.diagonal and self.transposed:
             spectrum, g = spectrum.inside(self.first, len(self.unlearned), g)
         basis = spectrum.basis.to(device)
-        return Spectrum(basis, spectrum.values, spectrum.trace, spectrum.tokens), g
+        return replace(spectrum, basis=basis), g
 
     def oriented(self, tensor: Tensor, device: str) -> Tensor:
         """The rows as (out, in), in float32 at least."""
@@ -381,7 +380,7 @@ def _blocks(
     """
     total = sum(plan.unlearned.files.sizes[shard] for shard in shards)
     with (
-        _readers(plan.base, 1 if plan.low_disk else None) as base_reader,
+        open_shards(plan.base, 1 if plan.low_disk else None) as base_reader,
         ahead(_fetched(plan, shards), depth=1) as fetched,
         progress.counter(what, total, "B") as bar,
     ):
@@ -411,26 +410,6 @@ def _fetched(plan: Plan, shards: Sequence[str]) -> Generator[str, None, None]:
         for other in plan.base_shards(shard):
             plan.base.files.path(other)
         yield shard
-
-
-@contextmanager
-def _readers(side: Checkpoint, limit: int | None) -> Iterator[Callable[[str], RowReader]]:
-    """Readers of the shards of `side`, of which the last `limit` stay open.
-
-    Without a limit all: they hold a file handle each, and no memory.
-    """
-    opened: dict[str, tuple[RowReader, ExitStack]] = {}
-
-    def reader(shard: str) -> RowReader:
-        if shard not in opened:
-            while limit is not None and len(opened) >= limit:
-                opened.pop(next(iter(opened)))[1].close()
-            stack = everything.enter_context(ExitStack())
-            opened[shard] = stack.enter_context(side.open_shard(shard)), stack
-        return opened[shard][0]
-
-    with ExitStack() as everything:
-        yield reader
 
 
 def _steps(operation: Operation) -> Iterator[tuple[Piece, int, int]]:

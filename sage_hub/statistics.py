@@ -8,18 +8,18 @@ which model, tokenizer, data and settings they belong to. docs/formats.md descri
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from sage_hub.architecture import Site
 from sage_hub.errors import CorruptCheckpointError, NotFoundError, StatisticsError
-from sage_hub.moments import AxisMoment, SecondMoment, Spectrum, spectrum
-from sage_hub.progress import SILENT, Progress
+from sage_hub.moments import Spectrum
+from sage_hub.sites import Site
+from sage_hub.spill import Spill
 from sage_hub.tensorfile import TensorReader, TensorWriter, dtype_name, file_sha256, layout
 
 FORMAT = "sage-hub-statistics"
@@ -77,48 +77,66 @@ class Statistics:
             values=self._file.map(f"{which}/{site.name}/values"),
             trace=scalars["trace"],
             tokens=scalars["tokens"],
+            missed=scalars["missed"],
         )
 
 
-def write_statistics(
-    path: Path,
-    origin: Origin,
-    sites: list[Site],
-    moments: dict[str, dict[str, SecondMoment | AxisMoment]],
-    *,
-    energy: float,
-    rank: int | None,
-    progress: Progress = SILENT,
-) -> None:
-    """Decompose `moments` (set -> site -> moment) and write `path`, whole or not at all.
+class StatisticsWriter:
+    """Write a statistics file site by site; it gets its name only when it is whole.
 
-    The moments are dropped one by one as their spectra replace them.
+    The directions wait in a file without a name until the header, which states their number, can
+    be written. A context manager.
     """
-    todo = [(which, site) for which in moments for site in sites]
-    spectra: dict[tuple[str, Site], Spectrum] = {
-        (which, site): spectrum(moments[which].pop(site.name), max(energy, STORED_ENERGY), rank)
-        for which, site in progress.each("Decomposing", todo, len(todo), "site")
-    }
-    tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {which: {} for which in moments}
-    # What has 8 bytes goes first: the format wants each tensor aligned to its type.
-    for (which, site), found in spectra.items():
-        tensors[f"{which}/{site.name}/values"] = found.values
-        scalars[which][site.name] = {"trace": found.trace, "tokens": found.tokens}
-    for (which, site), found in sorted(spectra.items(), key=lambda item: -item[1].basis.itemsize):
-        tensors[f"{which}/{site.name}/basis"] = found.basis
-    metadata = {
-        "format": FORMAT,
-        "format_version": VERSION,
-        "origin": json.dumps(asdict(origin), sort_keys=True),
-        "sites": json.dumps([asdict(site) for site in sites]),
-        "scalars": json.dumps(scalars),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    infos = layout((name, dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items())
-    with TensorWriter(path, infos, metadata) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._values: dict[str, Tensor] = {}
+        self._bases: dict[str, Tensor] = {}
+        self._scalars: dict[str, dict[str, Any]] = {}
+
+    def __enter__(self) -> StatisticsWriter:
+        self._waiting = Spill(self.path.parent, 0).__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._waiting.__exit__(*error)
+
+    def add(self, which: str, site: Site, found: Spectrum) -> None:
+        """Take in the spectrum of `site` on the set `which`."""
+        name = f"{which}/{site.name}"
+        self._waiting.put(len(self._bases), found.basis)
+        self._values[name] = found.values
+        self._bases[name] = found.basis.to("meta")
+        self._scalars.setdefault(which, {})[site.name] = {
+            "trace": found.trace,
+            "tokens": found.tokens,
+            "missed": found.missed,
+        }
+
+    def finish(self, origin: Origin, sites: Sequence[Site]) -> None:
+        """Write the file."""
+        metadata = {
+            "format": FORMAT,
+            "format_version": VERSION,
+            "origin": json.dumps(asdict(origin), sort_keys=True),
+            "sites": json.dumps([asdict(site) for site in sites]),
+            "scalars": json.dumps(self._scalars, sort_keys=True),
+        }
+        numbers = {name: number for number, name in enumerate(self._bases)}
+        # What has 8 bytes goes first: the format wants each tensor aligned to its type.
+        bases = dict(sorted(self._bases.items(), key=lambda item: -item[1].itemsize))
+        infos = layout(
+            (f"{name}/{part}", dtype_name(tensor.dtype), tuple(tensor.shape))
+            for part, tensors in (("values", self._values), ("basis", bases))
+            for name, tensor in tensors.items()
+        )
+        with TensorWriter(self.path, infos, metadata) as writer:
+            for name, tensor in self._values.items():
+                writer.write(f"{name}/values", tensor)
+            for name in bases:
+                basis = self._waiting.get(numbers[name])
+                assert basis is not None
+                writer.write(f"{name}/basis", basis)
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def test_rows_without_turns_are_never_templated(row: Row) -> None:
 @given(phrases)
 def test_a_text_row_is_predicted_from_its_second_token_on(text: str) -> None:
     assert encode_one(row_of(text=text), PLAIN) == Encoded(
-        tuple(PLAIN(text)["input_ids"]), answer_start=1
+        tuple(PLAIN(text)["input_ids"]), answer_start=1, number=1
     )
 
 

@@ -1,0 +1,94 @@
+"""What calibration keeps in memory, and what gives way where that is more than the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sage_hub.blocks import BlockModel
+from sage_hub.errors import OutOfMemoryError
+from sage_hub.moments import sketch_width
+from sage_hub.settings import Settings
+from sage_hub.sites import Site
+
+GB = 1e9
+RUNTIME = 0.6 * GB  # Python, torch and transformers, before they do anything
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How calibration spends its memory, in bytes."""
+
+    weights: float  # of the largest block, of what all blocks share, and of one tensor on its way
+    activations: float  # of one batch; an estimate
+    hidden: float  # hidden states that stay in memory between two blocks
+    spilled: float  # those that wait on disk
+    moments: float  # of the sites of one block, while one of them is decomposed
+    sketched: frozenset[str]  # the sites whose second moment is sketched
+
+    @property
+    def total(self) -> float:
+        """The peak of the process."""
+        return RUNTIME + self.weights + self.activations + self.hidden + self.moments
+
+
+def plan_memory(
+    model: BlockModel, sites: Sequence[Site], settings: Settings, *, tokens: int, longest: int
+) -> Budget:
+    """How to calibrate on `tokens` tokens, in rows of `longest` at most, with `settings.memory`.
+
+    With moments "auto" the second moments of the largest sites give way to sketches; then the
+    hidden states to the disk. Raises OutOfMemoryError if that is not enough.
+    """
+    state = model.model.state_dict(keep_vars=True)
+    weights = float(
+        sum(state[name].nbytes for name in model.shared)
+        + max(sum(state[name].nbytes for name in block.parameters) for block in model.blocks)
+        + max(tensor.nbytes for tensor in state.values())
+    )
+    itemsize = model.model.dtype.itemsize
+    width = max((site.size for site in sites if site.sees == "hidden"), default=0)
+    widest = max((site.size for site in sites if not site.diagonal), default=width)
+    # What a layer makes of a batch is a few times its input; the inputs of sites become float32.
+    activations = float(settings.batch_size * longest * (6 * itemsize * width + 8 * widest))
+    hidden = float(tokens * width * itemsize)
+    if any(site.expert for site in sites):
+        hidden *= 2  # kept from before the block too, for a second pass
+    free = settings.memory * GB - RUNTIME - weights - activations
+
+    sketched: set[str] = set()
+    own = [[s for s in model.sites_of(block, sites) if not s.diagonal] for block in model.blocks]
+    if settings.moments == "sketch":
+        sketched = {site.name for some in own for site in some}
+    if settings.moments == "auto":
+        for some in own:
+            for site in sorted(some, key=lambda site: -site.size):
+                if _moments(some, sketched, settings.rank) <= free:
+                    break
+                sketched.add(site.name)
+    moments = max((_moments(some, sketched, settings.rank) for some in own), default=0.0)
+    kept = min(hidden, max(free - moments, 0.0))
+    budget = Budget(weights, activations, kept, hidden - kept, moments, frozenset(sketched))
+    if budget.total > settings.memory * GB:
+        less = "use --moments sketch, or " if settings.moments == "exact" else ""
+        raise OutOfMemoryError(
+            f"Calibration takes {budget.total / GB:.2g} GB at least, for one block of "
+            f"{weights / GB:.2g} GB, a batch and second moments, and --memory allows "
+            f"{settings.memory:g}; {less}lower --batch-size or --max-length, or raise --memory."
+        )
+    return budget
+
+
+def _moments(sites: Sequence[Site], sketched: set[str], rank: int | None) -> float:
+    """The second moments of `sites` at once, and the decomposition of the costliest of them.
+
+    In float32; decomposed in float64, with the vectors and LAPACK's workspace.
+    """
+    sums, largest = 0.0, 0.0
+    for site in sites:
+        if site.name in sketched:
+            numbers = site.size * sketch_width(site.size, rank)
+            sums, largest = sums + 8 * numbers, max(largest, 48.0 * numbers)
+        else:
+            sums, largest = sums + 4 * site.size**2, max(largest, 36.0 * site.size**2)
+    return sums + largest

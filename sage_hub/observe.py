@@ -1,0 +1,137 @@
+"""Watch the inputs of the sites of one block while batches of rows run through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sage_hub.architecture import EXPERT_KINDS, is_experts
+from sage_hub.blocks import BlockModel
+from sage_hub.encoding import Batch, Encoded
+from sage_hub.errors import ArchitectureError, NonFiniteError
+from sage_hub.moments import AxisMoment, Moment
+from sage_hub.sites import Site, expert_inputs, normalized
+
+
+@contextmanager
+def watching(
+    model: BlockModel,
+    sites: Sequence[Site],
+    moments: Mapping[str, Moment],
+    view: View,
+    *,
+    routed: bool = True,
+) -> Iterator[None]:
+    """Within it `moments` take in what `sites` are given, of the batch that `view` shows.
+
+    Experts are shown the tokens that are routed to them, or with `routed` false those of their
+    whole block.
+    """
+    with ExitStack() as hooks:
+
+        def before(name: str, hook: Any) -> None:
+            module = model.model.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(hook))
+
+        for site in sites:
+            if site.sees == "input":
+                before(site.name, _input_hook(site, moments[site.name], view))
+            elif site.sees in ("normalized", "by head"):
+                before(site.name, _norm_hook(site, moments[site.name], view))
+        experts = {site.name: moments[site.name] for site in sites if site.expert}
+        for name, module in model.model.named_modules() if experts else ():
+            if is_experts(module) and any(site.startswith(f"{name}.") for site in experts):
+                before(name, _experts_hook(name, experts, view, routed=routed))
+        yield
+
+
+class View:
+    """The batch that is run: which of a site's inputs are tokens, and of which row."""
+
+    def __init__(self, rows: Sequence[Encoded], which: str) -> None:
+        self._rows, self._which = rows, which
+
+    def show(self, batch: Batch, device: str) -> None:
+        """From here on inputs are those of `batch`."""
+        self._batch = batch
+        self.ids = batch.ids.reshape(-1).to(device)
+        self.mask = batch.mask.bool().reshape(-1).to(device)
+
+    def tokens(self, name: str, inputs: Tensor) -> Tensor:
+        """The inputs (tokens, in) of a module that sees every token, padding left out."""
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        if len(flat) != len(self.mask):
+            raise ArchitectureError(
+                f"{name} does not see every token once (it has {len(flat)} inputs for "
+                f"{len(self.mask)} tokens); this architecture is not supported yet."
+            )
+        kept = flat[self.mask]
+        if kept.is_floating_point() and not torch.isfinite(kept.abs().max()):
+            raise self._broken(name, flat)
+        return kept
+
+    def _broken(self, name: str, flat: Tensor) -> NonFiniteError:
+        bad = ~torch.isfinite(flat).all(dim=1) & self.mask
+        line = int(bad.nonzero()[0]) // self._batch.ids.shape[1]
+        row = self._rows[self._batch.rows[line]].number
+        return NonFiniteError(
+            f"The inputs of {name} hold NaN or Inf on row {row} of the {self._which} proxy; the "
+            "base model overflows. Check its weights, or store it in bfloat16 or float32 instead "
+            "of float16."
+        )
+
+    def observe_ends(
+        self, sites: Sequence[Site], moments: Mapping[str, Moment], states: Tensor
+    ) -> None:
+        """Show the sites that no module stands for what they see: token ids, 1, or `states`."""
+        for site in sites:
+            moment = moments[site.name]
+            if site.sees == "hidden":
+                moment.add(self.tokens(site.name, states))
+            elif isinstance(moment, AxisMoment) and site.sees == "tokens":
+                moment.add_one_hot(self.ids[self.mask])
+            elif site.sees == "one":
+                moment.add(torch.ones(int(self.mask.sum()), 1, device=states.device))
+
+
+def _input_hook(site: Site, moment: Moment, view: View) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        moment.add(view.tokens(site.name, args[0]))
+
+    return hook
+
+
+def _norm_hook(site: Site, moment: Moment, view: View) -> Any:
+    ours = False
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal ours
+        if ours:  # `normalized` calls the module too
+            return
+        ours = True
+        hat = normalized(module, args[0])
+        ours = False
+        if site.sees == "by head":
+            hat = hat.transpose(1, 2)
+        hat = hat.reshape(len(view.mask), -1, site.size)
+        moment.add(hat[view.mask].flatten(0, 1))
+
+    return hook
+
+
+def _experts_hook(name: str, experts: Mapping[str, Moment], view: View, *, routed: bool) -> Any:
+    def hook(module: Any, args: tuple[Tensor, ...]) -> None:
+        x, chosen = view.tokens(name, args[0]), view.tokens(name, args[1])
+        for expert in range(module.num_experts):
+            seen = x[(chosen == expert).any(dim=1)] if routed else x
+            wanted = [k for k in EXPERT_KINDS if f"{name}.{k}.{expert}" in experts]
+            if wanted and len(seen):
+                inputs = expert_inputs(module, expert, seen)
+                for kind in wanted:
+                    experts[f"{name}.{kind}.{expert}"].add(inputs[kind])
+
+    return hook

@@ -1,0 +1,135 @@
+"""The weights of a model by the names of its parameters, each read when it is asked for.
+
+As a checkpoint stores them, with an adapter in them, or part of the way from base to unlearned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from sage_hub.adapter import WEIGHTS, Adapter, Merged
+from sage_hub.architecture import Architecture, Place, load_model, read_architecture
+from sage_hub.checkpoint import Checkpoint, open_shards
+from sage_hub.errors import ArchitectureError
+from sage_hub.tensorfile import RowReader, row_count
+
+# Name of a parameter or buffer -> its value on the CPU, in a type of its own.
+Weights = Callable[[str], Tensor]
+
+_OPEN = 2  # shards at a time: a layer may begin in one and end in the next
+
+
+def model_of(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint whose config describes the model: of an adapter its base."""
+    if isinstance(checkpoint, Merged):
+        checkpoint = checkpoint.adapter
+    return checkpoint.base if isinstance(checkpoint, Adapter) else checkpoint
+
+
+@contextmanager
+def open_weights(
+    checkpoint: Checkpoint, base: Checkpoint | None = None, alpha: float = 1.0
+) -> Iterator[Weights]:
+    """The weights W_b + α (W − W_b), W those that `checkpoint` stands for; at α = 1 just W.
+
+    Asking for a weight that the model or `base` has not raises ArchitectureError.
+    """
+    with ExitStack() as stack:
+        stored = stack.enter_context(_stored(model_of(checkpoint)))
+        if isinstance(checkpoint, Merged):
+            checkpoint = checkpoint.adapter
+        if isinstance(checkpoint, Adapter):
+            tensors = stack.enter_context(checkpoint.open_shard(WEIGHTS))
+            yield lambda name: _with_adapter(checkpoint, tensors, stored, name, alpha)
+        elif base is None or alpha == 1:
+            yield stored
+        else:
+            origin = stack.enter_context(_stored(base))
+            yield lambda name: _blend(origin(name), stored(name), alpha)
+
+
+def row_by_row(architecture: Architecture, checkpoint: Checkpoint) -> bool:
+    """Whether every weight of the language model is rows of tensors of `checkpoint`.
+
+    One that is not is changed by transformers when it loads it, which takes the whole model.
+    """
+    places = _places(architecture, checkpoint)
+    return all(
+        _is_whole(architecture, name, places)
+        for name in architecture.parameters
+        if not name.startswith(architecture.outside)
+    )
+
+
+@contextmanager
+def _stored(checkpoint: Checkpoint) -> Iterator[Weights]:
+    architecture = read_architecture(checkpoint)
+    if not row_by_row(architecture, checkpoint):
+        state = load_model(checkpoint).state_dict()
+        yield lambda name: state[name].clone()
+        return
+    places = _places(architecture, checkpoint)
+
+    def read(name: str) -> Tensor:
+        shape = architecture.parameters.get(name)
+        if shape is None:
+            raise ArchitectureError(f"{checkpoint.name} has no parameter {name!r}.")
+        rows = []
+        for _, tensor in places.get(name) or places[architecture.tied[name]]:
+            reader, info = shard(checkpoint.shard_of[tensor]), checkpoint.info(tensor)
+            rows.append(reader.read_rows(tensor, 0, info.rows))
+        return (torch.cat(rows) if len(rows) > 1 else rows[0]).reshape(shape)
+
+    with open_shards(checkpoint, _OPEN) as shard:
+        yield read
+
+
+def _places(
+    architecture: Architecture, checkpoint: Checkpoint
+) -> dict[str, list[tuple[Place, str]]]:
+    """Parameter -> the tensors that hold its rows, in order."""
+    found: dict[str, list[tuple[Place, str]]] = {}
+    for header in checkpoint.headers.values():
+        for tensor, info in header.tensors.items():
+            place = architecture.place(tensor, info.shape)
+            if place is not None:
+                found.setdefault(place.parameter, []).append((place, tensor))
+    return {name: sorted(own, key=lambda at: at[0].start) for name, own in found.items()}
+
+
+def _is_whole(
+    architecture: Architecture, name: str, places: dict[str, list[tuple[Place, str]]]
+) -> bool:
+    own = places.get(name) or places.get(architecture.tied.get(name, ""), [])
+    reached = 0
+    for place, _ in own:
+        if place.start != reached:
+            return False
+        reached = place.stop
+    return bool(own) and reached == row_count(architecture.parameters[name])
+
+
+def _with_adapter(
+    adapter: Adapter, tensors: RowReader, stored: Weights, name: str, alpha: float
+) -> Tensor:
+    """A weight of the base with α times what the adapter does to it.
+
+    PEFT changes one of two weights that are tied, and so does this.
+    """
+    whole = stored(name)
+    rows = whole.view(-1, whole.shape[-1]) if whole.ndim > 1 else whole.view(-1, 1)
+    for change in adapter.changes.values():
+        if change.place.parameter == name:
+            part = rows[change.place.start : change.place.stop]
+            part.copy_(change.apply(tensors, part, 0, alpha))
+    return whole
+
+
+def _blend(base: Tensor, unlearned: Tensor, alpha: float) -> Tensor:
+    wide = torch.promote_types(torch.promote_types(base.dtype, unlearned.dtype), torch.float32)
+    b, u = base.to(wide), unlearned.to(wide)
+    return b + alpha * (u - b)
