@@ -37,8 +37,8 @@ def plan_memory(
 ) -> Budget:
     """How to calibrate on `tokens` tokens, in rows of `longest` at most, with `settings.memory`.
 
-    With moments "auto" the second moments of the largest sites give way to sketches; then the
-    hidden states to the disk. Raises OutOfMemoryError if that is not enough.
+    Hidden states give way first, to the disk; then, with moments "auto", the second moments of
+    the largest sites, to sketches. Raises OutOfMemoryError if that is not enough.
     """
     state = model.model.state_dict(keep_vars=True)
     weights = float(

@@ -49,8 +49,10 @@ def test_blocks_equal_the_whole(name: str, tmp_path: Path) -> None:
         names = {name for block in model.blocks for name in block.parameters}
         state = model.model.state_dict(keep_vars=True)
         assert all(state[name].device.type == "meta" for name in names)
-    assert hidden is not None and torch.equal(hidden, expected[0])
-    assert logits is not None and torch.equal(logits, expected[1])
+    assert hidden is not None
+    assert torch.equal(hidden, expected[0])
+    assert logits is not None
+    assert torch.equal(logits, expected[1])
 
 
 def test_a_model_that_does_something_between_its_layers_is_one_block(
@@ -98,7 +100,8 @@ def test_what_waits_comes_back(limit: int, tmp_path: Path) -> None:
             spill.put(number, tensor)
         for number, tensor in enumerate(tensors):
             back = spill.get(number)
-            assert back is not None and back.dtype == tensor.dtype
+            assert back is not None
+            assert back.dtype == tensor.dtype
             assert torch.equal(back, tensor)
         assert spill.get(17) is None
     assert list((tmp_path / "new").iterdir()) == []
