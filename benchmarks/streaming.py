@@ -51,7 +51,7 @@ class Run:
     """One measured process."""
 
     job: str
-    gigabytes: float  # of one side; 0 for an import
+    size: float  # GB of one side, or tokens; 0 for an import
     seconds: float
     peak_mb: float
 
@@ -319,8 +319,8 @@ def gigabytes(folder: Path) -> float:
 def print_tables(pairs: list[Path], runs: list[Run], rank: int) -> None:
     """Medians per size, then each job against size."""
     middle: dict[tuple[str, float], tuple[float, float]] = {}
-    for key in dict.fromkeys((run.job, run.gigabytes) for run in runs):
-        here = [run for run in runs if (run.job, run.gigabytes) == key]
+    for key in dict.fromkeys((run.job, run.size) for run in runs):
+        here = [run for run in runs if (run.job, run.size) == key]
         times, peaks = [run.seconds for run in here], [run.peak_mb for run in here]
         middle[key] = statistics.median(times), statistics.median(peaks)
     head = ("wall s", "(min–max)", "× copy", "× mergekit", "peak MB", "− import", "× mergekit")
@@ -329,7 +329,7 @@ def print_tables(pairs: list[Path], runs: list[Run], rank: int) -> None:
         print_row("", *head)
         for job in (job for job, of in middle if of == size):
             wall, peak = middle[job, size]
-            times = [run.seconds for run in runs if (run.job, run.gigabytes) == (job, size)]
+            times = [run.seconds for run in runs if (run.job, run.size) == (job, size)]
             copied, merged = (middle.get((other, size), (0, 0)) for other in ("copy", "mergekit"))
             imported = middle.get((IMPORTS.get(job, ""), 0))
             print_row(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from sage_hub.blocks import BlockModel
@@ -25,11 +25,27 @@ class Budget:
     spilled: float  # those that wait on disk
     moments: float  # of the sites of one block, while one of them is decomposed
     sketched: frozenset[str]  # the sites whose second moment is sketched
+    limit: float
 
     @property
     def total(self) -> float:
         """The peak of the process."""
         return RUNTIME + self.weights + self.activations + self.hidden + self.moments
+
+    def describe(self) -> dict[str, int]:
+        """The budget in bytes for `--json`, and the number of sites that are sketched."""
+        parts = ("weights", "activations", "hidden", "spilled", "moments", "total", "limit")
+        return {name: int(getattr(self, name)) for name in parts} | {"sketched": len(self.sketched)}
+
+    def check(self) -> None:
+        """Raise OutOfMemoryError if it is more than the limit all the same."""
+        if self.total > self.limit:
+            raise OutOfMemoryError(
+                f"Calibration takes {self.total / GB:.2g} GB at least (weights of a block "
+                f"{self.weights / GB:.2g}, a batch {self.activations / GB:.2g}, second moments "
+                f"{self.moments / GB:.2g}), and --memory allows {self.limit / GB:g}; use --moments "
+                "auto, lower --batch-size or --max-length, or raise --memory."
+            )
 
 
 def plan_memory(
@@ -38,7 +54,7 @@ def plan_memory(
     """How to calibrate on `tokens` tokens, in rows of `longest` at most, with `settings.memory`.
 
     Hidden states give way first, to the disk; then, with moments "auto", the second moments of
-    the largest sites, to sketches. Raises OutOfMemoryError if that is not enough.
+    the largest sites, to sketches.
     """
     state = model.model.state_dict(keep_vars=True)
     weights = float(
@@ -68,15 +84,20 @@ def plan_memory(
                 sketched.add(site.name)
     moments = max((_moments(some, sketched, settings.rank) for some in own), default=0.0)
     kept = min(hidden, max(free - moments, 0.0))
-    budget = Budget(weights, activations, kept, hidden - kept, moments, frozenset(sketched))
-    if budget.total > settings.memory * GB:
-        less = "use --moments sketch, or " if settings.moments == "exact" else ""
-        raise OutOfMemoryError(
-            f"Calibration takes {budget.total / GB:.2g} GB at least, for one block of "
-            f"{weights / GB:.2g} GB, a batch and second moments, and --memory allows "
-            f"{settings.memory:g}; {less}lower --batch-size or --max-length, or raise --memory."
-        )
-    return budget
+    limit = settings.memory * GB
+    return Budget(weights, activations, kept, hidden - kept, moments, frozenset(sketched), limit)
+
+
+def statistics_bytes(sites: Sequence[Site], sketched: Collection[str], rank: int | None) -> float:
+    """The size of the statistics of one set, at most: it depends on how fast spectra fall."""
+    total = 0.0
+    for site in sites:
+        if site.diagonal:
+            total += 16 * site.size
+            continue
+        held = sketch_width(site.size, rank) if site.name in sketched else site.size
+        total += 4 * site.size * min(held, rank or held)
+    return total
 
 
 def _moments(sites: Sequence[Site], sketched: set[str], rank: int | None) -> float:

@@ -98,6 +98,7 @@ def calibrate(
             tokens=sum(batch.ids.numel() for part in sets for batch in part.batches),
             longest=max(len(row.ids) for part in sets for row in part.rows),
         )
+        budget.check()
         writer = stack.enter_context(StatisticsWriter(path))
         hidden = {
             part.name: stack.enter_context(Spill(path.parent, budget.hidden / len(sets)))
@@ -135,7 +136,7 @@ def calibrate(
                 "max_length": max_length,
                 "seed": settings.seed,
                 "chat_template": settings.chat_template,
-                "sketched": sorted(budget.sketched),
+                "moments": settings.moments,
             },
         )
         writer.finish(origin, sites)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from sage_hub.budget import GB, Budget
 from sage_hub.card import MODELS, metric_table
 from sage_hub.checkpoint import Checkpoint
 from sage_hub.jobs import Job
@@ -42,10 +43,11 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
         (
             "needs",
             f"{_size(plan.download_bytes)} to download, {_size(plan.output_bytes)} of disk for "
-            f"the release, at most {_size(plan.statistics_bytes)} for statistics; at most "
-            f"{_size(plan.model_memory)} of memory for a model and its moments",
+            "the release",
         ),
     ]
+    if job.calibration is not None:
+        lines += [("", line) for line in _calibration(job.calibration)]
     kept = plan.output_bytes if job.target.folder is not None else plan.largest_output
     if plan.download_bytes and not settings.low_disk:
         lines.append(("", f"with --low-disk {_size(kept + plan.passing_bytes)} of disk in all"))
@@ -54,6 +56,19 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
     lines += [("problem", str(problem)) for problem in job.problems]
     text = "\n".join(f"  {label:<12}{text}" for label, text in lines)
     return f"{_operations_text(plan)}\n\n{text}" if verbose else text
+
+
+def _calibration(budget: Budget) -> Iterator[str]:
+    """What calibration takes with proxies as long as the settings allow."""
+    yield (
+        f"calibration: at most {_size(budget.total)} of memory (--memory {budget.limit / GB:g}): "
+        f"a block of weights {_size(budget.weights)}, a batch {_size(budget.activations)}, hidden "
+        f"states {_size(budget.hidden)}, second moments {_size(budget.moments)}"
+    )
+    if budget.sketched:
+        yield f"{len(budget.sketched)} second moments are sketched, as exact ones don't fit"
+    if budget.spilled:
+        yield f"{_size(budget.spilled)} of hidden states wait on disk"
 
 
 def _operations_text(plan: Plan) -> str:
@@ -78,6 +93,7 @@ def plan_json(job: Job) -> dict[str, Any]:
     return {
         "plan": job.plan.describe(),
         "settings": job.settings.describe(),
+        "calibration": None if job.calibration is None else job.calibration.describe(),
         "problems": [{"status": p.status, "message": str(p)} for p in job.problems],
     }
 
@@ -191,7 +207,7 @@ def _target(job: Job) -> str:
     return f"{job.target.repo} on the Hub, in {how}"
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:

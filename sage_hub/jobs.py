@@ -13,7 +13,11 @@ from huggingface_hub.constants import HF_HOME
 
 from sage_hub import card
 from sage_hub.adapter import open_unlearned
-from sage_hub.checkpoint import Location, digest, open_checkpoint, parse_location
+from sage_hub.architecture import empty_model
+from sage_hub.blocks import cut
+from sage_hub.budget import Budget, plan_memory, statistics_bytes
+from sage_hub.checkpoint import Checkpoint, Location, digest, open_checkpoint, parse_location
+from sage_hub.encoding import row_limit
 from sage_hub.errors import NothingToDoError, SageHubError, StatisticsError, UsageError
 from sage_hub.hub import check_target
 from sage_hub.output import check_disk, check_output
@@ -22,6 +26,7 @@ from sage_hub.progress import SILENT, Progress
 from sage_hub.proxies import Proxy, check_disjoint, read_proxy
 from sage_hub.record import describe_source, versions
 from sage_hub.settings import SETS, Settings
+from sage_hub.sites import find_sites
 from sage_hub.statistics import check_belongs, open_statistics
 from sage_hub.tensorfile import file_sha256
 
@@ -35,6 +40,7 @@ class Job:
     proxies: Mapping[str, Proxy]  # those of retain, forget, heldout that there are
     fingerprints: Mapping[str, str]  # "tokenizer"; "base" and "unlearned" once weights are checked
     statistics: Path | None  # a ready file, instead of calibrating
+    calibration: Budget | None  # what calibrating takes, about; None with ready statistics
     target: Location
     private: bool = False
     create_pr: bool = False
@@ -85,6 +91,9 @@ def survey(
     plan = make_plan(**sides, parameters=settings.parameters).stored_as(settings.stored_dtype)
     sources = [parse_location(side).folder for side in (base, unlearned)]
     proxies: dict[str, Proxy] = {}
+    calibration, room = None, 0
+    if statistics is None:
+        calibration, room = expect_calibration(plan.base, settings)
 
     def read_sets() -> None:
         proxies.update(read_proxies(settings, statistics=statistics))
@@ -96,7 +105,7 @@ def survey(
         lambda: check_disk(
             plan,
             target.folder or workspace(target),
-            ready_statistics=statistics is not None,
+            statistics=room,
             low_disk=settings.low_disk,
             keep=target.folder is not None,
         ),
@@ -107,8 +116,36 @@ def survey(
         checks.append(lambda: _fingerprints(plan, SILENT))
     problems = [*plan.problems, *_failures(checks)]
     fingerprints = {"tokenizer": plan.base.tokenizer_fingerprint()}
-    job = Job(plan, settings, proxies, fingerprints, statistics, target, private, create_pr, force)
+    job = Job(
+        plan,
+        settings,
+        proxies,
+        fingerprints,
+        statistics,
+        calibration,
+        target,
+        private,
+        create_pr,
+        force,
+    )
     return replace(job, problems=tuple(problems), warnings=tuple(_warnings(job)))
+
+
+def expect_calibration(base: Checkpoint, settings: Settings) -> tuple[Budget, int]:
+    """What it takes to calibrate `base`, and the bytes on disk, if the proxies are as long as the
+    settings allow."""
+    model = empty_model(base)
+    sites = find_sites(model)
+    sets = 2 if settings.gain == "match" else 1
+    found = plan_memory(
+        cut(model),
+        sites,
+        settings,
+        tokens=sets * settings.max_tokens,
+        longest=row_limit(base, settings.max_length),
+    )
+    kept = sets * statistics_bytes(sites, found.sketched, settings.rank)
+    return found, int(kept + found.spilled)
 
 
 def check_weights(job: Job, progress: Progress = SILENT) -> Job:

@@ -99,7 +99,7 @@ class Spectrum:
     values: Tensor
     trace: float
     tokens: int
-    missed: float = 0.0  # the share of the trace that a sketch did not see; bounds its error
+    missed: float | None = None  # by a sketch: the share of the trace that it did not see
 
     @property
     def size(self) -> int:
@@ -170,13 +170,14 @@ def spectrum(moment: Moment, energy: float, rank: int | None = None) -> Spectrum
     if isinstance(moment, AxisMoment):
         values, order = (moment.total.cpu() / moment.tokens).sort(descending=True, stable=True)
         return Spectrum(order, values, float(values.sum()), moment.tokens)
+    missed: float | None = None
     if isinstance(moment, SketchedMoment):
         values, vectors, missed = _nystrom(moment)
         trace = moment.squares / moment.tokens
     else:
         # In float64: no slower than float32 on a CPU, and the small eigenvalues are right.
         values, vectors = torch.linalg.eigh(moment.matrix().to("cpu", torch.float64))
-        values, vectors, missed = values.flip(0), vectors.flip(1), 0.0
+        values, vectors = values.flip(0), vectors.flip(1)
     # What rounding left in a direction that no input took is no energy.
     noise = 8 * torch.finfo(moment.total.dtype).eps * values[0]
     values = torch.where(values > noise, values, 0.0)

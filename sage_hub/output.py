@@ -201,17 +201,16 @@ def check_disk(
     plan: Plan,
     output: Path,
     *,
-    ready_statistics: bool = False,
+    statistics: int = 0,
     low_disk: bool = False,
     keep: bool = True,
 ) -> None:
-    """Raise DiskSpaceError if output, statistics and downloads don't fit where they go.
+    """Raise DiskSpaceError if output, downloads and `statistics` bytes don't fit where they go.
 
     What an earlier run has left there is used again, or removed first. With `low_disk` a download
     goes where the output goes, and of an output that is not kept there is one shard at a time.
     """
     left = sum(path.stat().st_size for path in work_folder(output).rglob("*") if path.is_file())
-    statistics = 0 if ready_statistics else plan.statistics_bytes
     needs = {output: max(0, plan.output_bytes + statistics - left)}
     if low_disk:
         written = plan.output_bytes if keep else plan.largest_output

@@ -95,7 +95,6 @@ class Plan:
     operations: tuple[Operation, ...]
     carried: tuple[str, ...]  # files that come along verbatim
     left_behind: dict[str, str]  # files that don't, and why
-    statistics_bytes: int  # at most
     problems: tuple[SageHubError, ...] = ()  # each would stop the run
     equal: frozenset[str] = frozenset()  # shards that the base has byte for byte
     low_disk: bool = False  # a downloaded shard is kept only while it is read
@@ -106,13 +105,6 @@ class Plan:
         carried = sum(self.unlearned.files.sizes[name] for name in self.carried)
         tensors = (info for shard in self.unlearned.shards for info in self.layout(shard).values())
         return sum(info.nbytes for info in tensors) + carried
-
-    @property
-    def model_memory(self) -> int:
-        """What calibration and evaluation take in bytes, but for activations: a model of the base
-        and the second moments of all its sites, or one of the unlearned side."""
-        moments = self.base.weight_bytes + self.statistics_bytes
-        return max(moments, self.base.weight_bytes, self.unlearned.weight_bytes)
 
     @property
     def largest_output(self) -> int:
@@ -214,9 +206,7 @@ class Plan:
             "left_behind": self.left_behind,
             "download_bytes": self.download_bytes,
             "output_bytes": self.output_bytes,
-            "statistics_bytes_at_most": self.statistics_bytes,
             "low_disk_bytes": self.passing_bytes,
-            "model_memory_bytes": self.model_memory,
             "operations": [operation.describe() for operation in self.operations],
         }
 
@@ -266,7 +256,6 @@ def make_plan(base: Checkpoint, unlearned: Checkpoint, parameters: str = "linear
         tuple(operations),
         carried,
         left_behind,
-        _statistics_bytes(ours),
         tuple(problems),
     )
 
@@ -307,7 +296,6 @@ def _plan_adapter(base: Checkpoint, adapter: Adapter, parameters: str) -> Plan:
         tuple(operations),
         carried,
         left_behind,
-        _statistics_bytes(architecture),
         tuple(problems),
     )
 
@@ -472,9 +460,3 @@ def _sort_files(unlearned: Checkpoint) -> tuple[tuple[str, ...], dict[str, str]]
         else:
             carried.append(name)
     return tuple(carried), left_behind
-
-
-def _statistics_bytes(architecture: Architecture) -> int:
-    """An upper bound: as if no two maps shared a site, which only a forward pass can tell."""
-    maps = (m for own in architecture.with_others().linears.values() for m in own)
-    return sum(16 * m.features if m.diagonal else 4 * m.features**2 for m in maps)

@@ -85,6 +85,8 @@ def make_manifest(
             "data": statistics.origin.published_data,
             "settings": statistics.origin.settings,
             "sites": len(statistics.sites),
+            "sketched": len(statistics.sketched),
+            "most_missed_by_a_sketch": max(statistics.sketched.values(), default=None),
         },
         "bias": model_bias(records),
         "counts": counts,

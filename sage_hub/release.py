@@ -252,7 +252,7 @@ def audit(
         "base": plan.base.fingerprint(progress),
         "tokenizer": plan.base.tokenizer_fingerprint(),
     }
-    job = Job(plan, settings, proxies, fingerprints, statistics, Location(folder=None))
+    job = Job(plan, settings, proxies, fingerprints, statistics, None, Location(folder=None))
     check_given_statistics(job)
     how = shards.Filter(settings.strength, settings.energy, settings.rank)
     with (

@@ -65,6 +65,16 @@ class Statistics:
         """Module name -> its site."""
         return {module: site for site in self.sites for module in site.modules}
 
+    @property
+    def sketched(self) -> dict[str, float]:
+        """Set and site of each sketched moment -> the share of its trace that was not seen."""
+        return {
+            f"{which}/{site}": scalars["missed"]
+            for which, own in self._scalars.items()
+            for site, scalars in own.items()
+            if scalars["missed"] is not None
+        }
+
     def has(self, which: str) -> bool:
         """Whether there are spectra of the set `which`."""
         return which in self._scalars

@@ -78,6 +78,7 @@ def test_what_it_misses_bounds_its_error_in_every_direction(
     moment = exact.matrix().double()
     # The energy that a direction has beyond its eigenvalue is never more than what was missed.
     seen = ((found.basis.double() @ moment) * found.basis).sum(1)
+    assert found.missed is not None
     assert 0 <= found.missed <= 1
     assert float((seen - found.values).abs().max()) <= (found.missed + 1e-4) * found.trace
     if width >= SIZE:
