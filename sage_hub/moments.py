@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +30,9 @@ class SecondMoment:
 
     def add(self, x: Tensor) -> None:
         """Take in `x` of shape (n, in)."""
-        x = x.to(self.total.dtype)
-        self.total.addmm_(x.T, x)
+        wide = x.to(self.total.dtype)
+        with _products_as_exact_as(x):
+            self.total.addmm_(wide.T, wide)
         self.tokens += x.shape[0]
 
     def matrix(self) -> Tensor:
@@ -50,16 +55,19 @@ class SketchedMoment:
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         random = torch.randn(size, min(width, size), generator=generator)
-        self.test = torch.linalg.qr(random).Q.to(device)
+        # Rounded, so that a product with activations in bfloat16 is exact.
+        self.test = torch.linalg.qr(random).Q.bfloat16().float().to(device)
         self.total = torch.zeros_like(self.test)
         self.squares = 0.0
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
         """Take in `x` of shape (n, in)."""
-        x = x.to(self.total.dtype)
-        self.total.addmm_(x.T, x @ self.test)
-        self.squares += float(torch.linalg.vector_norm(x, dim=1).double().square().sum())
+        wide = x.to(self.total.dtype)
+        with _products_as_exact_as(x):
+            image = wide @ self.test
+        self.total.addmm_(wide.T, image)
+        self.squares += float(torch.linalg.vector_norm(wide, dim=1).double().square().sum())
         self.tokens += x.shape[0]
 
 
@@ -154,6 +162,30 @@ def dominant_rank(values: Tensor, trace: float, energy: float) -> int:
     # A hair below the target counts as reached, or rounding would cost a direction.
     k = int(torch.searchsorted(held, energy * trace * (1 - 1e-12))) + 1
     return min(max(k, 1), len(values))
+
+
+@contextmanager
+def _products_as_exact_as(x: Tensor) -> Iterator[None]:
+    """Within it float32 products on the CPU are those of numbers as short as those of `x`.
+
+    Numbers in bfloat16 are multiplied exactly by units made for them, and summed in float32 as
+    ever; where a CPU has such units, that takes half the time.
+    """
+    library: Any = torch.backends.mkldnn
+    backend = library.matmul
+    fast = x.dtype == torch.bfloat16 and x.device.type == "cpu" and _has_bfloat16_units()
+    before = backend.fp32_precision
+    backend.fp32_precision = "bf16" if fast else before
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
+@cache
+def _has_bfloat16_units() -> bool:
+    known: Any = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+    return bool(known())
 
 
 Moment = SecondMoment | SketchedMoment | AxisMoment
