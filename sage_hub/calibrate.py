@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,7 +17,7 @@ from torch import Tensor
 from sage_hub.architecture import empty_model
 from sage_hub.blocks import Block, BlockModel, open_blocks
 from sage_hub.budget import plan_memory
-from sage_hub.checkpoint import Checkpoint
+from sage_hub.checkpoint import Checkpoint, digest
 from sage_hub.encoding import (
     Batch,
     Encoded,
@@ -39,7 +41,8 @@ from sage_hub.proxies import Proxy
 from sage_hub.settings import Settings
 from sage_hub.sites import Site, find_sites
 from sage_hub.spill import Spill
-from sage_hub.statistics import STORED_ENERGY, Origin, StatisticsWriter
+from sage_hub.statistics import STORED_ENERGY, VERSION, Origin, StatisticsWriter, is_whole
+from sage_hub.versions import versions
 from sage_hub.weights import open_weights
 
 
@@ -63,14 +66,64 @@ def calibrate(
     path: Path,
     *,
     weights: str,
+    cache: Path | None = None,
     progress: Progress,
-) -> Origin:
+) -> None:
     """Calibrate `checkpoint` on `proxies` (set -> rows) and write the statistics file `path`.
 
-    `weights` is the checkpoint's fingerprint, which its caller has computed already. Raises
-    OutOfMemoryError if `settings.memory` is too little, NonFiniteError with site and row at the
-    first NaN or Inf in an activation.
+    `weights` is the checkpoint's fingerprint, which its caller has computed already. The folder
+    `cache` is looked into first, and gets what was made; its files are named by all that they
+    depend on. Raises OutOfMemoryError if `settings.memory` is too little, NonFiniteError with
+    site and row at the first NaN or Inf in an activation.
     """
+    if cache is None:
+        _calibrate(checkpoint, proxies, settings, path, weights, progress)
+        return
+    kept = cache / f"{_key(checkpoint, proxies, settings, weights)}.safetensors"
+    if is_whole(kept):
+        progress.note(f"The statistics are in {cache} already; nothing is calibrated.")
+    else:
+        # Under a name of its own, as another run may be at the same.
+        mine = kept.with_name(f"{kept.stem}.{os.getpid()}.safetensors")
+        try:
+            _calibrate(checkpoint, proxies, settings, mine, weights, progress)
+            mine.replace(kept)
+        finally:
+            mine.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    try:
+        path.hardlink_to(kept)
+    except OSError:  # another disk
+        shutil.copyfile(kept, path)
+
+
+def _key(
+    checkpoint: Checkpoint, proxies: Mapping[str, Proxy], settings: Settings, weights: str
+) -> str:
+    """A SHA-256 over all that statistics are made from."""
+    own = ("energy", "rank", "max_tokens", "max_length", "batch_size", "seed", "chat_template")
+    described = settings.describe()
+    return digest(
+        {
+            "weights": weights,
+            "tokenizer": checkpoint.tokenizer_fingerprint(),
+            "proxies": {which: proxy.row_hashes for which, proxy in proxies.items()},
+            "settings": {name: described[name] for name in (*own, "moments", "memory", "device")},
+            "format": VERSION,
+            "versions": versions(),
+        }
+    )
+
+
+def _calibrate(
+    checkpoint: Checkpoint,
+    proxies: Mapping[str, Proxy],
+    settings: Settings,
+    path: Path,
+    weights: str,
+    progress: Progress,
+) -> None:
     sites = find_sites(empty_model(checkpoint))
     tokenizer = load_tokenizer(checkpoint)
     max_length = row_limit(checkpoint, settings.max_length)
@@ -140,7 +193,6 @@ def calibrate(
             },
         )
         writer.finish(origin, sites)
-    return origin
 
 
 def _moment(site: Site, settings: Settings, sketched: Collection[str]) -> Moment:

@@ -14,6 +14,7 @@ from huggingface_hub.repocard import metadata_load
 from sage_hub.adapter import Adapter
 from sage_hub.checkpoint import Checkpoint
 from sage_hub.plan import Plan
+from sage_hub.statistics import Origin
 
 TEMPLATE = "model_card.md.jinja"
 MODELS = {
@@ -41,6 +42,23 @@ def source_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
         return dict(metadata_load(checkpoint.files.path("README.md")) or {})
     except (ValueError, OSError, yaml.YAMLError):
         return {}
+
+
+def statistics_card(origin: Origin) -> str:
+    """The README of a repo that holds statistics."""
+    at = f"@{origin.commit}" if origin.commit else ""
+    data = "\n".join(
+        f"- {which}: {about['name']}{'@' + about['revision'] if about['revision'] else ''}, "
+        f"{about['rows_used']} rows, {about['tokens_used']} tokens"
+        for which, about in origin.data.items()
+    )
+    front = yaml.safe_dump({"library_name": "sage-hub", "tags": ["sage-hub-statistics"]})
+    return (
+        f"---\n{front}---\n\n# Activation statistics of {origin.model}{at}\n\n"
+        "Second moments of the inputs of its layers, made by sage-hub to repair unlearned models "
+        "of this base. They hold directions of activations and hashes of the rows, not the rows.\n"
+        f"\n{data}\n\n```bash\nsage-hub push {origin.model}{at} UNLEARNED --stats THIS_REPO\n```\n"
+    )
 
 
 def licence_warnings(plan: Plan) -> list[str]:

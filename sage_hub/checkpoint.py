@@ -338,6 +338,11 @@ class Checkpoint:
         names = [name for name in TOKENIZER_FILES if name in self.files.sizes]
         return digest({name: file_sha256(self.files.path(name)) for name in names})
 
+    def tokenizer_folder(self) -> Path:
+        """A local folder with the tokenizer and the config."""
+        wanted = ["config.json", *TOKENIZER_FILES]
+        return self.files.folder([name for name in wanted if name in self.files.sizes])
+
     def model_folder(self) -> Path:
         """A local folder with all that `from_pretrained` needs, and no pickles."""
         wanted = [*self.headers, "config.json", "generation_config.json", INDEX, *TOKENIZER_FILES]

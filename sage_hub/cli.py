@@ -113,6 +113,7 @@ def _run(args: argparse.Namespace, target: Any, options: dict[str, Any]) -> None
         target,
         settings=_settings(args, args.unlearned),
         statistics=args.stats,
+        stats_cache=args.stats_cache,
         force=args.force,
         **options,
     )
@@ -142,13 +143,17 @@ def _stats(args: argparse.Namespace) -> None:
     result = release.collect_statistics(
         args.model,
         args.output,
+        to=args.to,
         settings=_settings(args, None),
+        stats_cache=args.stats_cache,
+        private=args.private,
+        force=args.force,
         progress=_progress(args),
     )
     if args.json:
         _print_json(result)
     else:
-        print(args.output)
+        print(result.get("location") or args.output)
 
 
 def _audit(args: argparse.Namespace) -> None:
@@ -159,6 +164,7 @@ def _audit(args: argparse.Namespace) -> None:
         args.unlearned,
         settings=_settings(args, args.unlearned),
         statistics=args.stats,
+        stats_cache=args.stats_cache,
         progress=_progress(args),
     )
     if args.json:
@@ -259,7 +265,9 @@ EPILOG = {
   sage-hub sanitize org/base@v1 ./unlearned --output ./release --retain retain.jsonl""",
     "stats": """example:
   sage-hub stats org/base --retain retain.jsonl --output base.safetensors
-  sage-hub push org/base org/unlearned --stats base.safetensors""",
+  sage-hub push org/base org/unlearned --stats base.safetensors
+  sage-hub stats org/base --retain retain.jsonl --to org/base-sage-stats
+  sage-hub push org/base org/unlearned --stats org/base-sage-stats""",
     "audit": """example:
   sage-hub audit org/base org/unlearned --retain retain.jsonl --strength 10""",
     "verify": """examples:
@@ -322,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
             "--low-disk",
             action="store_true",
             default=argparse.SUPPRESS,
-            help="keep one shard of each side at a time; takes --stats, evaluates nothing",
+            help="keep a shard of each side at a time; evaluates nothing",
         )
         command.add_argument(
             "--merge",
@@ -341,7 +349,13 @@ def _parser() -> argparse.ArgumentParser:
 
     stats = add("stats", _stats, "Calibrate MODEL once and keep the statistics for --stats.")
     stats.add_argument("model", metavar="MODEL", help="Hub repo[@revision] or folder")
-    stats.add_argument("--output", type=Path, required=True, metavar="FILE")
+    where = stats.add_mutually_exclusive_group(required=True)
+    where.add_argument("--output", type=Path, metavar="FILE")
+    where.add_argument("--to", metavar="REPO", help="publish them to this repo of the Hub")
+    stats.add_argument("--private", action="store_true", help="create that repo private")
+    stats.add_argument(
+        "--force", action="store_true", help="replace a repo that holds something else"
+    )
     _add_settings(stats, "retain", "forget", skip=("strength", "gain", "parameters"))
 
     audit = add("audit", _audit, "Show how much the update disturbs what should be kept.")
@@ -377,7 +391,9 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("unlearned", metavar="UNLEARNED", help="after unlearning: the same")
     command.add_argument(
-        "--stats", type=Path, metavar="FILE", help="ready statistics of BASE, from sage-hub stats"
+        "--stats",
+        metavar="FILE|REPO",
+        help="ready statistics of BASE, from sage-hub stats: a file or Hub repo[@revision]",
     )
 
 
@@ -385,6 +401,12 @@ def _add_settings(command: argparse.ArgumentParser, *sets: str, skip: Sequence[s
     """Options of `sage_hub.settings.Settings`; absent ones stay absent, so sage.yaml can speak."""
     absent = argparse.SUPPRESS
     if sets:
+        command.add_argument(
+            "--stats-cache",
+            type=Path,
+            metavar="DIR",
+            help="take statistics from this folder if they are there, else leave them there",
+        )
         command.add_argument(
             "--config", metavar="FILE", help="settings file (default: sage.yaml, see the README)"
         )

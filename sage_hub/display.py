@@ -30,8 +30,8 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
         proxy = job.proxies.get(which)
         if proxy is not None:
             lines.append((which, f"{proxy.name}, {len(proxy.rows)} rows"))
-        elif which == "retain":
-            lines.append((which, f"ready statistics, {job.statistics}"))
+        elif which == "retain" and job.statistics is not None:
+            lines.append((which, f"ready statistics, {job.statistics.name}"))
         else:
             lines.append((which, f"not given; {which} metrics will not be run"))
     lines += [

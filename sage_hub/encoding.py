@@ -41,7 +41,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The checkpoint's own tokenizer. Raises ArchitectureError if it has none that loads."""
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(checkpoint.model_folder(), trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(
+                checkpoint.tokenizer_folder(), trust_remote_code=False
+            )
     except Exception as error:
         reason = first_line(error)
         raise ArchitectureError(

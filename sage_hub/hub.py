@@ -94,7 +94,7 @@ def _explain_status(error: HfHubHTTPError, repo: str) -> SageHubError:
     return NetworkError(f"The Hub answered {status} about {repo}: {first_line(error)}")
 
 
-def check_target(repo: str, *, force: bool = False) -> None:
+def check_target(repo: str, *, force: bool = False, mark: str = MANIFEST) -> None:
     """Check before any work that a release may be published to `repo`.
 
     Raises AccessError without a token, TargetError if the repo holds something that is not a
@@ -102,20 +102,23 @@ def check_target(repo: str, *, force: bool = False) -> None:
     """
     with explained(repo):
         HfApi().whoami()
-    _target_files(repo, force=force)
+    _target_files(repo, force=force, mark=mark)
 
 
-def _target_files(repo: str, *, force: bool) -> tuple[str | None, set[str]]:
-    """The head commit of `repo` and its files; (None, empty) if it does not exist."""
+def _target_files(repo: str, *, force: bool, mark: str = MANIFEST) -> tuple[str | None, set[str]]:
+    """The head commit of `repo` and its files; (None, empty) if it does not exist.
+
+    Raises TargetError if it has files, but not the `mark` of what we publish.
+    """
     try:
         with explained(repo):
             info = HfApi().model_info(repo)
     except NotFoundError:
         return None, set()
     files = {s.rfilename for s in info.siblings or []} - {".gitattributes"}
-    if files and MANIFEST not in files and not force:
+    if files and mark not in files and not force:
         raise TargetError(
-            f"{repo} exists and was not made by sage-hub (it has no {MANIFEST}); "
+            f"{repo} exists and was not made by sage-hub for this (it has no {mark}); "
             "choose another --to, or replace it with --force."
         )
     return info.sha, files
@@ -149,15 +152,21 @@ class Upload:
     """
 
     def __init__(
-        self, repo: str, *, private: bool = False, create_pr: bool = False, force: bool = False
+        self,
+        repo: str,
+        *,
+        private: bool = False,
+        create_pr: bool = False,
+        force: bool = False,
+        mark: str = MANIFEST,
     ) -> None:
         self.repo, self.create_pr = repo, create_pr
         self._api = HfApi()
-        self._head, self._present = _target_files(repo, force=force)
+        self._head, self._present = _target_files(repo, force=force, mark=mark)
         if self._head is None:
             with explained(repo):
                 self._api.create_repo(repo, private=private, exist_ok=True)
-            self._head, self._present = _target_files(repo, force=force)
+            self._head, self._present = _target_files(repo, force=force, mark=mark)
         self._added: dict[str, CommitOperationAdd] = {}
         self._copied: dict[str, tuple[Source, Callable[[], Path]]] = {}
 

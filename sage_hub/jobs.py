@@ -24,11 +24,11 @@ from sage_hub.output import check_disk, check_output
 from sage_hub.plan import Plan, make_plan
 from sage_hub.progress import SILENT, Progress
 from sage_hub.proxies import Proxy, check_disjoint, read_proxy
-from sage_hub.record import describe_source, versions
+from sage_hub.record import describe_source
 from sage_hub.settings import SETS, Settings
 from sage_hub.sites import find_sites
-from sage_hub.statistics import check_belongs, open_statistics
-from sage_hub.tensorfile import file_sha256
+from sage_hub.statistics import Ready, check_belongs, find_ready, open_statistics
+from sage_hub.versions import versions
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ class Job:
     settings: Settings
     proxies: Mapping[str, Proxy]  # those of retain, forget, heldout that there are
     fingerprints: Mapping[str, str]  # "tokenizer"; "base" and "unlearned" once weights are checked
-    statistics: Path | None  # a ready file, instead of calibrating
+    statistics: Ready | None  # instead of calibrating
     calibration: Budget | None  # what calibrating takes, about; None with ready statistics
     target: Location
+    stats_cache: Path | None = None  # where statistics are looked for and kept
     private: bool = False
     create_pr: bool = False
     force: bool = False
@@ -59,7 +60,7 @@ class Job:
                 "tokenizer": self.fingerprints["tokenizer"],
                 "beside the weights": {name: unlearned.sha256(name) for name in beside},
                 "proxies": {which: proxy.row_hashes for which, proxy in self.proxies.items()},
-                "statistics": file_sha256(self.statistics) if self.statistics else None,
+                "statistics": self.statistics.sha256() if self.statistics else None,
                 "settings": self.settings.describe(),
                 "versions": versions(),
             }
@@ -73,6 +74,7 @@ def survey(
     *,
     settings: Settings,
     statistics: str | Path | None = None,
+    stats_cache: str | Path | None = None,
     private: bool = False,
     create_pr: bool = False,
     force: bool = False,
@@ -81,7 +83,7 @@ def survey(
 
     What leaves nothing to plan is raised: a side that cannot be opened, or another architecture.
     """
-    statistics = None if statistics is None else Path(statistics)
+    ready = None if statistics is None else find_ready(statistics)
     settings = settings.resolve_device()
     base_side = open_checkpoint(base)
     sides = {
@@ -92,12 +94,12 @@ def survey(
     sources = [parse_location(side).folder for side in (base, unlearned)]
     proxies: dict[str, Proxy] = {}
     calibration, room = None, 0
-    if statistics is None:
+    if ready is None:
         calibration, room = expect_calibration(plan.base, settings)
 
     def read_sets() -> None:
-        proxies.update(read_proxies(settings, statistics=statistics))
-        if settings.gain == "match" and statistics is None and "forget" not in proxies:
+        proxies.update(read_proxies(settings, calibrates=ready is None))
+        if settings.gain == "match" and ready is None and "forget" not in proxies:
             raise UsageError("--gain match is measured on the forget proxy; give --forget.")
 
     checks: list[Callable[[], object]] = [
@@ -105,11 +107,10 @@ def survey(
         lambda: check_disk(
             plan,
             target.folder or workspace(target),
-            statistics=room,
+            statistics=room if ready is None else ready.missing_bytes,
             low_disk=settings.low_disk,
             keep=target.folder is not None,
         ),
-        lambda: _check_low_disk(settings, statistics),
         read_sets,
     ]
     if plan.base.commit and plan.unlearned.commit:  # the Hub knows the hashes
@@ -121,9 +122,10 @@ def survey(
         settings,
         proxies,
         fingerprints,
-        statistics,
+        ready,
         calibration,
         target,
+        None if stats_cache is None else Path(stats_cache),
         private,
         create_pr,
         force,
@@ -176,16 +178,16 @@ def choose_target(to: str | None, unlearned: str) -> Location:
     return Location(folder=folder.with_name(f"{folder.name}-sage"))
 
 
-def read_proxies(settings: Settings, *, statistics: Path | None) -> dict[str, Proxy]:
+def read_proxies(settings: Settings, *, calibrates: bool) -> dict[str, Proxy]:
     """The sets that are given, read and checked to be disjoint.
 
-    Without a retain proxy the general-purpose one stands in, unless ready statistics were given.
+    Without a retain proxy the general-purpose one stands in, if it is to calibrate on.
     """
     sources = {which: getattr(settings, which) for which in SETS}
     proxies = {
         which: read_proxy(source)
         for which, source in sources.items()
-        if source is not None or (which == "retain" and statistics is None)
+        if source is not None or (which == "retain" and calibrates)
     }
     check_disjoint({which: (proxy.name, proxy.row_hashes) for which, proxy in proxies.items()})
     return proxies
@@ -217,14 +219,6 @@ def _check_target(target: Location, sources: Sequence[Path | None], *, force: bo
     check_target(target.repo, force=force)
 
 
-def _check_low_disk(settings: Settings, statistics: Path | None) -> None:
-    if settings.low_disk and statistics is None:
-        raise UsageError(
-            "--low-disk keeps no whole model to calibrate on; make the statistics with `sage-hub "
-            "stats` where there is room for the base, and give them with --stats."
-        )
-
-
 def _failures(checks: Sequence[Callable[[], object]]) -> Iterator[SageHubError]:
     for check in checks:
         try:
@@ -237,7 +231,7 @@ def check_given_statistics(job: Job) -> None:
     """Raise StatisticsError or OverlapError if ready statistics don't belong to `job`."""
     if job.statistics is None:
         return
-    with open_statistics(job.statistics) as statistics:
+    with open_statistics(job.statistics.path()) as statistics:
         check_belongs(
             statistics,
             name=job.plan.base.name,

@@ -214,7 +214,7 @@ def check_disk(
     needs = {output: max(0, plan.output_bytes + statistics - left)}
     if low_disk:
         written = plan.output_bytes if keep else plan.largest_output
-        needs = {output: max(0, written + plan.passing_bytes - left)}
+        needs = {output: max(0, written + plan.passing_bytes + statistics - left)}
     elif plan.download_bytes:
         needs[Path(HF_HUB_CACHE)] = plan.download_bytes
     per_device: dict[int, tuple[Path, int]] = {}

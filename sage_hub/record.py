@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from sage_hub.sage import relative
 from sage_hub.settings import Settings
 from sage_hub.shards import TensorRecord
 from sage_hub.statistics import Statistics
+from sage_hub.versions import versions
 
 MANIFEST_VERSION = 1
 REPORT_VERSION = 1
@@ -26,7 +25,6 @@ METHOD = (
     "SAGE (arXiv 2606.18309) was available to this tool's authors as an abstract only; the "
     "formulation follows it and is theirs in detail."
 )
-LIBRARIES = ("sage-hub", "torch", "transformers", "safetensors", "huggingface_hub", "numpy")
 
 
 def describe_source(checkpoint: Checkpoint, fingerprint: str) -> dict[str, Any]:
@@ -141,14 +139,3 @@ def read_record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of every library that the result depends on."""
-    found = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            found[library] = "not installed as a package"
-    return found

@@ -17,9 +17,9 @@ from sage_hub.adapter import open_unlearned
 from sage_hub.bias import summarize
 from sage_hub.calibrate import calibrate
 from sage_hub.checkpoint import Location, open_checkpoint
-from sage_hub.errors import SageHubError
+from sage_hub.errors import SageHubError, UsageError
 from sage_hub.evaluation import Evaluation, evaluate_release
-from sage_hub.hub import MANIFEST, Source, Upload
+from sage_hub.hub import MANIFEST, Source, Upload, check_target
 from sage_hub.jobs import (
     Job,
     check_given_statistics,
@@ -36,7 +36,8 @@ from sage_hub.plan import Plan, make_plan
 from sage_hub.progress import SILENT, Progress
 from sage_hub.record import make_manifest, make_report, read_record, write_json
 from sage_hub.settings import Settings
-from sage_hub.statistics import Statistics, open_statistics
+from sage_hub.statistics import REPO_FILE as STATISTICS
+from sage_hub.statistics import Statistics, find_ready, open_statistics
 from sage_hub.verify import read_manifest, verify
 
 REPORT = "sage/report.json"
@@ -59,6 +60,7 @@ def push(
     *,
     settings: Settings = Settings(),  # noqa: B008 - frozen
     statistics: str | Path | None = None,
+    stats_cache: str | Path | None = None,
     private: bool = False,
     create_pr: bool = False,
     force: bool = False,
@@ -77,6 +79,7 @@ def push(
         target,
         settings=settings,
         statistics=statistics,
+        stats_cache=stats_cache,
         private=private,
         create_pr=create_pr,
         force=force,
@@ -91,12 +94,21 @@ def sanitize(
     *,
     settings: Settings = Settings(),  # noqa: B008 - frozen
     statistics: str | Path | None = None,
+    stats_cache: str | Path | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Release:
     """The same as `push`, into the folder `output`: nothing leaves the machine."""
     target = Location(folder=Path(output))
-    job = survey(base, unlearned, target, settings=settings, statistics=statistics, force=force)
+    job = survey(
+        base,
+        unlearned,
+        target,
+        settings=settings,
+        statistics=statistics,
+        stats_cache=stats_cache,
+        force=force,
+    )
     return run(check_weights(job, progress), progress)
 
 
@@ -202,33 +214,53 @@ def write_release(
 
 def collect_statistics(
     model: str,
-    output: str | Path,
+    output: str | Path | None = None,
     *,
+    to: str | None = None,
     settings: Settings = Settings(),  # noqa: B008 - frozen
+    stats_cache: str | Path | None = None,
+    private: bool = False,
+    force: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Calibrate `model` on the proxies of `settings` and write the statistics file `output`.
+    """Calibrate `model` on the proxies of `settings`: into the file `output`, or the repo `to`.
 
-    Returns what the file belongs to. The retain proxy defaults to the general-purpose one; a
+    Returns what the statistics belong to. The retain proxy defaults to the general-purpose one; a
     forget proxy is taken in if there is one.
     """
+    if (output is None) == (to is None):
+        raise UsageError("Statistics go into a file (--output) or a repo of the Hub (--to).")
     settings = settings.resolve_device()
     checkpoint = open_checkpoint(model)
-    proxies = read_proxies(replace(settings, heldout=None), statistics=None)
-    origin = calibrate(
-        checkpoint,
-        proxies,
-        settings,
-        Path(output),
-        weights=checkpoint.fingerprint(progress),
-        progress=progress,
-    )
-    return {
-        "file": str(output),
-        "model": origin.model,
-        "commit": origin.commit,
-        "data": origin.published_data,
-    }
+    proxies = read_proxies(replace(settings, heldout=None), calibrates=True)
+    if to is not None:
+        check_target(to, force=force, mark=STATISTICS)
+    with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
+        file = Path(scratch, STATISTICS) if output is None else Path(output)
+        calibrate(
+            checkpoint,
+            proxies,
+            settings,
+            file,
+            weights=checkpoint.fingerprint(progress),
+            cache=None if stats_cache is None else Path(stats_cache),
+            progress=progress,
+        )
+        with open_statistics(file) as made:
+            origin = made.origin
+        result = {
+            "file": None if output is None else str(output),
+            "model": origin.model,
+            "commit": origin.commit,
+            "data": origin.published_data,
+        }
+        if to is None:
+            return result
+        upload = Upload(to, private=private, force=force, mark=STATISTICS)
+        upload.add(STATISTICS, file)
+        Path(scratch, "README.md").write_text(card.statistics_card(origin), encoding="utf-8")
+        upload.add("README.md", Path(scratch, "README.md"))
+        return result | {"location": upload.commit(f"Statistics of {origin.model}")}
 
 
 def audit(
@@ -237,22 +269,24 @@ def audit(
     *,
     settings: Settings = Settings(),  # noqa: B008 - frozen
     statistics: str | Path | None = None,
+    stats_cache: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Activation bias of the update, per module and for the model; writes no weights.
 
     The result is that of `sage_hub.bias.summarize`.
     """
-    statistics = None if statistics is None else Path(statistics)
+    ready = None if statistics is None else find_ready(statistics)
     settings = settings.resolve_device()
     base_side = open_checkpoint(base)
     plan = make_plan(base_side, open_unlearned(unlearned, base_side), settings.parameters)
-    proxies = read_proxies(replace(settings, heldout=None), statistics=statistics)
+    proxies = read_proxies(replace(settings, heldout=None), calibrates=ready is None)
     fingerprints = {
         "base": plan.base.fingerprint(progress),
         "tokenizer": plan.base.tokenizer_fingerprint(),
     }
-    job = Job(plan, settings, proxies, fingerprints, statistics, None, Location(folder=None))
+    cache = None if stats_cache is None else Path(stats_cache)
+    job = Job(plan, settings, proxies, fingerprints, ready, None, Location(folder=None), cache)
     check_given_statistics(job)
     how = shards.Filter(settings.strength, settings.energy, settings.rank)
     with (
@@ -351,16 +385,17 @@ def _statistics_for(
     """
     if job.statistics is None and not path.exists():
         sets = ("retain", "forget") if forget or job.settings.gain == "match" else ("retain",)
-        seen = {which: job.proxies[which] for which in sets if which in job.proxies}
+        base = job.plan.base
         calibrate(
-            job.plan.base,
-            seen,
+            base.passing(path.parent / "downloads") if job.settings.low_disk else base,
+            {which: job.proxies[which] for which in sets if which in job.proxies},
             job.settings,
             path,
             weights=job.fingerprints["base"],
+            cache=job.stats_cache,
             progress=progress,
         )
-    with open_statistics(job.statistics or path) as opened:
+    with open_statistics(job.statistics.path() if job.statistics else path) as opened:
         yield opened
 
 

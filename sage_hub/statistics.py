@@ -8,7 +8,8 @@ which model, tokenizer, data and settings they belong to. docs/formats.md descri
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +17,15 @@ from typing import Any
 
 from torch import Tensor
 
+from sage_hub.checkpoint import HubFiles
 from sage_hub.errors import CorruptCheckpointError, NotFoundError, StatisticsError
 from sage_hub.moments import Spectrum
 from sage_hub.sites import Site
 from sage_hub.spill import Spill
 from sage_hub.tensorfile import TensorReader, TensorWriter, dtype_name, file_sha256, layout
 
+REPO_FILE = "statistics.safetensors"  # in a repo of the Hub
+REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 FORMAT = "sage-hub-statistics"
 VERSION = "1"
 
@@ -48,6 +52,38 @@ class Origin:
             which: {key: value for key, value in about.items() if key != "row_hashes"}
             for which, about in self.data.items()
         }
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Statistics that were made before: a local file, or one of a Hub repo at a commit."""
+
+    name: str  # fit to publish, and enough to find it again: of a file its name
+    path: Callable[[], Path]  # fetches it if need be
+    sha256: Callable[[], str]
+    missing_bytes: int  # to be fetched
+
+
+def find_ready(text: str | Path) -> Ready:
+    """The statistics that `text` names: a file, or `org/name[@revision]` of the Hub.
+
+    Raises NotFoundError or AccessError.
+    """
+    path = Path(text).expanduser()
+    if path.suffix == ".safetensors" or path.is_file() or not REPO.fullmatch(str(text)):
+        if not path.is_file():
+            raise NotFoundError(f"The statistics file {text} does not exist.")
+        return Ready(path.name, lambda: path, lambda: file_sha256(path), 0)
+    repo, _, revision = str(text).partition("@")
+    files = HubFiles(repo, revision or None)
+    if REPO_FILE not in files.sizes:
+        raise NotFoundError(f"{repo} has no {REPO_FILE}; make one with `sage-hub stats --to`.")
+    return Ready(
+        f"{repo}@{files.commit}",
+        lambda: files.path(REPO_FILE),
+        lambda: files.sha256(REPO_FILE),
+        files.missing_bytes([REPO_FILE]),
+    )
 
 
 @dataclass(frozen=True)
@@ -187,6 +223,15 @@ def open_statistics(path: Path) -> Iterator[Statistics]:
                 f"The metadata of {path} are damaged; make it anew with `sage-hub stats`."
             ) from None
         yield statistics
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the file at `path` is there and is a statistics file of this version."""
+    try:
+        with open_statistics(path):
+            return True
+    except (NotFoundError, StatisticsError):
+        return False
 
 
 def check_belongs(

@@ -103,12 +103,28 @@ def test_a_failure_publishes_nothing_and_the_same_command_finishes(
     assert weights(hub, "org/piecewise") == weights(hub, "org/whole")
 
 
-def test_low_disk_wants_statistics(
-    hub: LoopbackHub, pair: Path, capsys: pytest.CaptureFixture[str]
+def test_calibration_keeps_no_more_than_two_shards(
+    hub: LoopbackHub, pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload(hub, pair)
-    assert main(["push", "org/base", "org/unlearned", "--yes", "--quiet", "--low-disk"]) == 2
-    assert "give them with --stats" in capsys.readouterr().err
+    most = 0
+    fetch = checkpoint.hf_hub_download
+
+    def watched(*args: Any, **options: Any) -> str:
+        nonlocal most
+        path: str = fetch(*args, **options)
+        here = list(Path(HF_HOME, "sage-hub").rglob("downloads/**/*.safetensors"))
+        most = max(most, len(here))
+        return path
+
+    monkeypatch.setattr(checkpoint, "hf_hub_download", watched)
+    retain = str(pair / "retain.jsonl")
+    words = ["push", "org/base", "org/unlearned", "--yes", "--quiet", "--retain", retain]
+    assert main([*words, "--to", "org/piecewise", "--low-disk"]) == 0
+    assert most == 2
+    assert list(Path(HF_HUB_CACHE).rglob("*.safetensors")) == []
+    assert main([*words, "--to", "org/whole"]) == 0
+    assert weights(hub, "org/piecewise") == weights(hub, "org/whole")
 
 
 @pytest.mark.parametrize("copies", ["as the Hub likes", "refused", "not known"])
