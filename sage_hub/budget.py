@@ -37,9 +37,14 @@ class Budget:
         parts = ("weights", "activations", "hidden", "spilled", "moments", "total", "limit")
         return {name: int(getattr(self, name)) for name in parts} | {"sketched": len(self.sketched)}
 
+    @property
+    def excess(self) -> float:
+        """What it is more than the limit, all the same."""
+        return max(0.0, self.total - self.limit)
+
     def check(self) -> None:
-        """Raise OutOfMemoryError if it is more than the limit all the same."""
-        if self.total > self.limit:
+        """Raise OutOfMemoryError if there is an excess."""
+        if self.excess:
             raise OutOfMemoryError(
                 f"Calibration takes {self.total / GB:.2g} GB at least (weights of a block "
                 f"{self.weights / GB:.2g}, a batch {self.activations / GB:.2g}, second moments "

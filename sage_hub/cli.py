@@ -173,6 +173,31 @@ def _audit(args: argparse.Namespace) -> None:
         print(display.audit_text(result, top=args.top))
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from sage_hub import display, jobs
+
+    settings = _settings(args, None)
+    found = jobs.forecast(args.base, settings)
+    if args.unlearned is None:
+        if args.json:
+            _print_json(found.describe())
+        else:
+            print(display.forecast_text(found))
+        return
+    target = jobs.choose_target(args.to, args.unlearned)
+    job = jobs.survey(
+        args.base,
+        args.unlearned,
+        target,
+        settings=settings,
+        statistics=args.stats,
+    )
+    if args.json:
+        _print_json(display.plan_json(job) | {"estimate": found.describe()})
+    else:
+        print(f"{display.plan_text(job, verbose=args.verbose)}\n\n{display.forecast_text(found)}")
+
+
 def _verify(args: argparse.Namespace) -> None:
     from sage_hub import display, release
     from sage_hub.errors import VerificationError
@@ -263,6 +288,9 @@ EPILOG = {
   sage-hub push ./base ./unlearned --to ./unlearned-sage --dry-run""",
     "sanitize": """example:
   sage-hub sanitize org/base@v1 ./unlearned --output ./release --retain retain.jsonl""",
+    "plan": """examples:
+  sage-hub plan org/base
+  sage-hub plan org/base org/unlearned --memory 14 --max-tokens 50000""",
     "stats": """example:
   sage-hub stats org/base --retain retain.jsonl --output base.safetensors
   sage-hub push org/base org/unlearned --stats base.safetensors
@@ -346,6 +374,14 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--yes", "-y", action="store_true", help="don't ask before publishing")
         _add_settings(command, "retain", "forget", "heldout")
+
+    plan = add("plan", _plan, "Show what a run takes, without running it; from headers alone.")
+    plan.add_argument("base", metavar="BASE", help="repo[@revision] or folder, or a config alone")
+    plan.add_argument("unlearned", metavar="UNLEARNED", nargs="?", help="the same, if there is one")
+    plan.add_argument("--to", metavar="TARGET", help="Hub repo or folder")
+    plan.add_argument("--stats", metavar="FILE|REPO", help="ready statistics of BASE")
+    plan.add_argument("--verbose", "-v", action="store_true", help="tensor by tensor")
+    _add_settings(plan, "retain", "forget", "heldout")
 
     stats = add("stats", _stats, "Calibrate MODEL once and keep the statistics for --stats.")
     stats.add_argument("model", metavar="MODEL", help="Hub repo[@revision] or folder")

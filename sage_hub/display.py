@@ -8,6 +8,7 @@ from typing import Any
 from sage_hub.budget import GB, Budget
 from sage_hub.card import MODELS, metric_table
 from sage_hub.checkpoint import Checkpoint
+from sage_hub.estimate import Estimate
 from sage_hub.jobs import Job
 from sage_hub.plan import Plan
 from sage_hub.release import Release
@@ -96,6 +97,41 @@ def plan_json(job: Job) -> dict[str, Any]:
         "calibration": None if job.calibration is None else job.calibration.describe(),
         "problems": [{"status": p.status, "message": str(p)} for p in job.problems],
     }
+
+
+def forecast_text(found: Estimate) -> str:
+    """What a run takes, a line per way to calibrate."""
+    header = ["moments", "statistics", "memory", "hidden on disk", "flops", "time here"]
+    rows = [
+        [
+            mode.name,
+            f"≤ {_size(mode.statistics)}",
+            _size(mode.budget.total) + (" (too much)" if mode.budget.excess else ""),
+            _size(mode.budget.spilled),
+            f"{mode.forward + mode.moments + mode.decompositions:.2g}",
+            _duration(mode.seconds),
+        ]
+        for mode in found.modes
+    ]
+    return "\n".join(
+        [
+            f"{found.parameters / 1e9:.3g} billion parameters, {found.sites} sites of up to "
+            f"{found.widest} features; a block of layers "
+            f"{_size(found.modes[0].budget.weights)}",
+            f"\nCalibration on {found.tokens} tokens:",
+            _table(header, rows),
+            f"\nThe pass over the weights: {_size(found.pass_bytes)} read and written, "
+            f"{found.pass_flops:.2g} flops, {_duration(found.pass_seconds)}",
+            f"Evaluation of four models on as many tokens: {_duration(found.evaluation_seconds)}",
+        ]
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def release_text(release: Release) -> str:

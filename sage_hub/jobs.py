@@ -16,9 +16,17 @@ from sage_hub.adapter import open_unlearned
 from sage_hub.architecture import empty_model
 from sage_hub.blocks import cut
 from sage_hub.budget import Budget, plan_memory, statistics_bytes
-from sage_hub.checkpoint import Checkpoint, Location, digest, open_checkpoint, parse_location
+from sage_hub.checkpoint import (
+    Checkpoint,
+    Location,
+    digest,
+    open_checkpoint,
+    open_files,
+    parse_location,
+)
 from sage_hub.encoding import row_limit
 from sage_hub.errors import NothingToDoError, SageHubError, StatisticsError, UsageError
+from sage_hub.estimate import Estimate, estimate, probe
 from sage_hub.hub import check_target
 from sage_hub.output import check_disk, check_output
 from sage_hub.plan import Plan, make_plan
@@ -148,6 +156,25 @@ def expect_calibration(base: Checkpoint, settings: Settings) -> tuple[Budget, in
     )
     kept = sets * statistics_bytes(sites, found.sketched, settings.rank)
     return found, int(kept + found.spilled)
+
+
+def forecast(base: str, settings: Settings) -> Estimate:
+    """What it takes to calibrate `base` and to sanitize an update of it, and how long, here.
+
+    `base` may be a config alone. The proxies are taken to be as long as the settings allow.
+    """
+    settings = settings.resolve_device()
+    files = open_files(base)
+    whole = any(name.endswith(".safetensors") for name in files.sizes)
+    checkpoint = open_checkpoint(base) if whole else Checkpoint(files, {})
+    model = empty_model(checkpoint)
+    return estimate(
+        model,
+        settings,
+        tokens=settings.max_tokens,
+        longest=row_limit(checkpoint, settings.max_length),
+        rates=probe(model.dtype, settings.device),
+    )
 
 
 def check_weights(job: Job, progress: Progress = SILENT) -> Job:
