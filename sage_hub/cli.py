@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import errno
+import io
 import json
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,27 @@ from sage_hub.progress import Progress
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the only place where an error becomes a sentence and a status."""
     args = _parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], None] = args.command
     # A runner that stops the job must find no half-written folder, as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _keep_freed_memory()
+    if "WORLD_SIZE" in os.environ:
+        return _together(args)
+    return _run_command(args)
+
+
+def _together(args: argparse.Namespace) -> int:
+    """Run the command as one of several processes, of which the first one talks."""
+    from sage_hub.ranks import joined
+
+    with joined() as args.ranks:
+        args.quiet = args.quiet or not args.ranks.first
+        with redirect_stdout(sys.stdout if args.ranks.first else io.StringIO()):
+            return _run_command(args)
+
+
+def _run_command(args: argparse.Namespace) -> int:
     try:
-        command(args)
+        args.command(args)
         sys.stdout.flush()
     except SageHubError as error:
         return _fail(str(error), error.status)
@@ -67,7 +83,9 @@ def _keep_freed_memory() -> None:
 
 
 def _fail(sentence: str, status: int) -> int:
-    print(f"sage-hub: error: {sentence}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" (rank {rank})"
+    print(f"sage-hub: error{where}: {sentence}", file=sys.stderr)
     return status
 
 
@@ -114,6 +132,7 @@ def _run(args: argparse.Namespace, target: Any, options: dict[str, Any]) -> None
         settings=_settings(args, args.unlearned),
         statistics=args.stats,
         stats_cache=args.stats_cache,
+        ranks=_ranks(args),
         force=args.force,
         **options,
     )
@@ -146,6 +165,7 @@ def _stats(args: argparse.Namespace) -> None:
         to=args.to,
         settings=_settings(args, None),
         stats_cache=args.stats_cache,
+        ranks=_ranks(args),
         private=args.private,
         force=args.force,
         progress=_progress(args),
@@ -245,6 +265,12 @@ def _progress(args: argparse.Namespace) -> Progress:
 
     (disable_progress_bars if args.quiet or not sys.stderr.isatty() else enable_progress_bars)()
     return Progress(quiet=args.quiet)
+
+
+def _ranks(args: argparse.Namespace) -> Any:
+    from sage_hub.ranks import ALONE
+
+    return getattr(args, "ranks", ALONE)
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

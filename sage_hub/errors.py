@@ -144,6 +144,13 @@ class VerificationError(SageHubError):
     status = 27
 
 
+class PeerError(SageHubError):
+    """Another process of the same job (torchrun) has failed."""
+
+    status = 29
+    final = False
+
+
 class OutOfMemoryError(SageHubError):
     """Host or device memory ran out."""
 

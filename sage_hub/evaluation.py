@@ -17,6 +17,7 @@ from sage_hub.metrics import Result, evaluate
 from sage_hub.plan import Plan
 from sage_hub.progress import SILENT, Progress
 from sage_hub.proxies import Proxy
+from sage_hub.ranks import ALONE, Ranks
 from sage_hub.settings import SETS, Settings
 from sage_hub.spill import Spill
 from sage_hub.weights import model_of, open_weights
@@ -44,6 +45,7 @@ def evaluate_release(
     settings: Settings,
     calibrated: Collection[str],
     scratch: Path,
+    ranks: Ranks = ALONE,
     progress: Progress = SILENT,
 ) -> Evaluation:
     """Evaluate base, unlearned, the control W_b + αΔ and `sanitized` on the sets there are.
@@ -102,6 +104,7 @@ def evaluate_release(
                     sets,
                     batch_size=settings.batch_size,
                     hidden=hidden,
+                    ranks=ranks,
                     progress=progress,
                 )
         except ArchitectureError as error:

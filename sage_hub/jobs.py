@@ -32,6 +32,7 @@ from sage_hub.output import check_disk, check_output
 from sage_hub.plan import Plan, make_plan
 from sage_hub.progress import SILENT, Progress
 from sage_hub.proxies import Proxy, check_disjoint, read_proxy
+from sage_hub.ranks import ALONE, Ranks
 from sage_hub.record import describe_source
 from sage_hub.settings import SETS, Settings
 from sage_hub.sites import find_sites
@@ -51,6 +52,7 @@ class Job:
     calibration: Budget | None  # what calibrating takes, about; None with ready statistics
     target: Location
     stats_cache: Path | None = None  # where statistics are looked for and kept
+    ranks: Ranks = ALONE  # the processes that do it together
     private: bool = False
     create_pr: bool = False
     force: bool = False
@@ -83,6 +85,7 @@ def survey(
     settings: Settings,
     statistics: str | Path | None = None,
     stats_cache: str | Path | None = None,
+    ranks: Ranks = ALONE,
     private: bool = False,
     create_pr: bool = False,
     force: bool = False,
@@ -112,6 +115,7 @@ def survey(
 
     checks: list[Callable[[], object]] = [
         lambda: _check_target(target, sources, force=force),
+        lambda: _check_ranks(settings, ranks),
         lambda: check_disk(
             plan,
             target.folder or workspace(target),
@@ -134,6 +138,7 @@ def survey(
         calibration,
         target,
         None if stats_cache is None else Path(stats_cache),
+        ranks,
         private,
         create_pr,
         force,
@@ -188,8 +193,12 @@ def check_weights(job: Job, progress: Progress = SILENT) -> Job:
             raise first
         others = "is another problem" if more == 1 else f"are {more} more problems"
         raise type(first)(f"{first} There {others}; --dry-run lists all.")
-    fingerprints = {**job.fingerprints, **_fingerprints(job.plan, progress)}
-    job = replace(job, plan=job.plan.knowing_hashes(), fingerprints=fingerprints)
+    found, equal = job.ranks.once(
+        lambda: (_fingerprints(job.plan, progress), job.plan.knowing_hashes().equal)
+    )
+    job = replace(
+        job, plan=replace(job.plan, equal=equal), fingerprints={**job.fingerprints, **found}
+    )
     check_given_statistics(job)
     return job
 
@@ -244,6 +253,11 @@ def _check_target(target: Location, sources: Sequence[Path | None], *, force: bo
     if target.revision:
         raise UsageError("A target takes no @revision; publish to org/name.")
     check_target(target.repo, force=force)
+
+
+def _check_ranks(settings: Settings, ranks: Ranks) -> None:
+    if settings.low_disk and ranks.count > 1:
+        raise UsageError("--low-disk is for one process; run without torchrun.")
 
 
 def _failures(checks: Sequence[Callable[[], object]]) -> Iterator[SageHubError]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sage_hub.blocks import BlockModel
 from sage_hub.encoding import Batch, Encoded, batches
 from sage_hub.progress import SILENT, Progress
+from sage_hub.ranks import ALONE, Ranks
 from sage_hub.spill import Spill
 from sage_hub.weights import Weights
 
@@ -49,27 +50,29 @@ def answer_losses(
     *,
     batch_size: int,
     hidden: Spill,
+    ranks: Ranks = ALONE,
     what: str = "Evaluating",
     progress: Progress = SILENT,
 ) -> list[tuple[float, int]]:
     """Per row: the mean negative log-likelihood of its answer tokens in nats, and their number.
 
-    `hidden` keeps the rows between two blocks of the model. Rows whose answer was cut away by
-    truncation count zero tokens and NaN.
+    `hidden` keeps the rows between two blocks of the model; with several `ranks` each does a part
+    of them. Rows whose answer was cut away by truncation count zero tokens and NaN.
     """
-    losses = [(math.nan, 0)] * len(rows)
+    losses: dict[int, tuple[float, int]] = {}
+    own = ranks.mine(list(batches(rows, batch_size)))
     with progress.counter(what, len(rows), "row") as bar:
         for block in model.blocks:
             with model.holding(block, weights, head=True):
-                for number, batch in enumerate(batches(rows, batch_size)):
+                for number, batch in enumerate(own):
                     states = model.run(block, batch, hidden.get(number), logits=True)
                     if block.finishes:
-                        for place, found in zip(batch.rows, _losses(states, batch), strict=True):
-                            losses[place] = found
+                        losses |= zip(batch.rows, _losses(states, batch), strict=True)
                     else:
                         hidden.put(number, states)
-                    bar.update(len(batch.rows) / len(model.blocks))
-    return losses
+                    bar.update(ranks.count * len(batch.rows) / len(model.blocks))
+    everything = {place: found for part in ranks.all(losses) for place, found in part.items()}
+    return [everything[place] for place in range(len(rows))]
 
 
 def _losses(logits: Tensor, batch: Batch) -> Iterator[tuple[float, int]]:
@@ -92,6 +95,7 @@ def evaluate(
     *,
     batch_size: int,
     hidden: Spill,
+    ranks: Ranks = ALONE,
     progress: Progress = SILENT,
 ) -> list[Result]:
     """Probability and loss of `model` on each of `sets`, from one pass over its weights.
@@ -107,6 +111,7 @@ def evaluate(
             [row for rows in sets.values() for row in rows],
             batch_size=batch_size,
             hidden=hidden,
+            ranks=ranks,
             what=f"Evaluating {name}",
             progress=progress,
         )

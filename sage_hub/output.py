@@ -30,6 +30,7 @@ from sage_hub.errors import DiskSpaceError, SageHubError, TargetError
 from sage_hub.hub import MANIFEST
 from sage_hub.plan import Plan
 from sage_hub.progress import SILENT, Progress
+from sage_hub.ranks import ALONE, Ranks
 from sage_hub.tensorfile import file_sha256
 
 LOCK = "lock"
@@ -136,16 +137,25 @@ def work_folder(output: Path) -> Path:
 
 @contextmanager
 def working_on(
-    output: Path, fingerprint: str, *, force: bool, progress: Progress = SILENT
+    output: Path,
+    fingerprint: str,
+    *,
+    force: bool,
+    ranks: Ranks = ALONE,
+    progress: Progress = SILENT,
 ) -> Iterator[Work]:
-    """The work folder of `output`, for this run alone.
+    """The work folder of `output`, for this run alone; its first rank takes care of it.
 
     What is finished stays there if the block fails in a way that the same command may survive
     later, and goes otherwise. Raises TargetError if another run has the folder.
     """
-    check_output(output, force=force)
     output = output.resolve()
     work = Work(output, work_folder(output))
+    if not ranks.first:
+        ranks.once(lambda: None)  # until the first has opened it
+        yield work
+        return
+    check_output(output, force=force)
     work.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(work.folder / LOCK)
     try:
@@ -158,6 +168,7 @@ def working_on(
     with lock:
         try:
             work.open(fingerprint, progress)
+            ranks.once(lambda: None)
             yield work
         except BaseException as error:
             if work.has_parts and not (isinstance(error, SageHubError) and error.final):

@@ -34,10 +34,11 @@ from sage_hub.jobs import (
 from sage_hub.output import Work, carry_files, working_on
 from sage_hub.plan import Plan, make_plan
 from sage_hub.progress import SILENT, Progress
+from sage_hub.ranks import ALONE, Ranks
 from sage_hub.record import make_manifest, make_report, read_record, write_json
 from sage_hub.settings import Settings
 from sage_hub.statistics import REPO_FILE as STATISTICS
-from sage_hub.statistics import Statistics, find_ready, open_statistics
+from sage_hub.statistics import Origin, Statistics, find_ready, open_statistics
 from sage_hub.verify import read_manifest, verify
 
 REPORT = "sage/report.json"
@@ -61,6 +62,7 @@ def push(
     settings: Settings = Settings(),  # noqa: B008 - frozen
     statistics: str | Path | None = None,
     stats_cache: str | Path | None = None,
+    ranks: Ranks = ALONE,
     private: bool = False,
     create_pr: bool = False,
     force: bool = False,
@@ -80,6 +82,7 @@ def push(
         settings=settings,
         statistics=statistics,
         stats_cache=stats_cache,
+        ranks=ranks,
         private=private,
         create_pr=create_pr,
         force=force,
@@ -95,6 +98,7 @@ def sanitize(
     settings: Settings = Settings(),  # noqa: B008 - frozen
     statistics: str | Path | None = None,
     stats_cache: str | Path | None = None,
+    ranks: Ranks = ALONE,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Release:
@@ -107,6 +111,7 @@ def sanitize(
         settings=settings,
         statistics=statistics,
         stats_cache=stats_cache,
+        ranks=ranks,
         force=force,
     )
     return run(check_weights(job, progress), progress)
@@ -118,29 +123,40 @@ def run(job: Job, progress: Progress = SILENT) -> Release:
     A release that an earlier run has finished is not made again, and what an earlier run of the
     same inputs has begun is finished.
     """
-    output = job.target.folder or workspace(job.target)
-    with working_on(output, job.fingerprint, force=job.force, progress=progress) as work:
+    output, ranks = job.target.folder or workspace(job.target), job.ranks
+    fingerprint = ranks.once(lambda: job.fingerprint)
+    with working_on(output, fingerprint, force=job.force, ranks=ranks, progress=progress) as work:
         if job.target.folder is None and job.settings.low_disk:
             upload = _upload(job)
-            release = write_release(job, work, progress, upload)
+            release = write_release(job, fingerprint, work, progress, upload)
             return replace(release, location=_publish(job, upload, work.release, progress))
-        release = finished_release(job, work, progress) or write_release(job, work, progress)
+        release = ranks.once(
+            lambda: finished_release(job, fingerprint, work, progress)
+        ) or write_release(job, fingerprint, work, progress)
         if job.target.folder is not None:
             return release
-        try:
-            url = _publish(job, _upload(job), work.output, progress)
-        except SageHubError as error:
-            raise type(error)(f"{error} The finished release is kept in {output}.") from None
-        shutil.rmtree(work.output)
+        url = ranks.once(lambda: _publish_folder(job, work.output, progress))
         return replace(release, location=url)
 
 
-def finished_release(job: Job, work: Work, progress: Progress = SILENT) -> Release | None:
+def _publish_folder(job: Job, folder: Path, progress: Progress) -> str:
+    """Publish a finished release, which then goes."""
+    try:
+        url = _publish(job, _upload(job), folder, progress)
+    except SageHubError as error:
+        raise type(error)(f"{error} The finished release is kept in {folder}.") from None
+    shutil.rmtree(folder)
+    return url
+
+
+def finished_release(
+    job: Job, fingerprint: str, work: Work, progress: Progress = SILENT
+) -> Release | None:
     """The release in the output folder if it is this very one and whole, else None."""
     if not (work.output / MANIFEST).is_file():
         return None
     manifest, report = (read_record(work.output / name) for name in (MANIFEST, REPORT))
-    if manifest.get("fingerprint") != job.fingerprint or not report:
+    if manifest.get("fingerprint") != fingerprint or not report:
         return None
     if verify(str(work.output), progress).differences:
         return None
@@ -149,14 +165,18 @@ def finished_release(job: Job, work: Work, progress: Progress = SILENT) -> Relea
 
 
 def write_release(
-    job: Job, work: Work, progress: Progress = SILENT, upload: Upload | None = None
+    job: Job,
+    fingerprint: str,
+    work: Work,
+    progress: Progress = SILENT,
+    upload: Upload | None = None,
 ) -> Release:
     """Write the whole release into the output folder, which appears only when it is complete.
 
     With an `upload` each shard is sent as soon as it is finished and is not kept, and the folder
     gets no name.
     """
-    clock = _Clock()
+    clock, ranks = _Clock(), job.ranks
     how = shards.Filter(job.settings.strength, job.settings.energy, job.settings.rank)
     folder = work.release
     with _statistics_for(job, work.statistics, progress) as statistics:
@@ -164,19 +184,21 @@ def write_release(
         plan = job.plan.observed(statistics.site_of)
         if job.settings.low_disk:
             plan = plan.passing(work.downloads)
-        gain = _choose_gain(plan, statistics, how, job.settings, progress)
+        gain = _choose_gain(plan, statistics, how, job, progress)
         finished = _write_shards(job, plan, statistics, how, gain, work, progress, upload)
         records = [tensor for shard in finished for tensor in shard.tensors]
         if all(record.action == "identical" for record in records):
             raise nothing_to_do(plan)
         clock.lap("sanitize")
         hashes = {shard.shard: shard.sha256 for shard in finished}
-        hashes |= shards.write_index(plan, folder) | carry_files(
-            plan, folder, job.settings.out_dtype
+        hashes |= ranks.once(
+            lambda: (
+                shards.write_index(plan, folder) | carry_files(plan, folder, job.settings.out_dtype)
+            )
         )
         manifest = make_manifest(
             plan,
-            job.fingerprint,
+            fingerprint,
             describe_sources(job),
             job.settings,
             gain,
@@ -200,15 +222,17 @@ def write_release(
             job.settings,
             calibrated,
             work.statistics.parent,
+            job.ranks,
             progress,
         )
     clock.lap("evaluate")
     report = make_report(evaluation, alpha=alpha, seed=job.settings.seed, seconds=clock.laps)
-    write_json(folder / MANIFEST, manifest)
-    write_json(folder / REPORT, report)
-    card.write_card(folder, plan, manifest, report, name=job.target.name, warnings=job.warnings)
-    if upload is None:
-        work.finish(force=job.force)
+    if ranks.first:
+        write_json(folder / MANIFEST, manifest)
+        write_json(folder / REPORT, report)
+        card.write_card(folder, plan, manifest, report, name=job.target.name, warnings=job.warnings)
+        if upload is None:
+            work.finish(force=job.force)
     return Release(str(job.target.folder or work.output), manifest, report, job.warnings)
 
 
@@ -219,6 +243,7 @@ def collect_statistics(
     to: str | None = None,
     settings: Settings = Settings(),  # noqa: B008 - frozen
     stats_cache: str | Path | None = None,
+    ranks: Ranks = ALONE,
     private: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
@@ -236,14 +261,16 @@ def collect_statistics(
     if to is not None:
         check_target(to, force=force, mark=STATISTICS)
     with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
-        file = Path(scratch, STATISTICS) if output is None else Path(output)
+        # All ranks read what the first one writes.
+        file = ranks.once(lambda: Path(scratch, STATISTICS)) if output is None else Path(output)
         calibrate(
             checkpoint,
             proxies,
             settings,
             file,
-            weights=checkpoint.fingerprint(progress),
+            weights=ranks.once(lambda: checkpoint.fingerprint(progress)),
             cache=None if stats_cache is None else Path(stats_cache),
+            ranks=ranks,
             progress=progress,
         )
         with open_statistics(file) as made:
@@ -256,11 +283,18 @@ def collect_statistics(
         }
         if to is None:
             return result
-        upload = Upload(to, private=private, force=force, mark=STATISTICS)
-        upload.add(STATISTICS, file)
-        Path(scratch, "README.md").write_text(card.statistics_card(origin), encoding="utf-8")
-        upload.add("README.md", Path(scratch, "README.md"))
-        return result | {"location": upload.commit(f"Statistics of {origin.model}")}
+        return result | ranks.once(lambda: _publish_statistics(to, file, origin, private, force))
+
+
+def _publish_statistics(
+    to: str, file: Path, origin: Origin, private: bool, force: bool
+) -> dict[str, str]:
+    upload = Upload(to, private=private, force=force, mark=STATISTICS)
+    upload.add(STATISTICS, file)
+    readme = file.with_name("README.md")
+    readme.write_text(card.statistics_card(origin), encoding="utf-8")
+    upload.add("README.md", readme)
+    return {"location": upload.commit(f"Statistics of {origin.model}")}
 
 
 def audit(
@@ -347,17 +381,19 @@ def _write_shards(
     One that is untouched comes along as it is; to a repo the Hub copies it in the end.
     """
     by_hub = plan.unlearned.commit is not None and upload is not None
-    kept = {shard: work.recall(shard) for shard in plan.unlearned.shards}
+    ranks = job.ranks
+    kept = ranks.once(lambda: {shard: work.recall(shard) for shard in plan.unlearned.shards})
     done = {s: shards.ShardRecord.from_json(record) for s, record in kept.items() if record}
     if done:
         progress.note(f"Going on after an earlier run: {len(done)} of {len(kept)} shards are done.")
+    todo = [shard for shard in plan.unlearned.shards if shard not in done]
     written = shards.write_shards(
         plan,
         statistics,
         how,
         gain,
         work.release,
-        done=done,
+        ranks.mine(todo),
         device=job.settings.device,
         progress=progress,
     )
@@ -372,6 +408,8 @@ def _write_shards(
             if upload is not None and file.exists():
                 upload.add(name, file)
                 file.unlink()
+    for others in ranks.all(done):
+        done |= others
     return [done[shard] for shard in plan.unlearned.shards]
 
 
@@ -383,7 +421,7 @@ def _statistics_for(
 
     The forget proxy is taken in if asked for, or if the gain is measured on it.
     """
-    if job.statistics is None and not path.exists():
+    if job.statistics is None and not job.ranks.once(path.exists):
         sets = ("retain", "forget") if forget or job.settings.gain == "match" else ("retain",)
         base = job.plan.base
         calibrate(
@@ -393,6 +431,7 @@ def _statistics_for(
             path,
             weights=job.fingerprints["base"],
             cache=job.stats_cache,
+            ranks=job.ranks,
             progress=progress,
         )
     with open_statistics(job.statistics.path() if job.statistics else path) as opened:
@@ -403,12 +442,14 @@ def _choose_gain(
     plan: Plan,
     statistics: Statistics,
     how: shards.Filter,
-    settings: Settings,
+    job: Job,
     progress: Progress,
 ) -> float:
-    if settings.gain != "match":
-        return float(settings.gain)
-    measured = shards.measure(plan, statistics, how, device=settings.device, progress=progress)
+    if job.settings.gain != "match":
+        return float(job.settings.gain)
+    measured = shards.measure(
+        plan, statistics, how, device=job.settings.device, ranks=job.ranks, progress=progress
+    )
     return shards.gain_that_matches(measured)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sage_hub.errors import NonFiniteError, NothingToDoError
 from sage_hub.moments import Spectrum
 from sage_hub.plan import Operation, Piece, Plan
 from sage_hub.progress import SILENT, Progress
+from sage_hub.ranks import ALONE, Ranks
 from sage_hub.sage import (
     filter_update,
     matching_gain,
@@ -163,13 +164,41 @@ class ShardRecord:
 
 
 def measure(
-    plan: Plan, statistics: Statistics, how: Filter, *, device: str, progress: Progress = SILENT
+    plan: Plan,
+    statistics: Statistics,
+    how: Filter,
+    *,
+    device: str,
+    ranks: Ranks = ALONE,
+    progress: Progress = SILENT,
 ) -> list[Measurement]:
-    """Measure every weight that would be filtered, writing nothing."""
-    found: dict[str, Measurement] = {}
-    sites = statistics.site_of
+    """Measure every weight that would be filtered, writing nothing.
+
+    With several `ranks` each takes a part of the shards, and has the measurements of all.
+    """
     different = [shard for shard in plan.unlearned.shards if shard not in plan.equal]
-    with ahead(_blocks(plan, different, "Measuring", progress)) as blocks:
+    own = _measure(plan, statistics, how, ranks.mine(different), device, progress)
+    everything = {place: found for part in ranks.all(own) for place, found in part.items()}
+    found: dict[str, Measurement] = {}
+    # Always in this order, because sums depend on it.
+    for place in sorted(everything, key=lambda place: different.index(place[0])):
+        name, here = place[1], everything[place]
+        found[name] = found[name] + here if name in found else here
+    return list(found.values())
+
+
+def _measure(
+    plan: Plan,
+    statistics: Statistics,
+    how: Filter,
+    shards: Sequence[str],
+    device: str,
+    progress: Progress,
+) -> dict[tuple[str, str], Measurement]:
+    """Shard and map -> what the rows of the map in that shard do."""
+    found: dict[tuple[str, str], Measurement] = {}
+    sites = statistics.site_of
+    with ahead(_blocks(plan, shards, "Measuring", progress)) as blocks:
         for block in blocks:
             _check_finite(block, plan)
             linear = block.piece.linear
@@ -201,9 +230,9 @@ def measure(
                 forget=forget,
                 forget_filtered=forget_filtered,
             )
-            earlier = found.get(linear.name)
-            found[linear.name] = measured if earlier is None else earlier + measured
-    return list(found.values())
+            place = block.operation.shard, linear.name
+            found[place] = found[place] + measured if place in found else measured
+    return found
 
 
 def gain_that_matches(measured: list[Measurement]) -> float:
@@ -228,18 +257,17 @@ def write_shards(
     how: Filter,
     gain: float,
     folder: Path,
+    todo: Sequence[str],
     *,
-    done: Collection[str] = (),
     device: str,
     progress: Progress = SILENT,
 ) -> Generator[ShardRecord, None, None]:
-    """Write the sanitized shards that are not `done` yet into `folder`, and yield what was done.
+    """Write the sanitized shards `todo` into `folder`, and yield what was done.
 
     A shard has its name when it is yielded, and is whole. One that the base has byte for byte is
     not read and not written, but for its record. Raises NonFiniteError or
     CorruptCheckpointError.
     """
-    todo = [shard for shard in plan.unlearned.shards if shard not in done]
     sites = statistics.site_of
     different = [shard for shard in todo if shard not in plan.equal]
     with ahead(_blocks(plan, different, "Sanitizing", progress)) as blocks:

@@ -1,0 +1,8 @@
+"""`python -m sage_hub`, as torchrun starts it."""
+
+import sys
+
+from sage_hub.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Several processes at one job give what one gives, and go down together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from loopback_hub import LoopbackHub
+from pico import make_rows, make_tokenizer, write_rows
+from safetensors.torch import load_file
+from test_architectures import make_model
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def start(words: Sequence[str], count: int) -> subprocess.Popen[str]:
+    command = [*TORCHRUN, "--nproc-per-node", str(count), "-m", "sage_hub", *words]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def run(words: Sequence[str], count: int, status: int = 0) -> tuple[str, str]:
+    if count == 1:
+        command = [sys.executable, "-m", "sage_hub", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        out, err, found = done.stdout, done.stderr, done.returncode
+    else:
+        process = start(words, count)
+        out, err = process.communicate(timeout=300)
+        found = process.returncode
+    assert (found == 0) == (status == 0), err
+    return out, err
+
+
+def sources(pair: Path) -> list[str]:
+    sets = [f"--{name}={pair / name}.jsonl" for name in ("retain", "forget", "heldout")]
+    return [str(pair / "base"), str(pair / "unlearned"), *sets]
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_make_the_release_of_one(count: int, pair: Path, tmp_path: Path) -> None:
+    statistics = str(tmp_path / "base.safetensors")
+    run(["stats", *sources(pair)[:1], *sources(pair)[2:4], "--output", statistics, "-q"], 1)
+    options = ["--stats", statistics, "--gain", "match", "--json", "--quiet"]
+    found = {}
+    for ranks in (1, count):
+        folder = tmp_path / str(ranks)
+        out, _ = run(["sanitize", *sources(pair), "--output", str(folder), *options], ranks)
+        found[ranks] = json.loads(out)  # one object, from the first process
+    assert shards(tmp_path / "1") == shards(tmp_path / str(count))
+    manifests = [
+        json.loads((tmp_path / str(ranks) / "sage" / "manifest.json").read_text())
+        for ranks in (1, count)
+    ]
+    assert manifests[0] == manifests[1]
+    one, several = (found[ranks]["report"]["results"] for ranks in (1, count))
+    assert len(one) == len(several) == 4 * 3 * 2
+    for a, b in zip(one, several, strict=True):
+        assert a | {"value": 0} == b | {"value": 0}
+        assert a["value"] == pytest.approx(b["value"], rel=1e-3)
+
+
+@pytest.mark.parametrize("moments", ["exact", "sketch"])
+def test_several_processes_see_what_one_sees(moments: str, tmp_path: Path) -> None:
+    make_model("Mixtral").save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    write_rows(tmp_path / "retain.jsonl", make_rows(9, seed=0))  # some experts see too little
+    words = ["stats", str(tmp_path / "base"), "--retain", str(tmp_path / "retain.jsonl"), "-q"]
+    words += ["--moments", moments, "--batch-size", "2", "--json"]
+    one, three = str(tmp_path / "one.st"), str(tmp_path / "three.st")
+    about = [json.loads(run([*words, "--output", one], 1)[0])]
+    about += [json.loads(run([*words, "--output", three], 3)[0])]
+    assert about[0]["data"] == about[1]["data"]
+    assert about[0]["data"]["retain"]["experts_shown_block_input"]
+    expected, found = load_file(one), load_file(three)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert found[name].shape == tensor.shape
+        if name.endswith("values"):
+            top = float(tensor.max())
+            assert torch.allclose(found[name], tensor, rtol=1e-3, atol=1e-4 * top), name
+
+
+def test_only_the_first_publishes(hub: LoopbackHub, pair: Path) -> None:
+    words = ["push", *sources(pair), "--to", "org/released", "--yes", "--quiet"]
+    out, _ = run(words, 2)
+    assert len(hub.commits("org/released")) == 2  # the empty repo, and the release
+    assert out.count("org/released/commit/") == 1
+
+
+def test_an_error_comes_from_the_process_that_has_it(pair: Path, tmp_path: Path) -> None:
+    words = ["sanitize", *sources(pair), "--output", str(tmp_path / "out"), "--memory", "0.1"]
+    _, err = run(words, 2, status=26)
+    assert "--memory allows 0.1" in err
+    assert "/sage_hub/" not in err  # torchrun prints a traceback, of its own lines
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_dies_stops_the_job_which_goes_on_later(pair: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["sanitize", *sources(pair), "--output", str(out), "--quiet"]
+    process = start(words, 2)
+    try:
+        statistics = tmp_path / ".out.partial" / "statistics.safetensors"
+        until = time.monotonic() + 200
+        while not statistics.exists():
+            assert time.monotonic() < until
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        second = next(
+            int(pid)
+            for pid in os.listdir("/proc")
+            if pid.isdigit() and _is_rank(int(pid), 1, str(out))
+        )
+        os.kill(second, signal.SIGKILL)
+        _, err = process.communicate(timeout=200)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0, err
+    assert not out.exists()
+    run(words, 2)
+    run(["sanitize", *sources(pair), "--output", str(tmp_path / "again"), "--quiet"], 2)
+    assert shards(out) == shards(tmp_path / "again")
+
+
+def _is_rank(pid: int, rank: int, word: str) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    except OSError:
+        return False
+    return word in command and f"RANK={rank}" in environment
