@@ -237,7 +237,7 @@ def sketch_width(size: int, rank: int | None) -> int:
 
 
 def _nystrom(moment: SketchedMoment) -> tuple[Tensor, Tensor, float]:
-    """Eigenvalues (ℓ,) in falling order, eigenvectors (in, ℓ), and the share of tr C that Ĉ lacks.
+    """Eigenvalues (k,), falling, eigenvectors (in, k), and the share of tr C that Ĉ lacks; k ≤ ℓ.
 
     Ĉ has too little in every direction: in expectation s²/(s + κ) of an eigenvalue s, where ℓ κ is
     what it lacks in all, which is known (from Dereziński, Liang, Liao and Mahoney 2020, arXiv
@@ -252,8 +252,14 @@ def _nystrom(moment: SketchedMoment) -> tuple[Tensor, Tensor, float]:
     core = test.T @ image
     lower = torch.linalg.cholesky((core + core.T) / 2)
     half = torch.linalg.solve_triangular(lower, image.T, upper=False)
-    _, roots, vectors = torch.linalg.svd(half, full_matrices=False)
-    found = (roots**2 - shift).clamp(min=0)
+    # Its singular values and vectors, by its Gram matrix, which is several times faster.
+    squares, turn = torch.linalg.eigh(half @ half.T)
+    squares, turn = squares.flip(0), turn.flip(1)
+    known = max(1, int((squares > 8 * torch.finfo(moment.total.dtype).eps * squares[0]).sum()))
+    squares, turn = squares[:known], turn[:, :known]
+    vectors = half.T @ (turn / squares.sqrt())
+    found = (squares - shift).clamp(min=0)
     lacking = max(trace - float(found.sum()), 0.0)
-    values = (found + (found**2 + 4 * lacking / len(found) * found).sqrt()) / 2
-    return values, vectors.T, lacking / trace if trace else 0.0
+    width = moment.test.shape[1]
+    values = (found + (found**2 + 4 * lacking / width * found).sqrt()) / 2
+    return values, vectors, lacking / trace if trace else 0.0

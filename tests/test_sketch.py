@@ -64,7 +64,8 @@ def test_trace_and_leading_eigenvalues(kind: str) -> None:
     e, s = spectrum(exact, 1.0), spectrum(sketch, 1.0)
     assert s.trace == pytest.approx(e.trace, rel=1e-5)
     assert s.tokens == e.tokens
-    assert torch.allclose(s.values[:8], e.values[:8], rtol=0.08, atol=1e-6 * e.trace)
+    lead = min(8, s.rank)  # directions without energy are not found
+    assert torch.allclose(s.values[:lead], e.values[:lead], rtol=0.08, atol=1e-6 * e.trace)
     assert torch.allclose(s.basis @ s.basis.T, torch.eye(s.rank), atol=1e-3)
 
 
