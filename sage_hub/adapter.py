@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -198,6 +198,10 @@ class Merged(Checkpoint):
             base = stack.enter_context(self.adapter.base.open_shard(shard))
             adapter = stack.enter_context(self.adapter.open_shard(WEIGHTS))
             yield _MergedReader(base, adapter, self.adapter, self.headers[shard])
+
+    def passing(self, folder: Path) -> Merged:
+        base = self.adapter.base.passing(folder)
+        return replace(self, adapter=replace(self.adapter, base=base))
 
     def fingerprint(self, progress: Progress = SILENT) -> str:
         sides = {"base": self.adapter.base, "adapter": self.adapter}

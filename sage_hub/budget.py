@@ -54,15 +54,22 @@ class Budget:
 
 
 def plan_memory(
-    model: BlockModel, sites: Sequence[Site], settings: Settings, *, tokens: int, longest: int
+    model: BlockModel,
+    sites: Sequence[Site],
+    settings: Settings,
+    *,
+    tokens: int,
+    longest: int,
+    held: float = 0,
 ) -> Budget:
     """How to calibrate on `tokens` tokens, in rows of `longest` at most, with `settings.memory`.
 
+    `held` bytes of weights are in memory all the time, beside what a block takes.
     Hidden states give way first, to the disk; then, with moments "auto", the second moments of
     the largest sites, to sketches.
     """
     state = model.model.state_dict(keep_vars=True)
-    weights = float(
+    weights = held + float(
         sum(state[name].nbytes for name in model.shared)
         + max(sum(state[name].nbytes for name in block.parameters) for block in model.blocks)
         + max(tensor.nbytes for tensor in state.values())

@@ -46,7 +46,7 @@ from sage_hub.sites import Site, find_sites
 from sage_hub.spill import Spill
 from sage_hub.statistics import STORED_ENERGY, VERSION, Origin, StatisticsWriter, is_whole
 from sage_hub.versions import versions
-from sage_hub.weights import open_weights
+from sage_hub.weights import loaded_whole, open_weights
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,7 @@ def _calibrate(
             settings,
             tokens=sum(batch.ids.numel() for part in sets for batch in part.batches),
             longest=max(len(row.ids) for part in sets for row in part.rows),
+            held=checkpoint.weight_bytes if loaded_whole(checkpoint) else 0,
         )
         budget.check()
         writer = stack.enter_context(StatisticsWriter(path)) if ranks.first else None

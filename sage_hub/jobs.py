@@ -38,6 +38,7 @@ from sage_hub.settings import SETS, Settings
 from sage_hub.sites import find_sites
 from sage_hub.statistics import Ready, check_belongs, find_ready, open_statistics
 from sage_hub.versions import versions
+from sage_hub.weights import loaded_whole
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ def expect_calibration(base: Checkpoint, settings: Settings) -> tuple[Budget, in
         settings,
         tokens=sets * settings.max_tokens,
         longest=row_limit(base, settings.max_length),
+        held=base.weight_bytes if loaded_whole(base) else 0,
     )
     kept = sets * statistics_bytes(sites, found.sketched, settings.rank)
     return found, int(kept + found.spilled)

@@ -18,27 +18,23 @@ _POLL = 0.1  # seconds after which a waiting thread looks whether the other one 
 def ahead(items: Iterable[T], depth: int = DEPTH) -> Generator[Iterable[T], None, None]:
     """Run the iterator `items` in a thread, `depth` steps ahead; its errors arrive in their place.
 
-    When the block ends, however it ends, the thread has stopped and `items` is closed.
+    No step is begun before one of the last `depth` was taken. When the block ends, however it
+    ends, the thread has stopped and `items` is closed.
     """
-    waiting: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(depth)
+    waiting: queue.Queue[tuple[T] | BaseException | None] = queue.Queue()
+    free = threading.Semaphore(depth)
     stop = threading.Event()
 
-    def put(entry: tuple[T] | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                return waiting.put(entry, timeout=_POLL)
-            except queue.Full:
-                continue
-
     def work() -> None:
+        steps = iter(items)
         try:
-            for item in items:
-                put((item,))
-                if stop.is_set():
-                    break
-            put(None)
+            while not stop.is_set():
+                if free.acquire(timeout=_POLL):
+                    waiting.put((next(steps),))
+        except StopIteration:
+            waiting.put(None)
         except BaseException as error:
-            put(error)
+            waiting.put(error)
         finally:
             if isinstance(items, Generator):
                 items.close()
@@ -47,6 +43,7 @@ def ahead(items: Iterable[T], depth: int = DEPTH) -> Generator[Iterable[T], None
         while (entry := waiting.get()) is not None:
             if isinstance(entry, BaseException):
                 raise entry
+            free.release()
             yield entry[0]
 
     thread = threading.Thread(target=work, name="ahead", daemon=True)

@@ -5,7 +5,7 @@ As a checkpoint stores them, with an adapter in them, or part of the way from ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -52,27 +52,23 @@ def open_weights(
             yield lambda name: _blend(origin(name), stored(name), alpha)
 
 
-def row_by_row(architecture: Architecture, checkpoint: Checkpoint) -> bool:
-    """Whether every weight of the language model is rows of tensors of `checkpoint`.
+def loaded_whole(checkpoint: Checkpoint) -> bool:
+    """Whether transformers changes a weight when it loads it, which takes the whole model.
 
-    One that is not is changed by transformers when it loads it, which takes the whole model.
+    Otherwise every weight of the language model is rows of tensors of `checkpoint`.
     """
-    places = _places(architecture, checkpoint)
-    return all(
-        _is_whole(architecture, name, places)
-        for name in architecture.parameters
-        if not name.startswith(architecture.outside)
-    )
+    architecture = read_architecture(checkpoint)
+    return not _row_by_row(architecture, _places(architecture, checkpoint))
 
 
 @contextmanager
 def _stored(checkpoint: Checkpoint) -> Iterator[Weights]:
     architecture = read_architecture(checkpoint)
-    if not row_by_row(architecture, checkpoint):
+    places = _places(architecture, checkpoint)
+    if not _row_by_row(architecture, places):
         state = load_model(checkpoint).state_dict()
         yield lambda name: state[name].clone()
         return
-    places = _places(architecture, checkpoint)
 
     def read(name: str) -> Tensor:
         shape = architecture.parameters.get(name)
@@ -101,16 +97,20 @@ def _places(
     return {name: sorted(own, key=lambda at: at[0].start) for name, own in found.items()}
 
 
-def _is_whole(
-    architecture: Architecture, name: str, places: dict[str, list[tuple[Place, str]]]
+def _row_by_row(
+    architecture: Architecture, places: Mapping[str, Sequence[tuple[Place, str]]]
 ) -> bool:
-    own = places.get(name) or places.get(architecture.tied.get(name, ""), [])
-    reached = 0
-    for place, _ in own:
-        if place.start != reached:
+    for name, shape in architecture.parameters.items():
+        if name.startswith(architecture.outside):
+            continue
+        reached = 0
+        for place, _ in places.get(name) or places.get(architecture.tied.get(name, ""), ()):
+            if place.start != reached:
+                return False
+            reached = place.stop
+        if reached != row_count(shape):
             return False
-        reached = place.stop
-    return bool(own) and reached == row_count(architecture.parameters[name])
+    return True
 
 
 def _with_adapter(

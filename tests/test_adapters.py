@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.constants import HF_HUB_CACHE
 from loopback_hub import LoopbackHub
 from peft import LoraConfig, PeftModel, get_peft_model
 from pico import make_rows, make_tokenizer, write_rows
@@ -246,3 +247,18 @@ def test_push_an_adapter_from_hub_to_hub(hub: LoopbackHub, tmp_path: Path) -> No
     assert card.data.base_model_relation == "adapter"
     base = AutoModelForCausalLM.from_pretrained("org/base", dtype=torch.float32)
     PeftModel.from_pretrained(base, "org/unlearned-sage")
+
+
+def test_merge_with_low_disk_keeps_no_whole_base(hub: LoopbackHub, tmp_path: Path) -> None:
+    shutil.rmtree(HF_HUB_CACHE, ignore_errors=True)
+    make_adapter(tmp_path, "Llama")
+    for side in ("base", "unlearned"):
+        hub.add_repo(f"org/{side}", tmp_path / side)
+    arguments = ["--yes", "--quiet", "--retain", str(tmp_path / "retain.jsonl"), "--merge"]
+    assert main(["push", "org/base", "org/unlearned", *arguments, "--low-disk"]) == 0
+    assert {path.name for path in Path(HF_HUB_CACHE).rglob("*.safetensors")} <= {ADAPTER}
+    piecewise = hub.files("org/unlearned-sage")
+    assert main(["push", "org/base", "org/unlearned", *arguments, "--to", "org/whole"]) == 0
+    shards = [name for name in piecewise if name.startswith("model")]
+    assert len(shards) > 2
+    assert all(piecewise[name] == hub.files("org/whole")[name] for name in shards)

@@ -10,13 +10,13 @@ import torch
 from test_architectures import ARCHITECTURES, load, make_model
 from transformers import PreTrainedModel
 
-from sage_hub.architecture import empty_model
+from sage_hub.architecture import Architecture, empty_model
 from sage_hub.blocks import cut, open_blocks
 from sage_hub.checkpoint import Checkpoint, open_checkpoint
 from sage_hub.encoding import Batch
 from sage_hub.sites import find_sites
 from sage_hub.spill import Spill
-from sage_hub.weights import open_weights
+from sage_hub.weights import loaded_whole, open_weights
 
 
 def save(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
@@ -75,6 +75,23 @@ def test_a_model_that_does_something_between_its_layers_is_one_block(
         (block,) = model.blocks
         with model.holding(block, weights, head=True):
             assert torch.equal(model.run(block, batch, None, logits=True), expected)
+
+
+def test_weights_that_transformers_changes_come_from_the_loaded_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save("Mixtral", tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert not loaded_whole(checkpoint)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    with open_weights(checkpoint) as weights:
+        expected = weights(name)
+    monkeypatch.setattr(Architecture, "place", lambda *_: None)
+    assert loaded_whole(checkpoint)
+    with open_weights(checkpoint) as weights:
+        assert torch.equal(weights(name), expected)
+        weights(name).zero_()  # is nobody else's
+        assert torch.equal(weights(name), expected)
 
 
 def test_a_site_belongs_to_the_block_that_computes_its_input(tmp_path: Path) -> None:
