@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "audit": "release",
-    "collect_statistics": "release",
+    "collect_statistics": "collect",
     "push": "release",
     "sanitize": "release",
     "Release": "release",
@@ -25,10 +25,10 @@ _HOME = {
 __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
+    from sage_hub.collect import collect_statistics as collect_statistics
     from sage_hub.errors import SageHubError as SageHubError
     from sage_hub.release import Release as Release
     from sage_hub.release import audit as audit
-    from sage_hub.release import collect_statistics as collect_statistics
     from sage_hub.release import push as push
     from sage_hub.release import sanitize as sanitize
     from sage_hub.settings import Settings as Settings

@@ -157,9 +157,9 @@ def _run(args: argparse.Namespace, target: Any, options: dict[str, Any]) -> None
 
 
 def _stats(args: argparse.Namespace) -> None:
-    from sage_hub import release
+    from sage_hub.collect import collect_statistics
 
-    result = release.collect_statistics(
+    result = collect_statistics(
         args.model,
         args.output,
         to=args.to,

@@ -17,9 +17,9 @@ from sage_hub.adapter import open_unlearned
 from sage_hub.bias import summarize
 from sage_hub.calibrate import calibrate
 from sage_hub.checkpoint import Location, open_checkpoint
-from sage_hub.errors import SageHubError, UsageError
+from sage_hub.errors import SageHubError
 from sage_hub.evaluation import Evaluation, evaluate_release
-from sage_hub.hub import MANIFEST, Source, Upload, check_target
+from sage_hub.hub import MANIFEST, Source, Upload
 from sage_hub.jobs import (
     Job,
     check_given_statistics,
@@ -37,8 +37,7 @@ from sage_hub.progress import SILENT, Progress
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.record import make_manifest, make_report, read_record, write_json
 from sage_hub.settings import Settings
-from sage_hub.statistics import REPO_FILE as STATISTICS
-from sage_hub.statistics import Origin, Statistics, find_ready, open_statistics
+from sage_hub.statistics import Statistics, find_ready, open_statistics
 from sage_hub.verify import read_manifest, verify
 
 REPORT = "sage/report.json"
@@ -234,67 +233,6 @@ def write_release(
         if upload is None:
             work.finish(force=job.force)
     return Release(str(job.target.folder or work.output), manifest, report, job.warnings)
-
-
-def collect_statistics(
-    model: str,
-    output: str | Path | None = None,
-    *,
-    to: str | None = None,
-    settings: Settings = Settings(),  # noqa: B008 - frozen
-    stats_cache: str | Path | None = None,
-    ranks: Ranks = ALONE,
-    private: bool = False,
-    force: bool = False,
-    progress: Progress = SILENT,
-) -> dict[str, Any]:
-    """Calibrate `model` on the proxies of `settings`: into the file `output`, or the repo `to`.
-
-    Returns what the statistics belong to. The retain proxy defaults to the general-purpose one; a
-    forget proxy is taken in if there is one.
-    """
-    if (output is None) == (to is None):
-        raise UsageError("Statistics go into a file (--output) or a repo of the Hub (--to).")
-    settings = settings.resolve_device()
-    checkpoint = open_checkpoint(model)
-    proxies = read_proxies(replace(settings, heldout=None), calibrates=True)
-    if to is not None:
-        check_target(to, force=force, mark=STATISTICS)
-    with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
-        # All ranks read what the first one writes.
-        file = ranks.once(lambda: Path(scratch, STATISTICS)) if output is None else Path(output)
-        calibrate(
-            checkpoint,
-            proxies,
-            settings,
-            file,
-            weights=ranks.once(lambda: checkpoint.fingerprint(progress)),
-            cache=None if stats_cache is None else Path(stats_cache),
-            ranks=ranks,
-            progress=progress,
-        )
-        with open_statistics(file) as made:
-            origin = made.origin
-        result = {
-            "file": None if output is None else str(output),
-            "model": origin.model,
-            "commit": origin.commit,
-            "data": origin.published_data,
-        }
-        if to is None:
-            return result
-        return result | ranks.once(lambda: _publish_statistics(to, file, origin, private, force))
-
-
-def _publish_statistics(
-    to: str, file: Path, origin: Origin, private: bool, force: bool
-) -> dict[str, str]:
-    upload = Upload(to, private=private, force=force, mark=STATISTICS)
-    upload.add(STATISTICS, file)
-    readme = file.with_name("README.md")
-    readme.write_text(card.statistics_card(origin), encoding="utf-8")
-    upload.add("README.md", readme)
-    return {"location": upload.commit(f"Statistics of {origin.model}")}
 
 
 def audit(
