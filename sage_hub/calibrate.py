@@ -173,6 +173,8 @@ def _calibrate(
                         if writer is not None:
                             writer.add(part.name, site, found)
             place = places[1]
+            rows = sum(len(part.rows) for part in sets) * bar.n / total
+            bar.set_postfix_str(f"{rows / (bar.format_dict['elapsed'] or 1):.3g} row/s")
         if writer is not None:
             writer.finish(_origin(checkpoint, weights, sets, settings), sites)
         ranks.all(None)  # the file is there when the others go on
@@ -317,7 +319,7 @@ def _observe(
             view.observe_ends(sites, moments, states)
             if not block.finishes:
                 hidden.put(2 * number + places[1], states)
-            bar.update(int(batch.mask.sum()) / len(model.blocks))
+            bar.update(ranks.count * int(batch.mask.sum()) / len(model.blocks))
     _add_up(moments.values(), ranks)
     starved = [site for site in sites if site.expert and moments[site.name].tokens < site.size]
     moments |= {site.name: make(site) for site in starved}

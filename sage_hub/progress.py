@@ -32,7 +32,7 @@ class Progress:
             total=total,
             desc=what,
             unit=unit,
-            unit_scale=unit == "B",
+            unit_scale=unit in ("B", "tok"),
             disable=True if self.quiet else None,
             leave=False,
             file=sys.stderr,
