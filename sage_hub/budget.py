@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sage_hub.blocks import BlockModel
 from sage_hub.errors import OutOfMemoryError
 from sage_hub.moments import sketch_width
+from sage_hub.progress import in_bytes
 from sage_hub.settings import Settings
 from sage_hub.sites import Site
 
@@ -46,10 +47,11 @@ class Budget:
         """Raise OutOfMemoryError if there is an excess."""
         if self.excess:
             raise OutOfMemoryError(
-                f"Calibration takes {self.total / GB:.2g} GB at least (weights of a block "
-                f"{self.weights / GB:.2g}, a batch {self.activations / GB:.2g}, second moments "
-                f"{self.moments / GB:.2g}), and --memory allows {self.limit / GB:g}; use --moments "
-                "auto, lower --batch-size or --max-length, or raise --memory."
+                f"Calibration takes {in_bytes(self.total)} at least (libraries "
+                f"{in_bytes(RUNTIME)}, weights of a block {in_bytes(self.weights)}, a batch "
+                f"{in_bytes(self.activations)}, second moments {in_bytes(self.moments)}), and "
+                f"--memory allows {in_bytes(self.limit)}; raise it, use --moments sketch, or "
+                "lower --batch-size or --rank."
             )
 
 

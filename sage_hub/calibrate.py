@@ -208,6 +208,7 @@ def _read_sets(
 def _notes(sets: Sequence[_Set], sites: Sequence[Site], sketched: int) -> Iterator[str]:
     """What a person should know of the statistics."""
     for part in sets:
+        yield f"Calibrated on {len(part.rows)} rows of {part.name}, {part.tokens} tokens."
         if cut := part.about["rows_truncated"]:
             yield f"{cut} rows of the {part.name} proxy are longer than --max-length and were cut."
         wide = [site for site in sites if not site.diagonal and site.size > part.tokens]

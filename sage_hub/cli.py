@@ -412,7 +412,7 @@ def _parser() -> argparse.ArgumentParser:
     stats = add("stats", _stats, "Calibrate MODEL once and keep the statistics for --stats.")
     stats.add_argument("model", metavar="MODEL", help="Hub repo[@revision] or folder")
     where = stats.add_mutually_exclusive_group(required=True)
-    where.add_argument("--output", type=Path, metavar="FILE")
+    where.add_argument("--output", type=Path, metavar="FILE", help="write them into this file")
     where.add_argument("--to", metavar="REPO", help="publish them to this repo of the Hub")
     stats.add_argument("--private", action="store_true", help="create that repo private")
     stats.add_argument(

@@ -11,6 +11,7 @@ from sage_hub.checkpoint import Checkpoint
 from sage_hub.estimate import Estimate
 from sage_hub.jobs import Job
 from sage_hub.plan import Plan
+from sage_hub.progress import in_bytes
 from sage_hub.release import Release
 from sage_hub.settings import SETS
 from sage_hub.verify import Verification
@@ -43,7 +44,7 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
         ),
         (
             "needs",
-            f"{_size(plan.download_bytes)} to download, {_size(plan.output_bytes)} of disk for "
+            f"{in_bytes(plan.download_bytes)} to download, {in_bytes(plan.output_bytes)} of disk for "
             "the release",
         ),
     ]
@@ -51,7 +52,7 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
         lines += [("", line) for line in _calibration(job.calibration)]
     kept = plan.output_bytes if job.target.folder is not None else plan.largest_output
     if plan.download_bytes and not settings.low_disk:
-        lines.append(("", f"with --low-disk {_size(kept + plan.passing_bytes)} of disk in all"))
+        lines.append(("", f"with --low-disk {in_bytes(kept + plan.passing_bytes)} of disk in all"))
     lines += [("note", warning) for warning in job.warnings]
     lines += [("left behind", f"{name} ({reason})") for name, reason in plan.left_behind.items()]
     lines += [("problem", str(problem)) for problem in job.problems]
@@ -62,14 +63,14 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
 def _calibration(budget: Budget) -> Iterator[str]:
     """What calibration takes with proxies as long as the settings allow."""
     yield (
-        f"calibration: at most {_size(budget.total)} of memory (--memory {budget.limit / GB:g}): "
-        f"a block of weights {_size(budget.weights)}, a batch {_size(budget.activations)}, hidden "
-        f"states {_size(budget.hidden)}, second moments {_size(budget.moments)}"
+        f"calibration: at most {in_bytes(budget.total)} of memory (--memory {budget.limit / GB:g}): "
+        f"a block of weights {in_bytes(budget.weights)}, a batch {in_bytes(budget.activations)}, "
+        f"hidden states {in_bytes(budget.hidden)}, second moments {in_bytes(budget.moments)}"
     )
     if budget.sketched:
         yield f"{len(budget.sketched)} second moments are sketched, as exact ones don't fit"
     if budget.spilled:
-        yield f"{_size(budget.spilled)} of hidden states wait on disk"
+        yield f"{in_bytes(budget.spilled)} of hidden states wait on disk"
 
 
 def _operations_text(plan: Plan) -> str:
@@ -101,13 +102,13 @@ def plan_json(job: Job) -> dict[str, Any]:
 
 def forecast_text(found: Estimate) -> str:
     """What a run takes, a line per way to calibrate."""
-    header = ["moments", "statistics", "memory", "hidden on disk", "flops", "time here"]
+    header = ["second moments", "statistics", "memory", "spilled", "flops", "time here"]
     rows = [
         [
             mode.name,
-            f"≤ {_size(mode.statistics)}",
-            _size(mode.budget.total) + (" (too much)" if mode.budget.excess else ""),
-            _size(mode.budget.spilled),
+            f"≤ {in_bytes(mode.statistics)}",
+            in_bytes(mode.budget.total) + (" (too much)" if mode.budget.excess else ""),
+            in_bytes(mode.budget.spilled),
             f"{mode.forward + mode.moments + mode.decompositions:.2g}",
             _duration(mode.seconds),
         ]
@@ -115,16 +116,24 @@ def forecast_text(found: Estimate) -> str:
     ]
     return "\n".join(
         [
-            f"{found.parameters / 1e9:.3g} billion parameters, {found.sites} sites of up to "
-            f"{found.widest} features; a block of layers "
-            f"{_size(found.modes[0].budget.weights)}",
-            f"\nCalibration on {found.tokens} tokens:",
+            f"{_count(found.parameters)} parameters, {found.sites} places whose inputs are "
+            f"watched, of up to {found.widest} features; a block of layers takes "
+            f"{in_bytes(found.modes[0].budget.weights)}",
+            f"\nCalibration on at most {found.tokens} tokens (--max-tokens); the settings say "
+            f"{found.chosen}:",
             _table(header, rows),
-            f"\nThe pass over the weights: {_size(found.pass_bytes)} read and written, "
+            f"\nThe pass over the weights: {in_bytes(found.pass_bytes)} read and written, "
             f"{found.pass_flops:.2g} flops, {_duration(found.pass_seconds)}",
             f"Evaluation of four models on as many tokens: {_duration(found.evaluation_seconds)}",
         ]
     )
+
+
+def _count(number: float) -> str:
+    for unit, size in (("billion", 1e9), ("million", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
 
 
 def _duration(seconds: float) -> str:
@@ -232,7 +241,7 @@ def _side(checkpoint: Checkpoint) -> str:
     shards = len(checkpoint.headers)
     return (
         f"{checkpoint.name} ({where}, {shards} shard{'s' if shards > 1 else ''}, "
-        f"{_size(checkpoint.weight_bytes)})"
+        f"{in_bytes(checkpoint.weight_bytes)})"
     )
 
 
@@ -241,15 +250,6 @@ def _target(job: Job) -> str:
         return f"{job.target.folder} (local folder)"
     how = "a pull request" if job.create_pr else "one commit"
     return f"{job.target.repo} on the Hub, in {how}"
-
-
-def _size(count: float) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def _number(value: float | None) -> str:

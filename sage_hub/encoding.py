@@ -36,6 +36,11 @@ class Batch:
     answer: Tensor
     rows: tuple[int, ...]  # their places in the sequence that was batched
 
+    def row(self, line: int) -> Batch:
+        """One of its rows alone, without padding."""
+        own = slice(line, line + 1), slice(int(self.mask[line].sum()))
+        return Batch(self.ids[own], self.mask[own], self.answer[own], (self.rows[line],))
+
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The checkpoint's own tokenizer. Raises ArchitectureError if it has none that loads."""

@@ -70,6 +70,7 @@ class Estimate:
     widest: int  # features of the largest site
     tokens: int
     modes: tuple[Mode, ...]
+    chosen: str  # the mode that the settings say, but for a rank of theirs
     pass_flops: float  # over the weights
     pass_bytes: float  # read and written
     pass_seconds: float
@@ -114,6 +115,7 @@ def estimate(
         widest=max((site.size for site in dense), default=0),
         tokens=tokens,
         modes=tuple(modes),
+        chosen=settings.moments,
         pass_flops=products,
         pass_bytes=3 * size,
         # Hashing is half of what is done to every byte (docs/performance.md).

@@ -64,7 +64,7 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise NetworkError(
             f"{repo} is not in the local cache and the Hub cannot be reached; "
-            "check the network, HF_ENDPOINT and HF_HUB_OFFLINE."
+            f"check the network, HF_ENDPOINT and HF_HUB_OFFLINE. (A folder is written ./{repo}.)"
         ) from None
     except EntryNotFoundError as error:
         raise NotFoundError(f"A file is missing from {repo}: {first_line(error)}") from None
@@ -76,7 +76,8 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
         raise _explain_status(error, repo) from None
     except HTTPError as error:
         raise NetworkError(
-            f"The Hub did not answer about {repo} ({type(error).__name__}); try again."
+            f"The Hub did not answer about {repo} ({type(error).__name__}); try again. (A folder "
+            f"is written ./{repo}.)"
         ) from None
 
 

@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from sage_hub.blocks import BlockModel
+from sage_hub.blocks import Block, BlockModel
 from sage_hub.encoding import Batch, Encoded, batches
 from sage_hub.progress import SILENT, Progress
 from sage_hub.ranks import ALONE, Ranks
@@ -65,26 +65,32 @@ def answer_losses(
         for block in model.blocks:
             with model.holding(block, weights, head=True):
                 for number, batch in enumerate(own):
-                    states = model.run(block, batch, hidden.get(number), logits=True)
+                    before = hidden.get(number)
                     if block.finishes:
-                        losses |= zip(batch.rows, _losses(states, batch), strict=True)
+                        losses |= _losses(model, block, batch, before)
                     else:
-                        hidden.put(number, states)
+                        hidden.put(number, model.run(block, batch, before))
                     bar.update(ranks.count * len(batch.rows) / len(model.blocks))
     everything = {place: found for part in ranks.all(losses) for place, found in part.items()}
     return [everything[place] for place in range(len(rows))]
 
 
-def _losses(logits: Tensor, batch: Batch) -> Iterator[tuple[float, int]]:
-    for line in range(len(batch.rows)):
-        answer = batch.answer[line, 1:].to(logits.device)
+def _losses(
+    model: BlockModel, block: Block, batch: Batch, before: Tensor | None
+) -> Iterator[tuple[int, tuple[float, int]]]:
+    """Place of each row -> its loss and tokens, from what the last block makes of `before`."""
+    for line, place in enumerate(batch.rows):
+        row = batch.row(line)
+        answer = row.answer[0, 1:]
         if not answer.any():
-            yield math.nan, 0
+            yield place, (math.nan, 0)
             continue
-        # Row by row, so that float32 logits of a whole batch never exist at once.
-        ids = batch.ids[line, 1:].to(logits.device)
-        loss = torch.nn.functional.cross_entropy(logits[line, :-1][answer].float(), ids[answer])
-        yield float(loss), int(answer.sum())
+        # Row by row, so that the logits of a whole batch never exist at once.
+        states = None if before is None else before[line : line + 1, : row.ids.shape[1]]
+        logits = model.run(block, row, states, logits=True)[0]
+        wanted = row.ids[0, 1:][answer].to(logits.device)
+        chosen = logits[:-1][answer.to(logits.device)].float()
+        yield place, (float(torch.nn.functional.cross_entropy(chosen, wanted)), len(wanted))
 
 
 def evaluate(

@@ -47,4 +47,13 @@ class Progress:
                 bar.update()
 
 
+def in_bytes(count: float) -> str:
+    """Bytes as people write them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 SILENT = Progress(quiet=True)

@@ -70,9 +70,14 @@ def find_ready(text: str | Path) -> Ready:
     Raises NotFoundError or AccessError.
     """
     path = Path(text).expanduser()
-    if path.suffix == ".safetensors" or path.is_file() or not REPO.fullmatch(str(text)):
+    local = str(text).startswith(("./", "../", "/", "~")) or path.suffix == ".safetensors"
+    if local or path.exists() or not REPO.fullmatch(str(text)):
         if not path.is_file():
-            raise NotFoundError(f"The statistics file {text} does not exist.")
+            wrong = "is a folder" if path.is_dir() else "does not exist"
+            raise NotFoundError(
+                f"The statistics file {text} {wrong}; --stats takes a file that `sage-hub stats` "
+                "has written, or a repo of the Hub."
+            )
         return Ready(path.name, lambda: path, lambda: file_sha256(path), 0)
     repo, _, revision = str(text).partition("@")
     files = HubFiles(repo, revision or None)

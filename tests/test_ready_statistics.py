@@ -99,5 +99,7 @@ def test_a_repo_that_is_no_place_for_statistics(
     sides = [str(pair / "base"), str(pair / "unlearned"), "--quiet", "--to", "org/x"]
     assert main(["push", *sides, "--stats", "org/model"]) == 10
     assert "has no statistics.safetensors" in capsys.readouterr().err
-    assert main(["push", *sides, "--stats", "./nowhere.safetensors"]) == 10
-    assert "does not exist" in capsys.readouterr().err
+    for wrong in ("./nowhere.safetensors", "./nowhere", "../nowhere", "nowhere", str(pair)):
+        assert main(["push", *sides, "--stats", wrong]) == 10
+        err = capsys.readouterr().err
+        assert ("is a folder" if wrong == str(pair) else "does not exist") in err
