@@ -44,8 +44,8 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
         ),
         (
             "needs",
-            f"{in_bytes(plan.download_bytes)} to download, {in_bytes(plan.output_bytes)} of disk for "
-            "the release",
+            f"{in_bytes(plan.download_bytes)} to download, {in_bytes(plan.output_bytes)} of disk "
+            "for the release",
         ),
     ]
     if job.calibration is not None:
@@ -63,8 +63,8 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
 def _calibration(budget: Budget) -> Iterator[str]:
     """What calibration takes with proxies as long as the settings allow."""
     yield (
-        f"calibration: at most {in_bytes(budget.total)} of memory (--memory {budget.limit / GB:g}): "
-        f"a block of weights {in_bytes(budget.weights)}, a batch {in_bytes(budget.activations)}, "
+        f"calibration: at most {in_bytes(budget.total)} of memory (--memory "
+        f"{budget.limit / GB:g}): a block of weights {in_bytes(budget.weights)}, a batch {in_bytes(budget.activations)}, "
         f"hidden states {in_bytes(budget.hidden)}, second moments {in_bytes(budget.moments)}"
     )
     if budget.sketched:
