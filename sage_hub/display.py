@@ -62,10 +62,16 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
 
 def _calibration(budget: Budget) -> Iterator[str]:
     """What calibration takes with proxies as long as the settings allow."""
+    parts = {
+        "a block of weights": budget.weights,
+        "a batch": budget.activations,
+        "hidden states": budget.hidden,
+        "second moments": budget.moments,
+    }
+    spent = ", ".join(f"{name} {in_bytes(size)}" for name, size in parts.items())
     yield (
         f"calibration: at most {in_bytes(budget.total)} of memory (--memory "
-        f"{budget.limit / GB:g}): a block of weights {in_bytes(budget.weights)}, a batch {in_bytes(budget.activations)}, "
-        f"hidden states {in_bytes(budget.hidden)}, second moments {in_bytes(budget.moments)}"
+        f"{budget.limit / GB:g}): {spent}"
     )
     if budget.sketched:
         yield f"{len(budget.sketched)} second moments are sketched, as exact ones don't fit"
