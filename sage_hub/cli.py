@@ -40,7 +40,22 @@ def _together(args: argparse.Namespace) -> int:
     with joined() as args.ranks:
         args.quiet = args.quiet or not args.ranks.first
         with redirect_stdout(sys.stdout if args.ranks.first else io.StringIO()):
-            return _run_command(args)
+            status = _run_command(args)
+        if status == 0:
+            status = _leave_together(args.ranks)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of the process group may abort an interpreter that shuts down, after all was done.
+    os._exit(status)
+
+
+def _leave_together(ranks: Any) -> int:
+    """Wait for the others, because a group that falls apart is an error to those still in it."""
+    try:
+        ranks.all(None)
+    except SageHubError as error:
+        return _fail(str(error), error.status)
+    return 0
 
 
 def _run_command(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import multiprocessing
 import os
@@ -172,6 +173,7 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a disk of its own takes the right to mount; the next test stands in")
     yield folder
+    gc.collect()  # the frames of the error hold pages of the disk mapped, as long as they live
     subprocess.run(["umount", str(folder)], check=True)
 
 
