@@ -27,7 +27,7 @@ from sage_hub.tensorfile import TensorReader, TensorWriter, dtype_name, file_sha
 REPO_FILE = "statistics.safetensors"  # in a repo of the Hub
 REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 FORMAT = "sage-hub-statistics"
-VERSION = "1"
+VERSION = "2"
 
 # Directions are stored up to this energy even where the filter uses fewer, because a bias is
 # exact only along stored directions.
