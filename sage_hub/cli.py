@@ -386,34 +386,7 @@ def _parser() -> argparse.ArgumentParser:
     sanitize.add_argument("--output", type=Path, required=True, metavar="DIR")
     sanitize.set_defaults(private=False, create_pr=False)
     for command in (push, sanitize):
-        command.add_argument(
-            "--force", action="store_true", help="replace a target that sage-hub did not make"
-        )
-        command.add_argument(
-            "--out-dtype",
-            choices=("bfloat16", "float16", "float32", "float64"),
-            default=argparse.SUPPRESS,
-            help="store the release in this type (default: as the unlearned side does)",
-        )
-        command.add_argument(
-            "--low-disk",
-            action="store_true",
-            default=argparse.SUPPRESS,
-            help="keep a shard of each side at a time; evaluates nothing",
-        )
-        command.add_argument(
-            "--merge",
-            action="store_true",
-            default=argparse.SUPPRESS,
-            help="where UNLEARNED is an adapter: write the whole model, not an adapter",
-        )
-        command.add_argument(
-            "--dry-run", action="store_true", help="show the plan and its problems, and stop"
-        )
-        command.add_argument(
-            "--verbose", "-v", action="store_true", help="list the plan tensor by tensor"
-        )
-        command.add_argument("--yes", "-y", action="store_true", help="don't ask before publishing")
+        _add_release_options(command)
         _add_settings(command, "retain", "forget", "heldout")
 
     plan = add("plan", _plan, "Show what a run takes, without running it; from headers alone.")
@@ -433,6 +406,7 @@ def _parser() -> argparse.ArgumentParser:
     stats.add_argument(
         "--force", action="store_true", help="replace a repo that holds something else"
     )
+    _add_stats_cache(stats)
     _add_settings(stats, "retain", "forget", skip=("strength", "gain", "parameters"))
 
     audit = add("audit", _audit, "Show how much the update disturbs what should be kept.")
@@ -472,18 +446,54 @@ def _add_sources(command: argparse.ArgumentParser) -> None:
         metavar="FILE|REPO",
         help="ready statistics of BASE, from sage-hub stats: a file or Hub repo[@revision]",
     )
+    _add_stats_cache(command)
+
+
+def _add_release_options(command: argparse.ArgumentParser) -> None:
+    """Options of the commands that make a release."""
+    command.add_argument(
+        "--force", action="store_true", help="replace a target that sage-hub did not make"
+    )
+    command.add_argument(
+        "--out-dtype",
+        choices=("bfloat16", "float16", "float32", "float64"),
+        default=argparse.SUPPRESS,
+        help="store the release in this type (default: as the unlearned side does)",
+    )
+    command.add_argument(
+        "--low-disk",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="keep a shard of each side at a time; evaluates nothing",
+    )
+    command.add_argument(
+        "--merge",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="where UNLEARNED is an adapter: write the whole model, not an adapter",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="show the plan and its problems, and stop"
+    )
+    command.add_argument(
+        "--verbose", "-v", action="store_true", help="list the plan tensor by tensor"
+    )
+    command.add_argument("--yes", "-y", action="store_true", help="don't ask before publishing")
+
+
+def _add_stats_cache(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--stats-cache",
+        type=Path,
+        metavar="DIR",
+        help="take statistics from this folder if they are there, else leave them there",
+    )
 
 
 def _add_settings(command: argparse.ArgumentParser, *sets: str, skip: Sequence[str] = ()) -> None:
     """Options of `sage_hub.settings.Settings`; absent ones stay absent, so sage.yaml can speak."""
     absent = argparse.SUPPRESS
     if sets:
-        command.add_argument(
-            "--stats-cache",
-            type=Path,
-            metavar="DIR",
-            help="take statistics from this folder if they are there, else leave them there",
-        )
         command.add_argument(
             "--config", metavar="FILE", help="settings file (default: sage.yaml, see the README)"
         )

@@ -48,8 +48,8 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
             "for the release",
         ),
     ]
-    if job.calibration is not None:
-        lines += [("", line) for line in _calibration(job.calibration)]
+    if job.memory is not None:
+        lines += [("", line) for line in _memory(job.memory)]
     kept = plan.output_bytes if job.target.folder is not None else plan.largest_output
     if plan.download_bytes and not settings.low_disk:
         lines.append(("", f"with --low-disk {in_bytes(kept + plan.passing_bytes)} of disk in all"))
@@ -60,8 +60,8 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
     return f"{_operations_text(plan)}\n\n{text}" if verbose else text
 
 
-def _calibration(budget: Budget) -> Iterator[str]:
-    """What calibration takes with proxies as long as the settings allow."""
+def _memory(budget: Budget) -> Iterator[str]:
+    """What calibration and evaluation take with proxies as long as the settings allow."""
     parts = {
         "a block of weights": budget.weights,
         "a batch": budget.activations,
@@ -69,10 +69,7 @@ def _calibration(budget: Budget) -> Iterator[str]:
         "second moments": budget.moments,
     }
     spent = ", ".join(f"{name} {in_bytes(size)}" for name, size in parts.items())
-    yield (
-        f"calibration: at most {in_bytes(budget.total)} of memory (--memory "
-        f"{budget.limit / GB:g}): {spent}"
-    )
+    yield (f"at most {in_bytes(budget.total)} of memory (--memory {budget.limit / GB:g}): {spent}")
     if budget.sketched:
         yield f"{len(budget.sketched)} second moments are sketched, as exact ones don't fit"
     if budget.spilled:
@@ -101,7 +98,7 @@ def plan_json(job: Job) -> dict[str, Any]:
     return {
         "plan": job.plan.describe(),
         "settings": job.settings.describe(),
-        "calibration": None if job.calibration is None else job.calibration.describe(),
+        "memory": None if job.memory is None else job.memory.describe(),
         "problems": [{"status": p.status, "message": str(p)} for p in job.problems],
     }
 

@@ -50,7 +50,7 @@ class Job:
     proxies: Mapping[str, Proxy]  # those of retain, forget, heldout that there are
     fingerprints: Mapping[str, str]  # "tokenizer"; "base" and "unlearned" once weights are checked
     statistics: Ready | None  # instead of calibrating
-    calibration: Budget | None  # what calibrating takes, about; None with ready statistics
+    memory: Budget | None  # what calibration and evaluation take, at most
     target: Location
     stats_cache: Path | None = None  # where statistics are looked for and kept
     ranks: Ranks = ALONE  # the processes that do it together
@@ -105,9 +105,9 @@ def survey(
     plan = make_plan(**sides, parameters=settings.parameters).stored_as(settings.stored_dtype)
     sources = [parse_location(side).folder for side in (base, unlearned)]
     proxies: dict[str, Proxy] = {}
-    calibration, room = None, 0
-    if ready is None:
-        calibration, room = expect_calibration(plan.base, settings)
+    memory, room = expect_calibration(plan.base, settings)
+    if ready is not None:
+        memory = replace(memory, moments=0, sketched=frozenset())
 
     def read_sets() -> None:
         proxies.update(read_proxies(settings, calibrates=ready is None))
@@ -136,7 +136,7 @@ def survey(
         proxies,
         fingerprints,
         ready,
-        calibration,
+        memory,
         target,
         None if stats_cache is None else Path(stats_cache),
         ranks,
