@@ -19,15 +19,7 @@ from sage_hub.architecture import empty_model
 from sage_hub.blocks import Block, BlockModel, open_blocks
 from sage_hub.budget import plan_memory
 from sage_hub.checkpoint import Checkpoint, digest
-from sage_hub.encoding import (
-    Batch,
-    Encoded,
-    batches,
-    encode,
-    load_tokenizer,
-    row_limit,
-    take_tokens,
-)
+from sage_hub.encoding import Batch, Encoded, batches, row_limit, take_rows
 from sage_hub.moments import (
     AxisMoment,
     Moment,
@@ -186,13 +178,9 @@ def _read_sets(
     checkpoint: Checkpoint, proxies: Mapping[str, Proxy], settings: Settings
 ) -> list[_Set]:
     """The proxies as tokens, as many as the settings allow."""
-    tokenizer = load_tokenizer(checkpoint)
-    limit = row_limit(checkpoint, settings.max_length)
     sets = []
     for which, proxy in proxies.items():
-        rows = encode(proxy, tokenizer, chat_template=settings.chat_template, max_length=limit)
-        places = take_tokens(rows, settings.max_tokens, settings.seed)
-        used = [rows[place] for place in places]
+        used, places = take_rows(proxy, checkpoint, settings)
         about = {
             **proxy.describe(),
             "rows_used": len(used),

@@ -15,6 +15,7 @@ from sage_hub.architecture import quiet_transformers
 from sage_hub.checkpoint import Checkpoint
 from sage_hub.errors import ArchitectureError, ProxyError, first_line
 from sage_hub.proxies import Proxy, Row
+from sage_hub.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,20 @@ def take_tokens(rows: Sequence[Encoded], max_tokens: int, seed: int) -> list[int
             break
         chosen.append(place)
     return sorted(chosen)
+
+
+def take_rows(
+    proxy: Proxy, checkpoint: Checkpoint, settings: Settings
+) -> tuple[list[Encoded], list[int]]:
+    """The rows of `proxy` that the settings allow, as tokens of `checkpoint`, and their places."""
+    rows = encode(
+        proxy,
+        load_tokenizer(checkpoint),
+        chat_template=settings.chat_template,
+        max_length=row_limit(checkpoint, settings.max_length),
+    )
+    places = take_tokens(rows, settings.max_tokens, settings.seed)
+    return [rows[place] for place in places], places
 
 
 def batches(rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:

@@ -11,7 +11,7 @@ from typing import Any
 from sage_hub.blocks import open_blocks
 from sage_hub.budget import GB
 from sage_hub.checkpoint import Checkpoint
-from sage_hub.encoding import Encoded, encode, load_tokenizer, row_limit, take_tokens
+from sage_hub.encoding import Encoded, take_rows
 from sage_hub.errors import ArchitectureError
 from sage_hub.metrics import Result, evaluate
 from sage_hub.plan import Plan
@@ -54,29 +54,20 @@ def evaluate_release(
     memory has no room for wait in the folder `scratch`. The same rows and the base's tokenizer
     for all, one block of one model in memory at a time.
     """
-    tokenizer = load_tokenizer(plan.base)
-    limit = row_limit(plan.base, settings.max_length)
     sets: dict[str, list[Encoded]] = {}
     data: dict[str, dict[str, Any]] = {}
-    not_run = []
-    for which in SETS:
-        proxy = proxies.get(which)
-        if proxy is None:
-            not_run.append({"what": f"{which} metrics", "reason": f"no --{which} was given"})
-            continue
-        rows = encode(
-            proxy,
-            tokenizer,
-            chat_template=settings.chat_template,
-            max_length=limit,
-        )
-        places = take_tokens(rows, settings.max_tokens, settings.seed)
-        sets[which] = [rows[place] for place in places]
+    for which, proxy in proxies.items():
+        sets[which], _ = take_rows(proxy, plan.base, settings)
         data[which] = {
             **proxy.describe(),
-            "rows_used": len(places),
+            "rows_used": len(sets[which]),
             "seen_by_calibration": proxy.fingerprint in calibrated,
         }
+    not_run = [
+        {"what": f"{which} metrics", "reason": f"no --{which} was given"}
+        for which in SETS
+        if which not in proxies
+    ]
     not_run.append(
         {
             "what": "robustness to quantization and relearning",
