@@ -17,7 +17,13 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sage_hub.errors import DiskSpaceError, OutOfMemoryError, SageHubError, first_line
+from sage_hub.errors import (
+    DiskSpaceError,
+    GateError,
+    OutOfMemoryError,
+    SageHubError,
+    first_line,
+)
 from sage_hub.options import make_parser
 from sage_hub.progress import Progress
 
@@ -164,7 +170,17 @@ def _run(args: argparse.Namespace, target: Any, options: dict[str, Any]) -> None
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             progress.note("Nothing was done.")
             return
-    done = release.run(job, progress)
+    try:
+        done = release.run(job, progress)
+    except GateError as error:
+        _print_release(args, error.release)
+        raise
+    _print_release(args, done)
+
+
+def _print_release(args: argparse.Namespace, done: Any) -> None:
+    from sage_hub import display
+
     if args.json:
         _print_json(display.release_json(done))
     else:
@@ -191,8 +207,35 @@ def _stats(args: argparse.Namespace) -> None:
         print(result.get("location") or args.output)
 
 
+def _eval(args: argparse.Namespace) -> None:
+    from sage_hub import display
+    from sage_hub.compare import evaluate_models
+
+    report = evaluate_models(
+        args.models,
+        settings=_settings(args, None),
+        ranks=_ranks(args),
+        progress=_progress(args),
+    )
+    if args.json:
+        _print_json(report)
+    else:
+        print(display.evaluation_text(report))
+
+
+def _card(args: argparse.Namespace) -> None:
+    from sage_hub.card import rewrite
+
+    written = rewrite(args.release, getattr(args, "card_template", None))
+    if args.json:
+        _print_json({"card": str(written)})
+    else:
+        print(written)
+
+
 def _audit(args: argparse.Namespace) -> None:
     from sage_hub import display, release
+    from sage_hub.page import audit_page
 
     result = release.audit(
         args.base,
@@ -202,6 +245,8 @@ def _audit(args: argparse.Namespace) -> None:
         stats_cache=args.stats_cache,
         progress=_progress(args),
     )
+    if args.html is not None:
+        args.html.write_text(audit_page(result), encoding="utf-8")
     if args.json:
         _print_json(result)
     else:
@@ -316,6 +361,8 @@ COMMANDS = {
     "plan": _plan,
     "stats": _stats,
     "audit": _audit,
+    "eval": _eval,
+    "card": _card,
     "verify": _verify,
     "demo": _demo,
 }

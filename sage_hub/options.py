@@ -16,10 +16,11 @@ def _gain(text: str) -> float | str:
 
 _gain.__name__ = "number or 'match'"  # argparse shows it in "invalid ... value"
 
+METHOD = ("strength", "energy", "rank", "gain", "moments")  # what evaluation does not ask for
 PROXY_HELP = (
     "A proxy is a .jsonl, .json, .csv, .parquet or .txt file, or "
     "hf://datasets/org/name[@revision][/file][?config=NAME&split=NAME], with the columns "
-    "question/answer, prompt/completion, messages or text."
+    "question/answer, prompt/completion, question/choices/answer, messages or text."
 )
 EPILOG = {
     "push": """examples:
@@ -39,6 +40,13 @@ EPILOG = {
   sage-hub push org/base org/unlearned --stats org/base-sage-stats""",
     "audit": """example:
   sage-hub audit org/base org/unlearned --retain retain.jsonl --strength 10""",
+    "eval": """examples:
+  sage-hub eval org/base org/unlearned --forget forget.jsonl --heldout heldout.jsonl
+  sage-hub eval ./base ./unlearned ./release --forget forget.jsonl --heldout heldout.jsonl \\
+      --reference org/retain-only --bystander world_facts=facts.jsonl --robustness""",
+    "card": """examples:
+  sage-hub card ./release
+  sage-hub card ./release --card-template short""",
     "verify": """examples:
   sage-hub verify ./release
   sage-hub verify org/unlearned-sage
@@ -63,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
         return commands.add_parser(
             name,
             help=what,
-            description=what if name in ("demo", "verify") else f"{what} {PROXY_HELP}",
+            description=what if name in ("demo", "verify", "card") else f"{what} {PROXY_HELP}",
             epilog=EPILOG[name],
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -87,6 +95,8 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (push, sanitize):
         _add_release_options(command)
         _add_settings(command, "retain", "forget", "heldout")
+        _add_evaluation(command)
+        _add_record(command)
 
     plan = add("plan", "Show what a run takes, without running it; from headers alone.")
     plan.add_argument("base", metavar="BASE", help="repo[@revision] or folder, or a config alone")
@@ -113,7 +123,22 @@ def make_parser() -> argparse.ArgumentParser:
     audit.add_argument(
         "--top", type=int, default=15, metavar="N", help="modules to show (default: 15)"
     )
+    audit.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page with pictures into this file too"
+    )
     _add_settings(audit, "retain", "forget", skip=("gain",))
+
+    evaluate = add("eval", "Evaluate models on the same rows and compare them with the first.")
+    evaluate.add_argument(
+        "models", metavar="MODEL", nargs="+", help="Hub repo[@revision] or folder"
+    )
+    _add_settings(evaluate, "retain", "forget", "heldout", skip=(*METHOD, "parameters"))
+    _add_evaluation(evaluate)
+
+    card = add("card", "Write the card of a release in a folder again, from its record.")
+    card.add_argument("release", metavar="DIR", type=Path)
+    _add_card_template(card)
+    _add_output_options(card)
 
     verify = add("verify", "Compare every file of RELEASE with its manifest.")
     verify.add_argument("release", metavar="RELEASE", help="Hub repo[@revision] or folder")
@@ -180,6 +205,96 @@ def _add_release_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--yes", "-y", action="store_true", help="don't ask before publishing")
 
 
+def _add_evaluation(command: argparse.ArgumentParser) -> None:
+    """Options of the commands that evaluate models."""
+    absent: Any = argparse.SUPPRESS
+    command.add_argument(
+        "--unseen",
+        metavar="PROXY",
+        default=absent,
+        help="what no model was trained on, for PrivLeak",
+    )
+    command.add_argument(
+        "--bystander",
+        dest="bystanders",
+        metavar="NAME=PROXY",
+        action=_Named,
+        default=absent,
+        help="one more set to evaluate on; again for more",
+    )
+    command.add_argument(
+        "--reference",
+        metavar="MODEL",
+        default=absent,
+        help="a model that never saw the forget set, for forget quality and PrivLeak",
+    )
+    command.add_argument(
+        "--suite",
+        choices=("auto", "tofu", "muse", "choice", "text"),
+        default=absent,
+        help="which metrics (default: auto, by the columns of each set)",
+    )
+    command.add_argument(
+        "--generate-rows",
+        type=int,
+        metavar="N",
+        default=absent,
+        help="rows of each set whose answers are generated, for ROUGE; 0: none (default: 100)",
+    )
+    command.add_argument(
+        "--robustness",
+        action="store_true",
+        default=absent,
+        help="evaluate after int8 and int4 rounding, after relearning, and on other wordings",
+    )
+    command.add_argument(
+        "--lm-eval", metavar="TASKS", default=absent, help="run these tasks of lm-eval too: a,b"
+    )
+
+
+def _add_record(command: argparse.ArgumentParser) -> None:
+    """Options of what is said of a release."""
+    absent: Any = argparse.SUPPRESS
+    command.add_argument(
+        "--gate",
+        dest="gates",
+        metavar="CONDITION",
+        action="append",
+        default=absent,
+        help="stop unless it is met, as 'heldout.probability >= base - 0.02'; again for more",
+    )
+    command.add_argument(
+        "--results",
+        metavar="MODEL=PATH",
+        action=_Named,
+        default=absent,
+        help="results of open-unlearning or lm-eval for base, unlearned or sanitized",
+    )
+    _add_card_template(command)
+
+
+def _add_card_template(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--card-template",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="a Jinja template for the card, or 'short'",
+    )
+
+
+class _Named(argparse.Action):
+    """Options NAME=VALUE, gathered in a dict."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        name, _, value = values.partition("=")
+        if not (name and value):
+            parser.error(f"argument {option}: expected {self.metavar}, not {values!r}")
+        gathered = dict(getattr(namespace, self.dest, {}))
+        setattr(namespace, self.dest, gathered | {name: value})
+
+
 def _add_stats_cache(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--stats-cache",
@@ -224,12 +339,14 @@ def _add_settings(command: argparse.ArgumentParser, *sets: str, skip: Sequence[s
     add("device", str, "DEVICE", "cpu, cuda, mps (default: cuda if there is one)")
     add("seed", int, "N", "for the choice of rows (default: 0)")
     add("memory", float, "GB", "what calibration and evaluation may take (default: 8)")
-    command.add_argument(
-        "--moments",
-        choices=("auto", "exact", "sketch"),
-        default=absent,
-        help="second moments exact or sketched; auto: exact where --memory allows (default: auto)",
-    )
+    if "moments" not in skip:
+        command.add_argument(
+            "--moments",
+            choices=("auto", "exact", "sketch"),
+            default=absent,
+            help="second moments exact or sketched; auto: exact where --memory allows "
+            "(default: auto)",
+        )
     if "parameters" not in skip:
         command.add_argument(
             "--parameters",
