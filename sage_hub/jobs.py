@@ -15,7 +15,7 @@ from sage_hub import card
 from sage_hub.adapter import open_unlearned
 from sage_hub.architecture import empty_model
 from sage_hub.blocks import cut
-from sage_hub.budget import Budget, plan_memory, statistics_bytes
+from sage_hub.budget import GB, Budget, plan_memory, statistics_bytes
 from sage_hub.checkpoint import (
     Checkpoint,
     Location,
@@ -25,12 +25,19 @@ from sage_hub.checkpoint import (
     parse_location,
 )
 from sage_hub.encoding import row_limit
-from sage_hub.errors import NothingToDoError, SageHubError, StatisticsError, UsageError
+from sage_hub.environment import machine_memory
+from sage_hub.errors import (
+    NothingToDoError,
+    OutOfMemoryError,
+    SageHubError,
+    StatisticsError,
+    UsageError,
+)
 from sage_hub.estimate import Estimate, estimate, probe
 from sage_hub.hub import check_target
 from sage_hub.output import check_disk, check_output
 from sage_hub.plan import Plan, make_plan
-from sage_hub.progress import SILENT, Progress
+from sage_hub.progress import SILENT, Progress, in_bytes
 from sage_hub.proxies import Proxy, check_disjoint, read_proxy
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.record import describe_source
@@ -53,6 +60,7 @@ class Job:
     memory: Budget | None  # what calibration and evaluation take, at most
     target: Location
     stats_cache: Path | None = None  # where statistics are looked for and kept
+    record: Path | None = None  # where card and record are left too
     ranks: Ranks = ALONE  # the processes that do it together
     private: bool = False
     create_pr: bool = False
@@ -126,6 +134,8 @@ def survey(
         ),
         read_sets,
     ]
+    if ready is None:
+        checks.append(lambda: _check_memory(plan.base, settings))
     if plan.base.commit and plan.unlearned.commit:  # the Hub knows the hashes
         checks.append(lambda: _fingerprints(plan, SILENT))
     problems = [*plan.problems, *_failures(checks)]
@@ -139,10 +149,10 @@ def survey(
         memory,
         target,
         None if stats_cache is None else Path(stats_cache),
-        ranks,
-        private,
-        create_pr,
-        force,
+        ranks=ranks,
+        private=private,
+        create_pr=create_pr,
+        force=force,
     )
     return replace(job, problems=tuple(problems), warnings=tuple(_warnings(job)))
 
@@ -163,6 +173,26 @@ def expect_calibration(base: Checkpoint, settings: Settings) -> tuple[Budget, in
     )
     kept = sets * statistics_bytes(sites, found.sketched, settings.rank)
     return found, int(kept + found.spilled)
+
+
+def _check_memory(base: Checkpoint, settings: Settings) -> None:
+    """Raise OutOfMemoryError if even a single token is too much to calibrate on, here."""
+    model = empty_model(base)
+    least = plan_memory(
+        cut(model),
+        find_sites(model),
+        settings,
+        tokens=0,
+        longest=1,
+        held=base.weight_bytes if loaded_whole(base) else 0,
+    )
+    least.check()
+    available = machine_memory()
+    if available is not None and least.total > available:
+        raise OutOfMemoryError(
+            f"Calibration takes {in_bytes(least.total)} of memory at least, and this machine has "
+            f"{in_bytes(available)}; use a larger one, or --stats made on one."
+        )
 
 
 def forecast(base: str, settings: Settings) -> Estimate:
@@ -303,6 +333,12 @@ def _warnings(job: Job) -> Iterator[str]:
         yield (
             "The retain proxy is the general-purpose one that comes with sage-hub. A few hundred "
             "rows of your own domain, given with --retain, protect what you care for better."
+        )
+    available = machine_memory()
+    if available is not None and job.settings.memory * GB > available:
+        yield (
+            f"--memory allows {job.settings.memory:g} GB, and this machine has "
+            f"{in_bytes(available)}; give less, or the system may end the run."
         )
     yield from card.licence_warnings(job.plan)
     unlearned = job.plan.unlearned

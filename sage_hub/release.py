@@ -31,7 +31,7 @@ from sage_hub.jobs import (
     survey,
     workspace,
 )
-from sage_hub.output import Work, carry_files, working_on
+from sage_hub.output import Work, carry_files, leave_record, working_on
 from sage_hub.plan import Plan, make_plan
 from sage_hub.progress import SILENT, Progress
 from sage_hub.ranks import ALONE, Ranks
@@ -160,6 +160,7 @@ def finished_release(
     if verify(str(work.output), progress).differences:
         return None
     progress.note(f"{work.output} holds this very release already; it is not made again.")
+    leave_record(work.output, job.record)
     return Release(str(job.target.folder or work.output), manifest, report, job.warnings)
 
 
@@ -230,6 +231,7 @@ def write_release(
         write_json(folder / MANIFEST, manifest)
         write_json(folder / REPORT, report)
         card.write_card(folder, plan, manifest, report, name=job.target.name, warnings=job.warnings)
+        leave_record(folder, job.record)
         if upload is None:
             work.finish(force=job.force)
     return Release(str(job.target.folder or work.output), manifest, report, job.warnings)
