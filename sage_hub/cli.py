@@ -114,7 +114,8 @@ def _keep_freed_memory() -> None:
 def _fail(error: SageHubError) -> int:
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (rank {rank})"
-    print(f"sage-hub: error{where}: {error}", file=sys.stderr)
+    with github.commands_off(os.environ):
+        print(f"sage-hub: error{where}: {error}", file=sys.stderr)
     github.annotate(str(error), os.environ)
     return error.status
 

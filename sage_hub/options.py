@@ -35,7 +35,8 @@ Each command has its own --help. Exit statuses: 0 is done, 1 an internal error,
       --forget forget.jsonl --heldout heldout.jsonl --gain match --create-pr
   sage-hub push ./base ./unlearned --to ./unlearned-sage --dry-run""",
     "sanitize": """example:
-  sage-hub sanitize org/base@v1 ./unlearned --output ./release --retain retain.jsonl""",
+  sage-hub sanitize org/base@v1 ./unlearned --output ./release \\
+      --retain retain.jsonl""",
     "plan": """examples:
   sage-hub plan org/base
   sage-hub plan org/base org/unlearned --memory 14 --max-tokens 50000""",
