@@ -7,6 +7,7 @@ import ctypes
 import errno
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -60,6 +61,7 @@ def _leave_together(ranks: Any) -> int:
 
 def _run_command(args: argparse.Namespace) -> int:
     try:
+        _prepare_client(args)
         args.command(args)
         sys.stdout.flush()
     except SageHubError as error:
@@ -82,6 +84,14 @@ def _run_command(args: argparse.Namespace) -> int:
             1,
         )
     return 0
+
+
+def _prepare_client(args: argparse.Namespace) -> None:
+    """Have the Hub's client not wait forever, and not talk where nobody listens."""
+    from sage_hub.hub import limit_silence, log
+
+    limit_silence()
+    log.setLevel(logging.ERROR if args.quiet else logging.WARNING)
 
 
 def _keep_freed_memory() -> None:
@@ -125,8 +135,20 @@ def _push(args: argparse.Namespace) -> None:
     from sage_hub import jobs
 
     target = jobs.choose_target(args.to, args.unlearned)
-    options = {"private": args.private, "create_pr": args.create_pr}
-    _run(args, target, options)
+    _run(args, target, {"publication": _publication(args)})
+
+
+def _publication(args: argparse.Namespace) -> Any:
+    from sage_hub.publish import Publication
+
+    return Publication(
+        branch=args.branch,
+        create_pr=args.create_pr,
+        tag=args.tag,
+        private=args.private,
+        message=args.commit_message,
+        token=args.token or os.environ.get("SAGE_HUB_WRITE_TOKEN", "").strip() or None,
+    )
 
 
 def _sanitize(args: argparse.Namespace) -> None:
@@ -181,7 +203,7 @@ def _stats(args: argparse.Namespace) -> None:
         settings=_settings(args, None),
         stats_cache=args.stats_cache,
         ranks=_ranks(args),
-        private=args.private,
+        publication=_publication(args),
         force=args.force,
         progress=_progress(args),
     )
@@ -377,14 +399,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TARGET",
         help="Hub repo or folder (default: UNLEARNED with -sage)",
     )
-    push.add_argument("--private", action="store_true", help="create the target repo private")
-    push.add_argument(
-        "--create-pr", action="store_true", help="open a pull request instead of committing"
-    )
+    _add_publication(push)
     sanitize = add("sanitize", _sanitize, "The same as push, into a local folder.")
     _add_sources(sanitize)
     sanitize.add_argument("--output", type=Path, required=True, metavar="DIR")
-    sanitize.set_defaults(private=False, create_pr=False)
     for command in (push, sanitize):
         _add_release_options(command)
         _add_settings(command, "retain", "forget", "heldout")
@@ -402,7 +420,7 @@ def _parser() -> argparse.ArgumentParser:
     where = stats.add_mutually_exclusive_group(required=True)
     where.add_argument("--output", type=Path, metavar="FILE", help="write them into this file")
     where.add_argument("--to", metavar="REPO", help="publish them to this repo of the Hub")
-    stats.add_argument("--private", action="store_true", help="create that repo private")
+    _add_publication(stats)
     stats.add_argument(
         "--force", action="store_true", help="replace a repo that holds something else"
     )
@@ -434,6 +452,25 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(demo)
     demo.set_defaults(seed=0)
     return parser
+
+
+def _add_publication(command: argparse.ArgumentParser) -> None:
+    """How it goes to a repo of the Hub."""
+    command.add_argument("--private", action="store_true", help="create the target repo private")
+    command.add_argument(
+        "--create-pr",
+        action="store_true",
+        help="propose it in a pull request, or go on with the open one of the same title",
+    )
+    command.add_argument("--branch", metavar="NAME", help="commit to this branch, made if absent")
+    command.add_argument("--tag", metavar="NAME", help="tag the commit")
+    command.add_argument("--commit-message", metavar="TEXT", help="its first line titles the PR")
+    command.add_argument(
+        "--token",
+        metavar="TOKEN",
+        help="to write the target with; better SAGE_HUB_WRITE_TOKEN in the environment (default: "
+        "the token that reads, see `hf auth`)",
+    )
 
 
 def _add_sources(command: argparse.ArgumentParser) -> None:

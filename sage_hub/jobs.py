@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ from sage_hub.checkpoint import (
 from sage_hub.encoding import row_limit
 from sage_hub.errors import NothingToDoError, SageHubError, StatisticsError, UsageError
 from sage_hub.estimate import Estimate, estimate, probe
-from sage_hub.hub import check_target
 from sage_hub.output import check_disk, check_output
 from sage_hub.plan import Plan, make_plan
 from sage_hub.progress import SILENT, Progress
 from sage_hub.proxies import Proxy, check_disjoint, read_proxy
+from sage_hub.publish import Publication, check_target
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.record import describe_source
 from sage_hub.settings import SETS, Settings
@@ -54,8 +54,7 @@ class Job:
     target: Location
     stats_cache: Path | None = None  # where statistics are looked for and kept
     ranks: Ranks = ALONE  # the processes that do it together
-    private: bool = False
-    create_pr: bool = False
+    publication: Publication = field(default_factory=Publication)  # if the target is on the Hub
     force: bool = False
     warnings: tuple[str, ...] = ()
     problems: tuple[SageHubError, ...] = ()  # each would stop the run
@@ -87,8 +86,7 @@ def survey(
     statistics: str | Path | None = None,
     stats_cache: str | Path | None = None,
     ranks: Ranks = ALONE,
-    private: bool = False,
-    create_pr: bool = False,
+    publication: Publication = Publication(),  # noqa: B008 - frozen
     force: bool = False,
 ) -> Job:
     """Plan the run from configs and headers, reading no weights, and find all its problems.
@@ -97,6 +95,7 @@ def survey(
     """
     ready = None if statistics is None else find_ready(statistics)
     settings = settings.resolve_device()
+    publication = _titled(publication, unlearned)
     base_side = open_checkpoint(base)
     sides = {
         "base": base_side,
@@ -115,7 +114,7 @@ def survey(
             raise UsageError("--gain match is measured on the forget proxy; give --forget.")
 
     checks: list[Callable[[], object]] = [
-        lambda: _check_target(target, sources, force=force),
+        lambda: _check_target(target, sources, publication, force=force),
         lambda: _check_ranks(settings, ranks),
         lambda: check_disk(
             plan,
@@ -140,8 +139,7 @@ def survey(
         target,
         None if stats_cache is None else Path(stats_cache),
         ranks,
-        private,
-        create_pr,
+        publication,
         force,
     )
     return replace(job, problems=tuple(problems), warnings=tuple(_warnings(job)))
@@ -248,13 +246,21 @@ def nothing_to_do(plan: Plan) -> NothingToDoError:
     )
 
 
-def _check_target(target: Location, sources: Sequence[Path | None], *, force: bool) -> None:
+def _titled(publication: Publication, unlearned: str) -> Publication:
+    name = parse_location(unlearned).name
+    return replace(publication, message=publication.message or f"Sanitize {name} with sage-hub")
+
+
+def _check_target(
+    target: Location, sources: Sequence[Path | None], publication: Publication, *, force: bool
+) -> None:
     if target.folder is not None:
+        publication.check_unused()
         check_output(target.folder, sources, force=force)
         return
     if target.revision:
         raise UsageError("A target takes no @revision; publish to org/name.")
-    check_target(target.repo, force=force)
+    check_target(target.repo, publication, force=force)
 
 
 def _check_ranks(settings: Settings, ranks: Ranks) -> None:
