@@ -193,10 +193,10 @@ class HubFiles:
         revision: str | None = None,
         *,
         kind: str = "model",
-        token: str | None = None,
+        api: HfApi | None = None,
     ) -> None:
         self._kind = kind
-        self._api = HfApi(token=token or reading_token())
+        self._api = api or HfApi(token=reading_token())
         self._shown = repo if kind == "model" else f"{kind} {repo}"
         about = self._api.model_info if kind == "model" else self._api.dataset_info
         info: ModelInfo | DatasetInfo = ask(

@@ -88,10 +88,15 @@ def _run_command(args: argparse.Namespace) -> int:
 
 def _prepare_client(args: argparse.Namespace) -> None:
     """Have the Hub's client not wait forever, and not talk where nobody listens."""
+    from huggingface_hub.utils.logging import set_verbosity
+
     from sage_hub.hub import limit_silence, log
 
     limit_silence()
-    log.setLevel(logging.ERROR if args.quiet else logging.WARNING)
+    log.handlers = [logging.StreamHandler()]
+    level = logging.ERROR if args.quiet else logging.WARNING
+    log.setLevel(level)
+    set_verbosity(level)
 
 
 def _keep_freed_memory() -> None:

@@ -86,6 +86,5 @@ def _publish_statistics(
             return {"location": url}
         readme = file.with_name("README.md")
         readme.write_text(statistics_card(origin), encoding="utf-8")
-        upload.send(REPO_FILE, file)
-        upload.send("README.md", readme)
+        upload.send({REPO_FILE: file, "README.md": readme})
         return {"location": upload.commit()}

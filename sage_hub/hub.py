@@ -182,7 +182,7 @@ def explain(
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         response = _response(error)
         if response is not None:
-            return _explain_status(response.status_code, error.__cause__ or error, repo)
+            return _explain_answer(response, error.__cause__ or error, repo)
         return NetworkError(
             f"{repo} is not in the local cache and the Hub cannot be reached; "
             f"check the network, HF_ENDPOINT and HF_HUB_OFFLINE. (A folder is written ./{repo}.)"
@@ -197,11 +197,18 @@ def explain(
         return UsageError(f"{repo!r} is not a valid repo name: {first_line(error)}")
     response = _response(error)
     if response is not None:
-        return _explain_status(response.status_code, error, repo)
+        return _explain_answer(response, error, repo)
     return None
 
 
-def _explain_status(status: int, error: BaseException, repo: str) -> SageHubError:
+def _explain_answer(response: Any, error: BaseException, repo: str) -> SageHubError:
+    status = response.status_code
+    said = (getattr(error, "server_message", None) or first_line(error)).partition("\n")[0]
+    if response.request.url.path == "/oauth/token":
+        return AccessError(
+            f"The Hub gives this CI job no token for HF_OIDC_RESOURCE ({said}): add the workflow "
+            "to the trusted publishers in that repo's settings."
+        )
     if status == 401:
         return AccessError(f"The Hub refused the token for {repo} (401): {LOG_IN}.")
     if status == 403:
@@ -209,7 +216,7 @@ def _explain_status(status: int, error: BaseException, repo: str) -> SageHubErro
             f"The token may not do this with {repo} (403): use one with access to it, "
             "with write permission if it is the target."
         )
-    return NetworkError(f"The Hub answered {status} about {repo}: {first_line(error)}")
+    return NetworkError(f"The Hub answered {status} about {repo}: {said}")
 
 
 def reading_token() -> str | None:

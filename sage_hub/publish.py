@@ -32,7 +32,6 @@ from sage_hub.errors import (
     first_line,
 )
 from sage_hub.hub import LOG_IN, MANIFEST, ask, explain, log, may_pass, wait_before_next
-from sage_hub.progress import SILENT, Progress
 
 Ours = Callable[[HubFiles], bool]  # whether the files are the very ones to be published
 
@@ -115,18 +114,18 @@ class Head:
 def find_head(repo: str, how: Publication) -> Head:
     """Look where `how` says that a commit to `repo` is to go."""
     try:
-        main = HubFiles(repo, token=how.token)
+        main = HubFiles(repo, api=how.api)
     except NotFoundError:
         return Head(how.branch or "main", None)
     refs = ask(repo, lambda: how.api.list_repo_refs(repo))
     tags = {tag.name: tag.target_commit for tag in refs.tags}
     if how.create_pr and (number := _open_pull_request(repo, how)) is not None:
         revision = f"refs/pr/{number}"
-        return Head(revision, HubFiles(repo, revision, token=how.token))
+        return Head(revision, HubFiles(repo, revision, api=how.api))
     if how.branch and how.branch != "main":
         if how.branch not in {branch.name for branch in refs.branches}:
             return Head(how.branch, main, missing_branch=True, tags=tags)
-        return Head(how.branch, HubFiles(repo, how.branch, token=how.token), tags=tags)
+        return Head(how.branch, HubFiles(repo, how.branch, api=how.api), tags=tags)
     return Head("main", main, tags=tags)
 
 
@@ -300,7 +299,7 @@ class Upload:
         _check_ours(repo, self._head, force=force, mark=mark)
         self._added: dict[str, CommitOperationAdd] = {}
         self._copied: dict[str, tuple[Source, Callable[[], Path]]] = {}
-        self._waiting: Queue[tuple[str, Path, Callable[[], object]] | None] = Queue()
+        self._waiting: Queue[tuple[Mapping[str, Path], Callable[[], object]] | None] = Queue()
         self._failure: BaseException | None = None
         self._prepared = False
         # A daemon: Ctrl-C must not wait until a shard of gigabytes is sent.
@@ -315,13 +314,13 @@ class Upload:
         self._failure = self._failure or PublishError(f"The upload to {self.repo} was given up.")
         self._waiting.put(None)
 
-    def send(self, path: str, file: Path, then: Callable[[], object] = lambda: None) -> None:
-        """Send `file`, which is to be `path` in the repo, in the background; `then` call that.
+    def send(self, files: Mapping[str, Path], then: Callable[[], object] = lambda: None) -> None:
+        """Send `files`, path in the repo -> local one, in the background, and `then` call that.
 
-        Raises what stopped an earlier one.
+        Raises what stopped earlier ones.
         """
         self._raise_failure()
-        self._waiting.put((path, file, then))
+        self._waiting.put((files, then))
 
     def wait(self) -> None:
         """Wait until all is sent. Raises what stopped it."""
@@ -366,7 +365,7 @@ class Upload:
         """Have the Hub copy `source` to `path`; if it will not, send what `file` fetches."""
         self._copied[path] = (source, file)
 
-    def add_folder(self, folder: Path, progress: Progress = SILENT) -> None:
+    def add_folder(self, folder: Path) -> None:
         """Send all files of `folder` that were not sent or copied already, and wait for all."""
         self.wait()
         files = {
@@ -374,10 +373,9 @@ class Upload:
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
-        todo = [path for path in files if path not in self._added and path not in self._copied]
-        for path in progress.each("Uploading", todo, len(todo), "file"):
-            self.send(path, files[path])
-            self.wait()
+        known = self._added.keys() | self._copied.keys()
+        self.send({path: file for path, file in files.items() if path not in known})
+        self.wait()
 
     @property
     def files(self) -> HubFiles | None:
@@ -411,8 +409,7 @@ class Upload:
                 if _status(error) in (401, 403, 412):  # without copies it would be the same
                     raise self._explain(error) from None
             # Not every storage can be copied from, and not into every region.
-            for path, (_, file) in self._copied.items():
-                self.send(path, file())
+            self.send({path: file() for path, (_, file) in self._copied.items()})
             self.wait()
         try:
             return self._commit([])
@@ -502,36 +499,37 @@ class Upload:
 
     def _work(self) -> None:
         while (item := self._waiting.get()) is not None:
-            path, file, then = item
+            files, then = item
             if self._failure is None:
                 try:
-                    self._send(path, file)
+                    self._send(files)
                     then()
                 except BaseException as error:
                     self._failure = error
             self._waiting.task_done()
 
-    def _send(self, path: str, file: Path) -> None:
+    def _send(self, files: Mapping[str, Path]) -> None:
         self._prepare()
-        addition = CommitOperationAdd(path, file)
+        additions = {path: CommitOperationAdd(path, file) for path, file in files.items()}
         try:
             ask(
                 self.repo,
                 lambda: self._api.preupload_lfs_files(
                     self.repo,
-                    [addition],
+                    additions.values(),
                     revision=self._head.revision,
                     create_pr=self._opens_pull_request,
                 ),
             )
         except RuntimeError as error:  # what hf_xet raises
             raise NetworkError(
-                f"Uploading {path} to {self.repo} broke off ({first_line(error)}); nothing was "
-                "published. Run the same command again."
+                f"Uploading to {self.repo} broke off ({first_line(error)}); nothing was published. "
+                "Run the same command again."
             ) from None
-        if not addition._is_uploaded:  # it travels in the commit, when its file may be gone
-            addition.path_or_fileobj = file.read_bytes()
-        self._added[path] = addition
+        for path, addition in additions.items():
+            if not addition._is_uploaded:  # it travels in the commit, when its file may be gone
+                addition.path_or_fileobj = files[path].read_bytes()
+        self._added |= additions
 
     def _prepare(self) -> None:
         """Create the repo and the branch if they are not there."""

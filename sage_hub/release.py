@@ -145,7 +145,7 @@ def _run_to_hub(job: Job, fingerprint: str, work: Work, progress: Progress) -> R
             release = ranks.once(lambda: finished_release(job, fingerprint, work, progress))
         release = release or write_release(job, fingerprint, work, progress, upload)
         folder = work.release if job.settings.low_disk else work.output
-        url = ranks.once(lambda: upload and _publish(job, upload, folder, progress))
+        url = ranks.once(lambda: upload and _publish(job, upload, folder))
         return replace(release, location=url or "")
 
 
@@ -174,7 +174,7 @@ def _published(job: Job, upload: Upload, work: Work, progress: Progress) -> Rele
     return Release(url, manifest, report, job.warnings)
 
 
-def _publish(job: Job, upload: Upload, folder: Path, progress: Progress) -> str:
+def _publish(job: Job, upload: Upload, folder: Path) -> str:
     """Send what was not sent yet, have the Hub copy untouched shards, and commit.
 
     The folder goes when it is published.
@@ -187,7 +187,7 @@ def _publish(job: Job, upload: Upload, folder: Path, progress: Progress) -> str:
                 Source(source.name, source.commit or "", shard),
                 partial(source.files.path, shard),
             )
-        upload.add_folder(folder, progress)
+        upload.add_folder(folder)
         url = upload.commit()
     except SageHubError as error:
         if job.settings.low_disk:
@@ -400,7 +400,7 @@ def _write_shards(
             if upload is not None and name not in by_hub:
                 if low_disk:
                     upload.wait()  # so that there are two at a time
-                upload.send(name, file, then=file.unlink if low_disk else lambda: None)
+                upload.send({name: file}, then=file.unlink if low_disk else lambda: None)
     for others in ranks.all(done):
         done |= others
     return [done[shard] for shard in plan.unlearned.shards]
