@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from json import JSONDecodeError
 from typing import Any, TypeVar
 
 from huggingface_hub import set_client_factory
@@ -94,7 +95,7 @@ def may_pass(error: BaseException) -> bool:
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code in PASSING
-    if isinstance(error, (HTTPError, ConnectionError, TimeoutError, DamagedError)):
+    if isinstance(error, (HTTPError, ConnectionError, TimeoutError, JSONDecodeError, DamagedError)):
         return True
     if type(error) is OSError and error.errno is None:
         return True  # how huggingface_hub says that a download came out too short

@@ -100,6 +100,11 @@ class Head:
         return self.files.commit if self.files else None
 
     @property
+    def names(self) -> set[str]:
+        """The files that are there, but for the one that each repo starts with."""
+        return set(self.files.sizes) - {".gitattributes"} if self.files else set()
+
+    @property
     def pull_request(self) -> int | None:
         """The number of the open one that is gone on with."""
         return int(self.revision[8:]) if self.revision.startswith("refs/pr/") else None
@@ -244,8 +249,7 @@ def _check_writable(repo: str, how: Publication) -> None:
 
 
 def _check_ours(repo: str, head: Head, *, force: bool, mark: str) -> None:
-    files = set(head.files.sizes) - {".gitattributes"} if head.files else set()
-    if files and mark not in files and not force:
+    if head.names and mark not in head.names and not force:
         raise TargetError(
             f"{repo} exists and was not made by sage-hub for this (it has no {mark}); "
             "choose another --to, or replace it with --force."
@@ -295,8 +299,8 @@ class Upload:
     ) -> None:
         self.repo, self.how = repo, how
         self._ours, self._api = ours, how.api
-        self._head = find_head(repo, how)
-        _check_ours(repo, self._head, force=force, mark=mark)
+        self._force, self._mark = force, mark
+        self._head = self._look()
         self._added: dict[str, CommitOperationAdd] = {}
         self._copied: dict[str, tuple[Source, Callable[[], Path]]] = {}
         self._waiting: Queue[tuple[Mapping[str, Path], Callable[[], object]] | None] = Queue()
@@ -419,8 +423,7 @@ class Upload:
     def _commit(self, copies: Sequence[CommitOperationCopy]) -> str:
         """One commit. That no answer came is no proof that it was not made."""
         names = {*self._added, *(copy.path_in_repo for copy in copies)}
-        present = set(self._head.files.sizes) if self._head.files else set()
-        stale = [CommitOperationDelete(name) for name in sorted(present - names)]
+        stale = [CommitOperationDelete(name) for name in sorted(self._head.names - names)]
         title, _, more = (self.how.message or "").strip().partition("\n")
         begun, tries = monotonic(), 0
         while True:
@@ -531,6 +534,11 @@ class Upload:
                 addition.path_or_fileobj = files[path].read_bytes()
         self._added |= additions
 
+    def _look(self) -> Head:
+        head = find_head(self.repo, self.how)
+        _check_ours(self.repo, head, force=self._force, mark=self._mark)
+        return head
+
     def _prepare(self) -> None:
         """Create the repo and the branch if they are not there."""
         if self._prepared:
@@ -541,7 +549,7 @@ class Upload:
                 self.repo,
                 lambda: self._api.create_repo(self.repo, private=private, exist_ok=True),
             )
-            self._head = find_head(self.repo, self.how)
+            self._head = self._look()
         if self._head.missing_branch:
             branch, start = self._head.revision, self._head.commit
             ask(

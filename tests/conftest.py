@@ -52,6 +52,12 @@ def _no_time_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda _: None))
 
 
+@pytest.fixture(scope="session")
+def _the_hub() -> LoopbackHub:
+    """The same, for fixtures that outlive a test."""
+    return _HUB
+
+
 @pytest.fixture
 def hub() -> Iterator[LoopbackHub]:
     """The Hub that HF_ENDPOINT names, empty."""

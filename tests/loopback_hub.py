@@ -976,6 +976,7 @@ class _Fault:
     happens: HubError | Trouble | Callable[[], object]
     times: int
     skip: int = 0  # requests that are let through before
+    happened: bool = False
 
     def strikes(self, method: str, path: str) -> bool:
         """Whether it happens to this request; it happens so often, and then no more."""
@@ -985,6 +986,7 @@ class _Fault:
             self.skip -= 1
             return False
         self.times -= 1
+        self.happened = True
         return True
 
 
@@ -1116,9 +1118,9 @@ class LoopbackHub:
         self._faults.append(_Fault(method, re.compile(path_regex), what, times, skip))
 
     @property
-    def struck(self) -> bool:
-        """Whether all that was to happen has happened."""
-        return all(fault.times == 0 for fault in self._faults)
+    def struck(self) -> int:
+        """How many of the faults have happened."""
+        return sum(fault.happened for fault in self._faults)
 
     def calm(self) -> None:
         """From now on nothing happens."""

@@ -67,7 +67,9 @@ def sent(hub: LoopbackHub) -> list[str]:
 def published(hub: LoopbackHub, repo: str = TARGET, revision: str = "main") -> dict[str, bytes]:
     """The files there, which must be what the manifest says."""
     files = hub.files(repo, revision)
-    assert set(SHARDS) | {"README.md", "config.json", "sage/manifest.json"} <= files.keys()
+    assert {*SHARDS, "README.md", "config.json", "sage/manifest.json", ".gitattributes"} <= set(
+        files
+    )
     commit = hub.commits(repo, revision=revision)[-1].sha
     assert main(["verify", f"{repo}@{commit}", "--quiet"]) == 0
     return files
