@@ -7,6 +7,7 @@ import ctypes
 import errno
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -77,6 +78,7 @@ def _run_command(args: argparse.Namespace) -> int:
 def _error_of(args: argparse.Namespace) -> SageHubError | None:
     """Run the command; what went wrong, if anything."""
     try:
+        _prepare_client(args)
         COMMANDS[args.command](args)
         sys.stdout.flush()
     except SageHubError as error:
@@ -96,6 +98,19 @@ def _error_of(args: argparse.Namespace) -> SageHubError | None:
             "with what `sage-hub env` prints and the traceback that SAGE_HUB_DEBUG=1 prints."
         )
     return None
+
+
+def _prepare_client(args: argparse.Namespace) -> None:
+    """Have the Hub's client not wait forever, and not talk where nobody listens."""
+    from huggingface_hub.utils.logging import set_verbosity
+
+    from sage_hub.hub import limit_silence, log
+
+    limit_silence()
+    log.handlers = [logging.StreamHandler()]
+    level = logging.ERROR if args.quiet else logging.WARNING
+    log.setLevel(level)
+    set_verbosity(level)
 
 
 def _keep_freed_memory() -> None:
@@ -141,7 +156,20 @@ def _push(args: argparse.Namespace) -> None:
     from sage_hub import jobs
 
     target = jobs.choose_target(args.to, args.unlearned)
-    _run(args, target, {"private": args.private, "create_pr": args.create_pr})
+    _run(args, target, {"publication": _publication(args)})
+
+
+def _publication(args: argparse.Namespace) -> Any:
+    from sage_hub.publish import Publication
+
+    return Publication(
+        branch=args.branch,
+        create_pr=args.create_pr,
+        tag=args.tag,
+        private=args.private,
+        message=args.commit_message,
+        token=args.token or os.environ.get("SAGE_HUB_WRITE_TOKEN", "").strip() or None,
+    )
 
 
 def _sanitize(args: argparse.Namespace) -> None:
@@ -200,7 +228,7 @@ def _stats(args: argparse.Namespace) -> None:
         settings=_settings(args, None),
         stats_cache=args.stats_cache,
         ranks=_ranks(args),
-        private=args.private,
+        publication=_publication(args),
         force=args.force,
         progress=_progress(args),
     )

@@ -21,6 +21,7 @@ VARIABLES = (  # whose values may name a host or a folder, so that only their be
     "HF_HUB_OFFLINE",
     "HF_HUB_DISABLE_XET",
     "HF_OIDC_RESOURCE",
+    "SAGE_HUB_WRITE_TOKEN",
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
     "WORLD_SIZE",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,11 @@ from sage_hub.errors import (
     UsageError,
 )
 from sage_hub.estimate import Estimate, estimate, probe
-from sage_hub.hub import check_target
 from sage_hub.output import check_disk, check_output
 from sage_hub.plan import Plan, make_plan
 from sage_hub.progress import SILENT, Progress, in_bytes
 from sage_hub.proxies import Proxy, check_disjoint, read_proxy
+from sage_hub.publish import Publication, check_target
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.record import describe_source
 from sage_hub.settings import SETS, Settings
@@ -62,8 +62,7 @@ class Job:
     stats_cache: Path | None = None  # where statistics are looked for and kept
     record: Path | None = None  # where card and record are left too
     ranks: Ranks = ALONE  # the processes that do it together
-    private: bool = False
-    create_pr: bool = False
+    publication: Publication = field(default_factory=Publication)  # if the target is on the Hub
     force: bool = False
     warnings: tuple[str, ...] = ()
     problems: tuple[SageHubError, ...] = ()  # each would stop the run
@@ -95,8 +94,7 @@ def survey(
     statistics: str | Path | None = None,
     stats_cache: str | Path | None = None,
     ranks: Ranks = ALONE,
-    private: bool = False,
-    create_pr: bool = False,
+    publication: Publication = Publication(),  # noqa: B008 - frozen
     force: bool = False,
 ) -> Job:
     """Plan the run from configs and headers, reading no weights, and find all its problems.
@@ -105,6 +103,7 @@ def survey(
     """
     ready = None if statistics is None else find_ready(statistics)
     settings = settings.resolve_device()
+    publication = _titled(publication, unlearned)
     base_side = open_checkpoint(base)
     sides = {
         "base": base_side,
@@ -113,7 +112,7 @@ def survey(
     plan = make_plan(**sides, parameters=settings.parameters).stored_as(settings.stored_dtype)
     sources = [parse_location(side).folder for side in (base, unlearned)]
     proxies: dict[str, Proxy] = {}
-    memory, room = expect_calibration(plan.base, settings)
+    memory, least, room = expect_calibration(plan.base, settings)
     if ready is not None:
         memory = replace(memory, moments=0, sketched=frozenset())
 
@@ -123,7 +122,7 @@ def survey(
             raise UsageError("--gain match is measured on the forget proxy; give --forget.")
 
     checks: list[Callable[[], object]] = [
-        lambda: _check_target(target, sources, force=force),
+        lambda: _check_target(target, sources, publication, force=force),
         lambda: _check_ranks(settings, ranks),
         lambda: check_disk(
             plan,
@@ -135,7 +134,7 @@ def survey(
         read_sets,
     ]
     if ready is None:
-        checks.append(lambda: _check_memory(plan.base, settings))
+        checks.append(lambda: _check_memory(least))
     if plan.base.commit and plan.unlearned.commit:  # the Hub knows the hashes
         checks.append(lambda: _fingerprints(plan, SILENT))
     problems = [*plan.problems, *_failures(checks)]
@@ -150,42 +149,38 @@ def survey(
         target,
         None if stats_cache is None else Path(stats_cache),
         ranks=ranks,
-        private=private,
-        create_pr=create_pr,
+        publication=publication,
         force=force,
     )
     return replace(job, problems=tuple(problems), warnings=tuple(_warnings(job)))
 
 
-def expect_calibration(base: Checkpoint, settings: Settings) -> tuple[Budget, int]:
-    """What it takes to calibrate `base`, and the bytes on disk, if the proxies are as long as the
-    settings allow."""
+def expect_calibration(base: Checkpoint, settings: Settings) -> tuple[Budget, Budget, int]:
+    """What it takes to calibrate `base`: at most, if the proxies are as long as the settings
+    allow, at least, if they are a single token, and the bytes on disk at most."""
     model = empty_model(base)
-    sites = find_sites(model)
+    sites, blocks = find_sites(model), cut(model)
     sets = 2 if settings.gain == "match" else 1
-    found = plan_memory(
-        cut(model),
-        sites,
-        settings,
-        tokens=sets * settings.max_tokens,
-        longest=row_limit(base, settings.max_length),
-        held=base.weight_bytes if loaded_whole(base) else 0,
+    most, least = (
+        plan_memory(
+            blocks,
+            sites,
+            settings,
+            tokens=tokens,
+            longest=longest,
+            held=base.weight_bytes if loaded_whole(base) else 0,
+        )
+        for tokens, longest in (
+            (sets * settings.max_tokens, row_limit(base, settings.max_length)),
+            (1, 1),
+        )
     )
-    kept = sets * statistics_bytes(sites, found.sketched, settings.rank)
-    return found, int(kept + found.spilled)
+    kept = sets * statistics_bytes(sites, most.sketched, settings.rank)
+    return most, least, int(kept + most.spilled)
 
 
-def _check_memory(base: Checkpoint, settings: Settings) -> None:
+def _check_memory(least: Budget) -> None:
     """Raise OutOfMemoryError if even a single token is too much to calibrate on, here."""
-    model = empty_model(base)
-    least = plan_memory(
-        cut(model),
-        find_sites(model),
-        settings,
-        tokens=0,
-        longest=1,
-        held=base.weight_bytes if loaded_whole(base) else 0,
-    )
     least.check()
     available = machine_memory()
     if available is not None and least.total > available:
@@ -278,13 +273,21 @@ def nothing_to_do(plan: Plan) -> NothingToDoError:
     )
 
 
-def _check_target(target: Location, sources: Sequence[Path | None], *, force: bool) -> None:
+def _titled(publication: Publication, unlearned: str) -> Publication:
+    name = parse_location(unlearned).name
+    return replace(publication, message=publication.message or f"Sanitize {name} with sage-hub")
+
+
+def _check_target(
+    target: Location, sources: Sequence[Path | None], publication: Publication, *, force: bool
+) -> None:
     if target.folder is not None:
+        publication.check_unused()
         check_output(target.folder, sources, force=force)
         return
     if target.revision:
         raise UsageError("A target takes no @revision; publish to org/name.")
-    check_target(target.repo, force=force)
+    check_target(target.repo, publication, force=force)
 
 
 def _check_ranks(settings: Settings, ranks: Ranks) -> None:

@@ -170,10 +170,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
         metavar="TARGET",
         help="Hub repo or folder (default: UNLEARNED with -sage)",
     )
-    release.add_argument("--private", action="store_true", help="create the target repo private")
-    release.add_argument(
-        "--create-pr", action="store_true", help="open a pull request instead of committing"
-    )
+    _add_publication(release)
     _add_release_options(release)
     _add_settings(push)
     _add_run_options(push)
@@ -190,7 +187,6 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
     release.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="write it into this folder"
     )
-    sanitize.set_defaults(private=False, create_pr=False)
     _add_release_options(release)
     _add_settings(sanitize)
     _add_run_options(sanitize)
@@ -220,7 +216,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
     where = stats.add_mutually_exclusive_group(required=True)
     where.add_argument("--output", type=Path, metavar="FILE", help="write them into this file")
     where.add_argument("--to", metavar="REPO", help="publish them to this repo of the Hub")
-    stats.add_argument("--private", action="store_true", help="create that repo private")
+    _add_publication(stats)
     stats.add_argument(
         "--force", action="store_true", help="replace a repo that holds something else"
     )
@@ -279,6 +275,25 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
     env.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     env.set_defaults(quiet=False)
     return parser, commands.choices
+
+
+def _add_publication(command: argparse._ActionsContainer) -> None:
+    """How it goes to a repo of the Hub."""
+    command.add_argument("--private", action="store_true", help="create the target repo private")
+    command.add_argument(
+        "--create-pr",
+        action="store_true",
+        help="propose it in a pull request, or go on with the open one of the same title",
+    )
+    command.add_argument("--branch", metavar="NAME", help="commit to this branch, made if absent")
+    command.add_argument("--tag", metavar="NAME", help="tag the commit")
+    command.add_argument("--commit-message", metavar="TEXT", help="its first line titles the PR")
+    command.add_argument(
+        "--token",
+        metavar="TOKEN",
+        help="to write the target with; better SAGE_HUB_WRITE_TOKEN in the environment (default: "
+        "the token that reads, see `hf auth`)",
+    )
 
 
 def _add_sources(command: argparse.ArgumentParser) -> None:

@@ -249,7 +249,7 @@ def recorder(tmp_path: Path) -> Runner:
     program = tmp_path / "program"
     program.write_text(
         '#!/bin/sh\nprintf \'%s\\0\' "$@" > "$RUNNER_TEMP/words"\n'
-        'printf %s "$HF_TOKEN/$HF_OIDC_RESOURCE" > "$RUNNER_TEMP/auth"\n'
+        'printf %s "$HF_TOKEN/$HF_OIDC_RESOURCE/$SAGE_HUB_WRITE_TOKEN" > "$RUNNER_TEMP/auth"\n'
     )
     program.chmod(0o755)
     made.steps = {"install": {"program": str(program)}}
@@ -269,7 +269,7 @@ def words_of(runner: Runner, **inputs: str) -> list[str]:
 
 def test_what_is_not_given_is_not_passed(recorder: Runner) -> None:
     assert words_of(recorder) == []
-    assert (recorder.temp / "auth").read_text() == "/"
+    assert (recorder.temp / "auth").read_text() == "//"
 
 
 def test_the_defaults_suit_a_hosted_runner(recorder: Runner) -> None:
@@ -280,7 +280,15 @@ def test_the_defaults_suit_a_hosted_runner(recorder: Runner) -> None:
 
 def test_every_input_reaches_sage_hub_as_an_option_that_it_has(recorder: Runner) -> None:
     flags = {"create-pr", "private", "low-disk", "dry-run"}
-    elsewhere = {"base", "unlearned", "token", "oidc-resource", "python-version", "version"}
+    elsewhere = {
+        "base",
+        "unlearned",
+        "token",
+        "write-token",
+        "oidc-resource",
+        "python-version",
+        "version",
+    }
     elsewhere |= {"extra-index-url", "extra-args", "gates"}
     given, expected = {}, []
     for name in read(ACTION)["inputs"]:
@@ -294,19 +302,19 @@ def test_every_input_reaches_sage_hub_as_an_option_that_it_has(recorder: Runner)
     expected += ["--gate=forget.probability <= 0.1", "--gate=heldout.probability >= base - 0.02"]
     given["extra_args"] = "--max-tokens=50000\n--out-dtype=bfloat16\n"
     expected += ["--max-tokens=50000", "--out-dtype=bfloat16"]
-    given |= {"token": "hf_x", "oidc_resource": "org/target"}
+    given |= {"token": "hf_x", "oidc_resource": "org/target", "write_token": "hf_w"}
     assert sorted(words_of(recorder, **given)) == sorted(expected)
-    assert (recorder.temp / "auth").read_text() == "hf_x/org/target"
+    assert (recorder.temp / "auth").read_text() == "hf_x/org/target/hf_w"
     known = {name for action in make_parser()[1]["push"]._actions for name in action.option_strings}
-    # Options that a later version has: gates, and where on the Hub to publish.
+    # The versions that have gates have the option.
     missing = {word.partition("=")[0] for word in expected} - known
-    assert missing <= {"--gate", "--branch", "--tag"}
+    assert missing <= {"--gate"}
 
 
 def test_a_token_of_the_job_is_left_as_it_is(recorder: Runner) -> None:
     recorder.environment["HF_TOKEN"] = "hf_job"
     assert words_of(recorder) == []
-    assert (recorder.temp / "auth").read_text() == "hf_job/"
+    assert (recorder.temp / "auth").read_text() == "hf_job//"
 
 
 @pytest.mark.parametrize(

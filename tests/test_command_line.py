@@ -277,6 +277,10 @@ def test_a_copy_of_card_and_record(
         }
         for name in left:
             assert (record / name).read_bytes() == published[name]
+    (record / "README.md").unlink()
+    assert main(["push", "org/base", "org/unlearned", *words, "--low-disk"]) == 0  # as it is there
+    assert len(on_hub.commits("org/unlearned-sage")) == 3
+    assert (record / "README.md").read_bytes() == published["README.md"]
     capsys.readouterr()
     both = [str(pair / "base"), str(pair / "unlearned"), "--output", str(tmp_path / "out")]
     assert main(["sanitize", *both, *words]) == 0

@@ -23,6 +23,14 @@ PAGE = (ROOT / "docs" / "pipelines.md").read_text(encoding="utf-8")
 RECIPES = dict(re.findall(r"<!-- recipe: ([\w-]+) -->\n```\w+\n(.*?)```", PAGE, flags=re.DOTALL))
 SHA = "0" * 40
 
+# What is tried again is tried again at once.
+PROGRAM = """#!{python}
+import sys
+from sage_hub import cli, hub
+hub.WAITS = tuple(0.01 for _ in hub.WAITS)
+sys.exit(cli.main())
+"""
+
 
 class Shell:
     """A machine with bash and sage-hub on it, and a Hub that is this test's."""
@@ -32,8 +40,7 @@ class Shell:
         tools, home = folder / "tools", folder / "home"
         for made in (self.folder, tools, home):
             made.mkdir()
-        program = f'#!/bin/sh\nexec {sys.executable} -m sage_hub "$@"\n'
-        (tools / "sage-hub").write_text(program)
+        (tools / "sage-hub").write_text(PROGRAM.format(python=sys.executable))
         (tools / "sleep").write_text('#!/bin/sh\necho "$1" >> slept\n')
         for tool in tools.iterdir():
             tool.chmod(0o755)
@@ -102,7 +109,7 @@ def test_the_github_recipes_give_inputs_that_there_are() -> None:
     (job,) = yaml.safe_load(RECIPES["call"])["jobs"].values()
     called = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())[True]
     assert job["with"].keys() <= called["workflow_call"]["inputs"].keys()
-    assert job["secrets"].keys() == called["workflow_call"]["secrets"].keys()
+    assert job["secrets"].keys() <= called["workflow_call"]["secrets"].keys()
     (job,) = yaml.safe_load(RECIPES["action"])["jobs"].values()
     action = yaml.safe_load((ROOT / ".github" / "actions" / "sage-hub" / "action.yml").read_text())
     (step,) = (step for step in job["steps"] if step.get("id") == "sage")
