@@ -17,6 +17,7 @@ _HOME = {
     "audit": "release",
     "collect_statistics": "collect",
     "evaluate_models": "compare",
+    "Publication": "publish",
     "push": "release",
     "sanitize": "release",
     "Release": "release",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from sage_hub.collect import collect_statistics as collect_statistics
     from sage_hub.compare import evaluate_models as evaluate_models
     from sage_hub.errors import SageHubError as SageHubError
+    from sage_hub.publish import Publication as Publication
     from sage_hub.release import Release as Release
     from sage_hub.release import audit as audit
     from sage_hub.release import push as push

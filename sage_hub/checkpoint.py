@@ -14,8 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import DatasetInfo, HfApi, ModelInfo, hf_hub_download
 from huggingface_hub.errors import SafetensorsParsingError
+from huggingface_hub.utils.sha import git_hash
 
 from sage_hub.errors import (
     CorruptCheckpointError,
@@ -24,7 +25,7 @@ from sage_hub.errors import (
     QuantizedError,
     UsageError,
 )
-from sage_hub.hub import explained
+from sage_hub.hub import DamagedError, ask, reading_token
 from sage_hub.progress import SILENT, Progress
 from sage_hub.tensorfile import (
     Header,
@@ -53,6 +54,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 HASHING = 4  # files at a time
+DOWNLOADING = 4
 _REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -180,30 +182,74 @@ def _check_links(folder: Path) -> None:
 
 
 class HubFiles:
-    """The files of a Hub repo at one commit, resolved before the first byte is read."""
+    """The files of a Hub repo at one commit, resolved before the first byte is read.
 
-    def __init__(self, repo: str, revision: str | None) -> None:
-        with explained(repo, revision):
-            info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    What is read is compared with the hash that the Hub has of it, and fetched anew if it differs.
+    """
+
+    def __init__(
+        self,
+        repo: str,
+        revision: str | None = None,
+        *,
+        kind: str = "model",
+        api: HfApi | None = None,
+    ) -> None:
+        self._kind = kind
+        self._api = api or HfApi(token=reading_token())
+        self._shown = repo if kind == "model" else f"{kind} {repo}"
+        about = self._api.model_info if kind == "model" else self._api.dataset_info
+        info: ModelInfo | DatasetInfo = ask(
+            self._shown,
+            lambda: about(repo, revision=revision, files_metadata=True),
+            revision,
+        )
         if info.sha is None or info.siblings is None:
             raise NotFoundError(f"{repo} has no commit yet.")
         self.name = repo
         self.commit: str = info.sha
+        self.private = bool(info.private)
         self.sizes = {s.rfilename: s.size or 0 for s in info.siblings}
-        self._passing: Path | None = None
         self._lfs = {s.rfilename: s.lfs.sha256 for s in info.siblings if s.lfs is not None}
+        self._git = {s.rfilename: s.blob_id for s in info.siblings}
+        self._compared: set[str] = set()
+        self._passing: Path | None = None
 
     def path(self, file: str) -> Path:
-        passes = self._passing and file.endswith(".safetensors") and self.missing_bytes([file])
-        with explained(self.name, self.commit):
-            return Path(
+        passes = bool(
+            self._passing and file.endswith(".safetensors") and self.missing_bytes([file])
+        )
+        anew = False
+
+        def fetch() -> Path:
+            nonlocal anew
+            path = Path(
                 hf_hub_download(
                     self.name,
                     file,
+                    repo_type=self._kind,
                     revision=self.commit,
                     local_dir=self._passing if passes else None,
+                    force_download=anew,
+                    token=self._api.token,
                 )
             )
+            if passes or file not in self._compared:
+                anew = True
+                self._compare(file, path)
+                self._compared.add(file)
+            return path
+
+        return ask(self._shown, fetch, self.commit)
+
+    def _compare(self, file: str, path: Path) -> None:
+        """Raise DamagedError if `path` has other bytes than `file` has on the Hub."""
+        if file in self._lfs:
+            same = file_sha256(path) == self._lfs[file]
+        else:
+            same = self._git[file] in (None, git_hash(path.read_bytes()))
+        if not same:
+            raise DamagedError(f"{file} has another hash than on the Hub")
 
     def passing(self, folder: Path) -> HubFiles:
         """The same files, of which weights come into `folder` and go when they are closed.
@@ -215,15 +261,19 @@ class HubFiles:
         return files
 
     def folder(self, files: list[str]) -> Path:
-        with explained(self.name, self.commit):
-            return Path(snapshot_download(self.name, revision=self.commit, allow_patterns=files))
+        with ThreadPoolExecutor(DOWNLOADING) as pool:
+            paths = list(pool.map(self.path, files))
+        return paths[0].parents[files[0].count("/")]
 
     def header(self, file: str) -> Header:
         try:
-            with explained(self.name, self.commit):
-                found = HfApi().parse_safetensors_file_metadata(
+            found = ask(
+                self._shown,
+                lambda: self._api.parse_safetensors_file_metadata(
                     self.name, file, revision=self.commit
-                )
+                ),
+                self.commit,
+            )
         except (SafetensorsParsingError, TypeError, AttributeError):
             # The client catches some shapes of garbage and stumbles over others.
             raise CorruptCheckpointError(
@@ -249,7 +299,8 @@ class HubFiles:
             self.sizes[file]
             for file in files
             if not isinstance(
-                try_to_load_from_cache(self.name, file, revision=self.commit), (str, Path)
+                try_to_load_from_cache(self.name, file, revision=self.commit, repo_type=self._kind),
+                (str, Path),
             )
         )
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sage_hub.calibrate import calibrate
 from sage_hub.card import statistics_card
-from sage_hub.checkpoint import open_checkpoint
+from sage_hub.checkpoint import HubFiles, open_checkpoint
 from sage_hub.errors import UsageError
-from sage_hub.hub import Upload, check_target
 from sage_hub.jobs import read_proxies
 from sage_hub.progress import SILENT, Progress
+from sage_hub.publish import Publication, Upload, check_target
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.settings import Settings
 from sage_hub.statistics import REPO_FILE, Origin, open_statistics
+from sage_hub.tensorfile import file_sha256
 
 
 def collect_statistics(
@@ -26,7 +28,7 @@ def collect_statistics(
     settings: Settings = Settings(),  # noqa: B008 - frozen
     stats_cache: str | Path | None = None,
     ranks: Ranks = ALONE,
-    private: bool = False,
+    publication: Publication = Publication(),  # noqa: B008 - frozen
     force: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
@@ -41,7 +43,7 @@ def collect_statistics(
     checkpoint = open_checkpoint(model)
     proxies = read_proxies(settings.to_calibrate(), calibrates=True)
     if to is not None:
-        check_target(to, force=force, mark=REPO_FILE)
+        check_target(to, publication, force=force, mark=REPO_FILE)
     with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
         # All ranks read what the first one writes.
         file = ranks.once(lambda: Path(scratch, REPO_FILE)) if output is None else Path(output)
@@ -65,15 +67,24 @@ def collect_statistics(
         }
         if to is None:
             return result
-        return result | ranks.once(lambda: _publish_statistics(to, file, origin, private, force))
+        return result | ranks.once(
+            lambda: _publish_statistics(to, file, origin, publication, force)
+        )
 
 
 def _publish_statistics(
-    to: str, file: Path, origin: Origin, private: bool, force: bool
+    to: str, file: Path, origin: Origin, how: Publication, force: bool
 ) -> dict[str, str]:
-    upload = Upload(to, private=private, force=force, mark=REPO_FILE)
-    upload.add(REPO_FILE, file)
-    readme = file.with_name("README.md")
-    readme.write_text(statistics_card(origin), encoding="utf-8")
-    upload.add("README.md", readme)
-    return {"location": upload.commit(f"Statistics of {origin.model}")}
+    how = replace(how, message=how.message or f"Statistics of {origin.model}")
+    sha256 = file_sha256(file)
+
+    def ours(files: HubFiles) -> bool:
+        return REPO_FILE in files.sizes and files.sha256(REPO_FILE) == sha256
+
+    with Upload(to, how, ours, force=force, mark=REPO_FILE) as upload:
+        if url := upload.published():
+            return {"location": url}
+        readme = file.with_name("README.md")
+        readme.write_text(statistics_card(origin), encoding="utf-8")
+        upload.send({REPO_FILE: file, "README.md": readme})
+        return {"location": upload.commit()}

@@ -51,7 +51,7 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
     ]
     if job.memory is not None:
         lines += [("", line) for line in _memory(job.memory)]
-    kept = plan.output_bytes if job.target.folder is not None else plan.largest_output
+    kept = plan.output_bytes if job.target.folder is not None else 2 * plan.largest_output
     if plan.download_bytes and not settings.low_disk:
         lines.append(("", f"with --low-disk {in_bytes(kept + plan.passing_bytes)} of disk in all"))
     lines += [("note", warning) for warning in job.warnings]
@@ -292,8 +292,11 @@ def _side(checkpoint: Checkpoint) -> str:
 def _target(job: Job) -> str:
     if job.target.folder is not None:
         return f"{job.target.folder} (local folder)"
-    how = "a pull request" if job.create_pr else "one commit"
-    return f"{job.target.repo} on the Hub, in {how}"
+    how = job.publication
+    where = "a pull request" if how.create_pr else "one commit"
+    where += f" to the branch {how.branch}" if how.branch else ""
+    where += f", with the tag {how.tag}" if how.tag else ""
+    return f"{job.target.repo} on the Hub, in {where}"
 
 
 def _number(value: float | None) -> str:

@@ -1,88 +1,215 @@
-"""The Hugging Face Hub: its errors in plain words, and publishing a folder in one commit."""
+"""Asking the Hugging Face Hub: what may pass is tried again, and what it refuses is explained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+import logging
+import os
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from json import JSONDecodeError
+from typing import Any, TypeVar
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationCopy,
-    CommitOperationDelete,
-    HfApi,
-)
+from huggingface_hub import set_client_factory
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    FileDuplicationError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
+    OIDCError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import parse_ratelimit_headers
+from huggingface_hub.utils._http import default_client_factory
 
 from sage_hub.errors import (
     AccessError,
+    CorruptCheckpointError,
     NetworkError,
     NotFoundError,
-    PublishError,
     SageHubError,
-    TargetError,
     UsageError,
     first_line,
 )
-from sage_hub.progress import SILENT, Progress
+
+T = TypeVar("T")
 
 MANIFEST = "sage/manifest.json"
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
+WAITS = (1, 2, 4, 8, 16, 30)  # seconds between one try of a request and the next
+LONGEST_WAIT = 600  # seconds that the Hub may ask us to stay away; its rate limits reset in 300
+SILENCE = 60  # seconds without a sign of life after which a request has failed
+PASSING = frozenset((408, 425, 429, 500, 502, 503, 504))  # statuses that another try may change
 
-@contextmanager
-def explained(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what huggingface_hub raises about `repo` into one of our errors."""
+log = logging.getLogger(__name__)
+
+
+class DamagedError(Exception):
+    """What came is not what the Hub has, by the Hub's own hash of it."""
+
+
+def ask(repo: str, call: Callable[[], T], revision: str | None = None) -> T:
+    """The result of `call`, which asks the Hub about `repo`.
+
+    What may pass (a server error, a rate limit, a time-out, a broken connection, a damaged
+    download) is tried again after each of WAITS, or when the Hub says. Raises one of our errors
+    for what huggingface_hub raises, at once where another try changes nothing.
+    """
+    begun = time.monotonic()
+    tries = 0
+    while True:
+        tries += 1
+        try:
+            return call()
+        except Exception as error:
+            pause = wait_before_next(error, tries)
+            if pause is None:
+                seconds = time.monotonic() - begun
+                explained = explain(error, repo, revision, tries=tries, seconds=seconds)
+                if explained is None:
+                    raise
+                raise explained from None
+            log.warning("%s; trying again in %.0f s.", _what_passed(error, repo), pause)
+        time.sleep(pause)
+
+
+def wait_before_next(error: BaseException, tries: int) -> float | None:
+    """Seconds until a request that failed so often is tried again; None if it is not."""
+    if tries > len(WAITS) or not may_pass(error):
+        return None
+    response = _response(error)
+    asked = _seconds_asked_for(response.headers) if response is not None else 0.0
+    return None if asked > LONGEST_WAIT else max(WAITS[tries - 1], asked)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether another try may go well."""
+    if isinstance(error, (OfflineModeIsEnabled, SageHubError)):
+        return False
+    response = getattr(error, "response", None)
+    if response is not None:
+        return response.status_code in PASSING
+    if isinstance(error, (HTTPError, ConnectionError, TimeoutError, JSONDecodeError, DamagedError)):
+        return True
+    if type(error) is OSError and error.errno is None:
+        return True  # how huggingface_hub says that a download came out too short
+    # A library's own wrapping of one of these.
+    return error.__cause__ is not None and may_pass(error.__cause__)
+
+
+def _response(error: BaseException | None) -> Any:
+    """The Hub's answer in an error, if it did answer."""
+    while error is not None:
+        if (response := getattr(error, "response", None)) is not None:
+            return response
+        error = error.__cause__
+    return None
+
+
+def _seconds_asked_for(headers: Any) -> float:
+    """What Retry-After, or the Hub's own rate limit header, says."""
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return limit.reset_in_seconds
+    text = headers.get("Retry-After", "").strip()
+    if text.isdigit():
+        return float(text)
     try:
-        yield
-    except GatedRepoError:
-        raise AccessError(
+        then = parsedate_to_datetime(text).astimezone(timezone.utc)
+    except ValueError:
+        return 0.0
+    return max(0.0, (then - datetime.now(timezone.utc)).total_seconds())
+
+
+def _what_passed(error: BaseException, repo: str) -> str:
+    response = _response(error)
+    if response is not None:
+        return f"The Hub answered {response.status_code} about {repo}"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, DamagedError):
+        return f"A download from {repo} is damaged ({error})"
+    return f"The Hub did not answer about {repo} ({type(error).__name__})"
+
+
+def explain(
+    error: BaseException,
+    repo: str,
+    revision: str | None = None,
+    *,
+    tries: int = 1,
+    seconds: float = 0.0,
+) -> SageHubError | None:
+    """What huggingface_hub raised about `repo`, as one of our errors; None if it is none of that.
+
+    `tries` and `seconds` say how often and how long it was tried.
+    """
+    if isinstance(error, SageHubError):
+        return None
+    if may_pass(error):
+        said = _what_passed(error, repo)
+        often = f", {tries} times in {seconds:.0f} s" if tries > 1 else ""
+        if isinstance(error, DamagedError):
+            return CorruptCheckpointError(f"{said}{often}; run the same command again.")
+        response = _response(error)
+        if response is None:
+            return NetworkError(
+                f"{said}{often}; check the network and HF_ENDPOINT, and run the same command "
+                f"again. (A folder is written ./{repo}.)"
+            )
+        asked = _seconds_asked_for(response.headers)
+        if asked > LONGEST_WAIT:
+            often += f", and asks to wait {asked:.0f} s"
+        return NetworkError(f"{said}{often}; run the same command again later.")
+    if isinstance(error, GatedRepoError):
+        return AccessError(
             f"{repo} is gated: accept its conditions on its Hub page, then {LOG_IN}."
-        ) from None
-    except RevisionNotFoundError:
-        raise NotFoundError(
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return NotFoundError(
             f"{repo} has no revision {revision!r}; give a branch, tag or commit that exists."
-        ) from None
-    except RepositoryNotFoundError:
-        raise NotFoundError(
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return NotFoundError(
             f"{repo} does not exist on the Hub, or is private: check the name, or {LOG_IN} "
             f"with access to it. (A folder is written ./{repo.rpartition('/')[2]}.)"
-        ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise NetworkError(
+        )
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        response = _response(error)
+        if response is not None:
+            return _explain_answer(response, error.__cause__ or error, repo)
+        return NetworkError(
             f"{repo} is not in the local cache and the Hub cannot be reached; "
             f"check the network, HF_ENDPOINT and HF_HUB_OFFLINE. (A folder is written ./{repo}.)"
-        ) from None
-    except EntryNotFoundError as error:
-        raise NotFoundError(f"A file is missing from {repo}: {first_line(error)}") from None
-    except LocalTokenNotFoundError:
-        raise AccessError(f"{repo} needs a token: {LOG_IN}.") from None
-    except HFValidationError as error:
-        raise UsageError(f"{repo!r} is not a valid repo name: {first_line(error)}") from None
-    except HfHubHTTPError as error:
-        raise _explain_status(error, repo) from None
-    except HTTPError as error:
-        raise NetworkError(
-            f"The Hub did not answer about {repo} ({type(error).__name__}); try again. (A folder "
-            f"is written ./{repo}.)"
-        ) from None
+        )
+    if isinstance(error, EntryNotFoundError):
+        return NotFoundError(f"A file is missing from {repo}: {first_line(error)}")
+    if isinstance(error, LocalTokenNotFoundError):
+        return AccessError(f"{repo} needs a token: {LOG_IN}.")
+    if isinstance(error, OIDCError):
+        return AccessError(f"No token for {repo} from this CI's identity: {first_line(error)}")
+    if isinstance(error, HFValidationError):
+        return UsageError(f"{repo!r} is not a valid repo name: {first_line(error)}")
+    response = _response(error)
+    if response is not None:
+        return _explain_answer(response, error, repo)
+    return None
 
 
-def _explain_status(error: HfHubHTTPError, repo: str) -> SageHubError:
-    status = error.response.status_code
+def _explain_answer(response: Any, error: BaseException, repo: str) -> SageHubError:
+    status = response.status_code
+    said = (getattr(error, "server_message", None) or first_line(error)).partition("\n")[0]
+    if response.request.url.path == "/oauth/token":
+        return AccessError(
+            f"The Hub gives this CI job no token for HF_OIDC_RESOURCE ({said}): add the workflow "
+            "to the trusted publishers in that repo's settings."
+        )
     if status == 401:
         return AccessError(f"The Hub refused the token for {repo} (401): {LOG_IN}.")
     if status == 403:
@@ -90,158 +217,34 @@ def _explain_status(error: HfHubHTTPError, repo: str) -> SageHubError:
             f"The token may not do this with {repo} (403): use one with access to it, "
             "with write permission if it is the target."
         )
-    if status == 429 or status >= 500:
-        return NetworkError(f"The Hub answered {status} about {repo}; try again later.")
-    return NetworkError(f"The Hub answered {status} about {repo}: {first_line(error)}")
+    return NetworkError(f"The Hub answered {status} about {repo}: {said}")
 
 
-def check_target(repo: str, *, force: bool = False, mark: str = MANIFEST) -> None:
-    """Check before any work that a release may be published to `repo`.
+def reading_token() -> str | None:
+    """The token to read sources with; None leaves it to huggingface_hub.
 
-    Raises AccessError without a token, TargetError if the repo holds something that is not a
-    release of ours and `force` is not set.
+    Of its own accord that takes the token of a trusted publisher (HF_OIDC_RESOURCE) for
+    everything. Such a token is for the one repo that it may write, so HF_TOKEN reads.
     """
-    with explained(repo):
-        HfApi().whoami()
-    _target_files(repo, force=force, mark=mark)
+    publishes = "/" in os.environ.get("HF_OIDC_RESOURCE", "")
+    return os.environ.get("HF_TOKEN", "").strip() or None if publishes else None
 
 
-def _target_files(repo: str, *, force: bool, mark: str = MANIFEST) -> tuple[str | None, set[str]]:
-    """The head commit of `repo` and its files; (None, empty) if it does not exist.
+def limit_silence() -> None:
+    """Have requests of this process fail after SILENCE seconds without a sign of life.
 
-    Raises TargetError if it has files, but not the `mark` of what we publish.
-    """
-    try:
-        with explained(repo):
-            info = HfApi().model_info(repo)
-    except NotFoundError:
-        return None, set()
-    files = {s.rfilename for s in info.siblings or []} - {".gitattributes"}
-    if files and mark not in files and not force:
-        raise TargetError(
-            f"{repo} exists and was not made by sage-hub for this (it has no {mark}); "
-            "choose another --to, or replace it with --force."
-        )
-    return info.sha, files
-
-
-@dataclass(frozen=True)
-class Source:
-    """A large file of a repo at a commit, which the Hub can copy by itself."""
-
-    repo: str
-    commit: str
-    path: str
-
-    def copied_to(self, path: str) -> CommitOperationCopy:
-        """The part of a commit that copies it."""
-        return CommitOperationCopy(
-            self.path,
-            path,
-            src_revision=self.commit,
-            src_repo_id=self.repo,
-            src_repo_type="model",
-        )
-
-
-class Upload:
-    """A commit in the making: large files are sent as they come, where nobody sees them.
-
-    The commit makes all visible at once, leaves nothing in the repo but what was added, and is
-    refused by the Hub if the repo moved meanwhile. After PublishError, AccessError, NetworkError
-    or TargetError the repo is as it was, or empty if it did not exist.
+    Of its own accord huggingface_hub waits for most answers as long as it takes.
     """
 
-    def __init__(
-        self,
-        repo: str,
-        *,
-        private: bool = False,
-        create_pr: bool = False,
-        force: bool = False,
-        mark: str = MANIFEST,
-    ) -> None:
-        self.repo, self.create_pr = repo, create_pr
-        self._api = HfApi()
-        self._head, self._present = _target_files(repo, force=force, mark=mark)
-        if self._head is None:
-            with explained(repo):
-                self._api.create_repo(repo, private=private, exist_ok=True)
-            self._head, self._present = _target_files(repo, force=force, mark=mark)
-        self._added: dict[str, CommitOperationAdd] = {}
-        self._copied: dict[str, tuple[Source, Callable[[], Path]]] = {}
+    def limited(request: Any) -> None:
+        limits = request.extensions.get("timeout", {})
+        phases = ("connect", "read", "write", "pool")
+        limits = {phase: min(limits.get(phase) or SILENCE, SILENCE) for phase in phases}
+        request.extensions = {**request.extensions, "timeout": limits}
 
-    def add(self, path: str, file: Path) -> None:
-        """Send `file`, which is to be `path` in the repo."""
-        addition = CommitOperationAdd(path, file)
-        try:
-            with explained(self.repo):
-                self._api.preupload_lfs_files(self.repo, [addition], create_pr=self.create_pr)
-        except RuntimeError as error:  # what hf_xet raises when an upload breaks off
-            if isinstance(error.__cause__, HfHubHTTPError):
-                raise _explain_status(error.__cause__, self.repo) from None
-            raise NetworkError(
-                f"Uploading {path} to {self.repo} broke off ({first_line(error)}); nothing was "
-                "published. Run the same command again."
-            ) from None
-        self._added[path] = addition
+    def client() -> Any:
+        made = default_client_factory()
+        made.event_hooks = {"request": [*made.event_hooks["request"], limited]}
+        return made
 
-    def copy(self, path: str, source: Source, file: Callable[[], Path]) -> None:
-        """Have the Hub copy `source` to `path`; if it will not, send what `file` fetches."""
-        self._copied[path] = (source, file)
-
-    def add_folder(self, folder: Path, progress: Progress = SILENT) -> None:
-        """Send all files of `folder` that were not sent or copied already."""
-        files = {
-            path.relative_to(folder).as_posix(): path
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
-        todo = [path for path in files if path not in self._added and path not in self._copied]
-        for path in progress.each("Uploading", todo, len(todo), "file"):
-            self.add(path, files[path])
-
-    def commit(self, message: str) -> str:
-        """Make everything visible; return the URL of the commit or pull request."""
-        with explained(self.repo), _told_if_moved(self.repo):
-            if self._copied:
-                copies = [source.copied_to(path) for path, (source, _) in self._copied.items()]
-                try:
-                    return self._commit(message, copies)
-                except (HfHubHTTPError, FileDuplicationError, ValueError) as error:
-                    if _final(error):
-                        raise
-                # Not every storage can be copied from, and not into every region.
-                for path, (_, file) in self._copied.items():
-                    self.add(path, file())
-            return self._commit(message, [])
-
-    def _commit(self, message: str, copies: Sequence[CommitOperationCopy]) -> str:
-        names = {*self._added, *(copy.path_in_repo for copy in copies)}
-        stale = [CommitOperationDelete(name) for name in sorted(self._present - names)]
-        made = self._api.create_commit(
-            self.repo,
-            [*self._added.values(), *copies, *stale],
-            commit_message=message,
-            parent_commit=self._head,
-            create_pr=self.create_pr,
-        )
-        return made.pr_url or made.commit_url
-
-
-def _final(error: Exception) -> bool:
-    """Whether a commit without copies would be refused as well."""
-    return isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 412)
-
-
-@contextmanager
-def _told_if_moved(repo: str) -> Iterator[None]:
-    try:
-        yield
-    except HfHubHTTPError as error:
-        if error.response.status_code == 412:
-            raise PublishError(
-                f"{repo} changed while the release was made; nothing was published. "
-                "Run the same command again."
-            ) from None
-        raise
+    set_client_factory(client)

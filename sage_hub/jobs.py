@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from sage_hub import card, harness
 from sage_hub.adapter import open_unlearned
 from sage_hub.architecture import empty_model
 from sage_hub.blocks import cut
-from sage_hub.budget import Budget, plan_memory, statistics_bytes
+from sage_hub.budget import GB, Budget, plan_memory, statistics_bytes
 from sage_hub.checkpoint import (
     Checkpoint,
     Location,
@@ -26,15 +26,22 @@ from sage_hub.checkpoint import (
 )
 from sage_hub.comparison import Result
 from sage_hub.encoding import row_limit
-from sage_hub.errors import NothingToDoError, SageHubError, StatisticsError, UsageError
+from sage_hub.environment import machine_memory
+from sage_hub.errors import (
+    NothingToDoError,
+    OutOfMemoryError,
+    SageHubError,
+    StatisticsError,
+    UsageError,
+)
 from sage_hub.estimate import Estimate, estimate, probe
 from sage_hub.evaluation import expected_names
 from sage_hub.gates import ALWAYS_KNOWN, Gate, check_names, parse
-from sage_hub.hub import check_target
 from sage_hub.output import check_disk, check_output
 from sage_hub.plan import Plan, make_plan
-from sage_hub.progress import SILENT, Progress
+from sage_hub.progress import SILENT, Progress, in_bytes
 from sage_hub.proxies import Proxy, check_disjoint, read_proxy
+from sage_hub.publish import Publication, check_target
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.record import describe_source
 from sage_hub.results import read_results
@@ -61,9 +68,9 @@ class Job:
     results: tuple[Result, ...] = ()  # made elsewhere, for the same record
     reference: Checkpoint | None = None  # a model that never saw the forget set
     stats_cache: Path | None = None  # where statistics are looked for and kept
+    record: Path | None = None  # where card and record are left too
     ranks: Ranks = ALONE  # the processes that do it together
-    private: bool = False
-    create_pr: bool = False
+    publication: Publication = field(default_factory=Publication)  # if the target is on the Hub
     force: bool = False
     warnings: tuple[str, ...] = ()
     problems: tuple[SageHubError, ...] = ()  # each would stop the run
@@ -102,8 +109,7 @@ def survey(
     statistics: str | Path | None = None,
     stats_cache: str | Path | None = None,
     ranks: Ranks = ALONE,
-    private: bool = False,
-    create_pr: bool = False,
+    publication: Publication = Publication(),  # noqa: B008 - frozen
     force: bool = False,
 ) -> Job:
     """Plan the run from configs and headers, reading no weights, and find all its problems.
@@ -112,6 +118,7 @@ def survey(
     """
     ready = None if statistics is None else find_ready(statistics)
     settings = settings.resolve_device()
+    publication = _titled(publication, unlearned)
     base_side = open_checkpoint(base)
     sides = {
         "base": base_side,
@@ -120,7 +127,7 @@ def survey(
     plan = make_plan(**sides, parameters=settings.parameters).stored_as(settings.stored_dtype)
     sources = [parse_location(side).folder for side in (base, unlearned)]
     proxies: dict[str, Proxy] = {}
-    memory, room = expect_calibration(plan.base, settings)
+    memory, least, room = expect_calibration(plan.base, settings)
     if ready is not None:
         memory = replace(memory, moments=0, sketched=frozenset())
 
@@ -150,7 +157,7 @@ def survey(
         read_gates()
 
     checks: list[Callable[[], object]] = [
-        lambda: _check_target(target, sources, force=force),
+        lambda: _check_target(target, sources, publication, force=force),
         lambda: _check_ranks(settings, ranks),
         lambda: check_disk(
             plan,
@@ -164,6 +171,8 @@ def survey(
         lambda: card.find_template(settings.card_template),
         lambda: harness.check_available(settings.lm_eval),
     ]
+    if ready is None:
+        checks.append(lambda: _check_memory(least))
     if plan.base.commit and plan.unlearned.commit:  # the Hub knows the hashes
         checks.append(lambda: _fingerprints(plan, SILENT))
     problems = [*plan.problems, *_failures(checks)]
@@ -180,30 +189,46 @@ def survey(
         tuple(results),
         reference,
         None if stats_cache is None else Path(stats_cache),
-        ranks,
-        private,
-        create_pr,
-        force,
+        ranks=ranks,
+        publication=publication,
+        force=force,
     )
     return replace(job, problems=tuple(problems), warnings=tuple(_warnings(job)))
 
 
-def expect_calibration(base: Checkpoint, settings: Settings) -> tuple[Budget, int]:
-    """What it takes to calibrate `base`, and the bytes on disk, if the proxies are as long as the
-    settings allow."""
+def expect_calibration(base: Checkpoint, settings: Settings) -> tuple[Budget, Budget, int]:
+    """What it takes to calibrate `base`: at most, if the proxies are as long as the settings
+    allow, at least, if they are a single token, and the bytes on disk at most."""
     model = empty_model(base)
-    sites = find_sites(model)
+    sites, blocks = find_sites(model), cut(model)
     sets = 2 if settings.gain == "match" else 1
-    found = plan_memory(
-        cut(model),
-        sites,
-        settings,
-        tokens=sets * settings.max_tokens,
-        longest=row_limit(base, settings.max_length),
-        held=base.weight_bytes if loaded_whole(base) else 0,
+    most, least = (
+        plan_memory(
+            blocks,
+            sites,
+            settings,
+            tokens=tokens,
+            longest=longest,
+            held=base.weight_bytes if loaded_whole(base) else 0,
+        )
+        for tokens, longest in (
+            (sets * settings.max_tokens, row_limit(base, settings.max_length)),
+            (1, 1),
+        )
     )
-    kept = sets * statistics_bytes(sites, found.sketched, settings.rank)
-    return found, int(kept + found.spilled)
+    kept = sets * statistics_bytes(sites, most.sketched, settings.rank)
+    return most, least, int(kept + most.spilled)
+
+
+def _check_memory(least: Budget) -> None:
+    """Raise OutOfMemoryError if even a single token is too much to calibrate on, here."""
+    least.check()
+    available = machine_memory()
+    if available is not None and least.total > available:
+        raise OutOfMemoryError(
+            f"Calibration takes {in_bytes(least.total)} of memory at least, and this machine has "
+            f"{in_bytes(available)}; use a larger one, or --stats made on one."
+        )
 
 
 def forecast(base: str, settings: Settings) -> Estimate:
@@ -285,13 +310,21 @@ def nothing_to_do(plan: Plan) -> NothingToDoError:
     )
 
 
-def _check_target(target: Location, sources: Sequence[Path | None], *, force: bool) -> None:
+def _titled(publication: Publication, unlearned: str) -> Publication:
+    name = parse_location(unlearned).name
+    return replace(publication, message=publication.message or f"Sanitize {name} with sage-hub")
+
+
+def _check_target(
+    target: Location, sources: Sequence[Path | None], publication: Publication, *, force: bool
+) -> None:
     if target.folder is not None:
+        publication.check_unused()
         check_output(target.folder, sources, force=force)
         return
     if target.revision:
         raise UsageError("A target takes no @revision; publish to org/name.")
-    check_target(target.repo, force=force)
+    check_target(target.repo, publication, force=force)
 
 
 def _check_ranks(settings: Settings, ranks: Ranks) -> None:
@@ -340,6 +373,12 @@ def _warnings(job: Job) -> Iterator[str]:
         yield (
             "The retain proxy is the general-purpose one that comes with sage-hub. A few hundred "
             "rows of your own domain, given with --retain, protect what you care for better."
+        )
+    available = machine_memory()
+    if available is not None and job.settings.memory * GB > available:
+        yield (
+            f"--memory allows {job.settings.memory:g} GB, and this machine has "
+            f"{in_bytes(available)}; give less, or the system may end the run."
         )
     yield from card.licence_warnings(job.plan)
     unlearned = job.plan.unlearned

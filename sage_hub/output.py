@@ -66,11 +66,15 @@ class Work:
 
     def recall(self, shard: str) -> dict[str, Any] | None:
         """What was kept of `shard` by this run or an earlier one; None if it is not finished."""
-        path, written = self._note(shard), self.release / shard
-        if not (path.is_file() and written.is_file()):
+        record, written = self.note(shard), self.release / shard
+        if record is None or not written.is_file():
             return None
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return record if file_sha256(written) == record["sha256"] else None
+
+    def note(self, shard: str) -> dict[str, Any] | None:
+        """What was kept of `shard`, whether its file is still here or not."""
+        path = self._note(shard)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def finish(self, *, force: bool) -> None:
         """Give the release its name, in place of what was there before."""
@@ -219,12 +223,13 @@ def check_disk(
     """Raise DiskSpaceError if output, downloads and `statistics` bytes don't fit where they go.
 
     What an earlier run has left there is used again, or removed first. With `low_disk` a download
-    goes where the output goes, and of an output that is not kept there is one shard at a time.
+    goes where the output goes, and of an output that is not kept there are two shards at a time.
     """
     left = sum(path.stat().st_size for path in work_folder(output).rglob("*") if path.is_file())
     needs = {output: max(0, plan.output_bytes + statistics - left)}
     if low_disk:
-        written = plan.output_bytes if keep else plan.largest_output
+        # One shard is sent while the next is made.
+        written = plan.output_bytes if keep else 2 * plan.largest_output
         needs = {output: max(0, written + plan.passing_bytes + statistics - left)}
     elif plan.download_bytes:
         needs[Path(HF_HUB_CACHE)] = plan.download_bytes
@@ -259,6 +264,14 @@ def carry_files(plan: Plan, folder: Path, dtype: str | None = None) -> dict[str,
             destination.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         hashes[name] = file_sha256(destination)
     return hashes
+
+
+def leave_record(release: Path, folder: Path | None) -> None:
+    """Copy the card and `sage/` of a release into `folder`, if there is to be such a copy."""
+    if folder is None or folder.resolve() == release.resolve():
+        return
+    shutil.copytree(release / "sage", folder / "sage", dirs_exist_ok=True)
+    shutil.copyfile(release / "README.md", folder / "README.md")
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

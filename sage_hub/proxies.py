@@ -10,13 +10,15 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from sage_hub.checkpoint import HubFiles
 from sage_hub.errors import NotFoundError, OverlapError, ProxyError, UsageError, first_line
-from sage_hub.hub import explained
+from sage_hub.hub import ask, reading_token
 
 BUILTIN = Path(__file__).parent / "data" / "general_proxy.jsonl"
 BUILTIN_NAME = "sage-hub general-purpose proxy"
@@ -289,12 +291,20 @@ def _parse_array(raw: bytes, name: str) -> Iterator[Mapping[str, Any]]:
 def _load(*args: Any, **kwargs: Any) -> Iterator[Mapping[str, Any]]:
     import datasets
 
-    # The library logs what it also raises, and the caller says it in one sentence.
+    with _silent_datasets():
+        # Streaming reads in place; the other way would leave a converted copy in the cache.
+        yield from datasets.load_dataset(*args, streaming=True, **kwargs)
+
+
+@contextmanager
+def _silent_datasets() -> Iterator[None]:
+    """The library logs what it also raises, and the caller says it in one sentence."""
+    import datasets
+
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(logging.CRITICAL)
     try:
-        # Streaming reads in place; the other way would leave a converted copy in the cache.
-        yield from datasets.load_dataset(*args, streaming=True, **kwargs)
+        yield
     finally:
         datasets.logging.set_verbosity(verbosity)
 
@@ -305,8 +315,6 @@ def _reason(error: Exception, path: Path) -> str:
 
 
 def _read_dataset(source: str) -> Proxy:
-    from huggingface_hub import HfApi
-
     match = re.fullmatch(
         r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/?]+))?(/(?P<file>[^?]+))?(\?(?P<query>.*))?",
         source.removeprefix(DATASET_SCHEME),
@@ -317,21 +325,39 @@ def _read_dataset(source: str) -> Proxy:
             f"{source!r} is not a dataset address; write "
             f"{DATASET_SCHEME}org/name[@revision][/file][?config=NAME&split=NAME]."
         )
-    repo = match["repo"]
-    with explained(f"dataset {repo}", match["revision"]):
-        sha = HfApi().dataset_info(repo, revision=match["revision"]).sha
-    name = source.replace(f"@{match['revision']}", "") if match["revision"] else source
+    repo, revision = match["repo"], match["revision"]
+    files = HubFiles(repo, revision, kind="dataset")
+    name = source.replace(f"@{revision}", "") if revision else source
     try:
-        rows = parse_rows(
-            _load(
-                repo,
-                query.get("config"),
-                revision=sha,
-                split=query.get("split", "train"),
-                data_files=match["file"],
+        records = ask(
+            f"dataset {repo}",
+            lambda: _load_dataset(
+                files, query.get("config"), match["file"], query.get("split", "train")
             ),
-            name,
         )
     except (ValueError, OSError) as error:
-        raise ProxyError(f"{name} cannot be read: {first_line(error)}") from None
-    return Proxy(name, rows, revision=sha)
+        said = re.sub(r"\S*/snapshots/\w+/", "", first_line(error))  # of this machine
+        raise ProxyError(f"{name} cannot be read: {said}") from None
+    return Proxy(name, parse_rows(records, name), revision=files.commit)
+
+
+def _load_dataset(
+    files: HubFiles, config: str | None, file: str | None, split: str
+) -> list[Mapping[str, Any]]:
+    """The records of a split, of the files that the dataset's own rules name for it.
+
+    Raises ValueError or OSError as `datasets` does.
+    """
+    import datasets
+
+    with _silent_datasets():
+        builder = datasets.load_dataset_builder(
+            files.name, config, revision=files.commit, data_files=file, token=reading_token()
+        )
+        found = builder.config.data_files or {}
+        if split not in found:
+            raise ValueError(f"it has no split {split!r}, but {', '.join(found) or 'none'}")
+        # The library would read from the Hub directly, and compare nothing with its hashes.
+        names = [url.partition(f"@{files.commit}/")[2] for url in found[split]]
+        builder.config.data_files = {split: [str(files.path(name)) for name in names]}
+        return list(builder.as_streaming_dataset(split))

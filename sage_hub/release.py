@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,11 @@ from sage_hub import card, shards
 from sage_hub.adapter import open_unlearned
 from sage_hub.bias import summarize
 from sage_hub.calibrate import calibrate
-from sage_hub.checkpoint import Location, open_checkpoint
+from sage_hub.checkpoint import HubFiles, Location, open_checkpoint, read_json
 from sage_hub.errors import GateError, SageHubError
 from sage_hub.evaluation import Candidate, Evaluation, evaluate
 from sage_hub.gates import Outcome, facts_of
-from sage_hub.hub import MANIFEST, Source, Upload
+from sage_hub.hub import MANIFEST
 from sage_hub.jobs import (
     Job,
     check_given_statistics,
@@ -32,9 +32,10 @@ from sage_hub.jobs import (
     survey,
     workspace,
 )
-from sage_hub.output import Work, carry_files, working_on
+from sage_hub.output import Work, carry_files, leave_record, working_on
 from sage_hub.plan import Plan, make_plan
 from sage_hub.progress import SILENT, Progress
+from sage_hub.publish import Publication, Source, Upload
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.record import (
     REPORT,
@@ -46,7 +47,7 @@ from sage_hub.record import (
 )
 from sage_hub.settings import Settings
 from sage_hub.statistics import Statistics, find_ready, open_statistics
-from sage_hub.verify import read_manifest, verify
+from sage_hub.verify import manifest_of, read_manifest, verify, verify_files
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ def push(
     statistics: str | Path | None = None,
     stats_cache: str | Path | None = None,
     ranks: Ranks = ALONE,
-    private: bool = False,
-    create_pr: bool = False,
+    publication: Publication = Publication(),  # noqa: B008 - frozen
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Release:
@@ -88,8 +88,7 @@ def push(
         statistics=statistics,
         stats_cache=stats_cache,
         ranks=ranks,
-        private=private,
-        create_pr=create_pr,
+        publication=publication,
         force=force,
     )
     return run(check_weights(job, progress), progress)
@@ -125,32 +124,90 @@ def sanitize(
 def run(job: Job, progress: Progress = SILENT) -> Release:
     """Do the job: write the release, and publish it if its target is on the Hub.
 
-    A release that an earlier run has finished is not made again, and what an earlier run of the
-    same inputs has begun is finished.
+    A release that an earlier run has finished is not made again, and one that it has published is
+    not published again. What an earlier run of the same inputs has begun is finished.
     """
     output, ranks = job.target.folder or workspace(job.target), job.ranks
     fingerprint = ranks.once(lambda: job.fingerprint)
     with working_on(output, fingerprint, force=job.force, ranks=ranks, progress=progress) as work:
-        if job.target.folder is None and job.settings.low_disk:
-            upload = _upload(job)
-            release = write_release(job, fingerprint, work, progress, upload)
-            stop_at_gates(release)
-            return replace(release, location=_publish(job, upload, work.release, progress))
+        if job.target.folder is None:
+            return _run_to_hub(job, fingerprint, work, progress)
         release = ranks.once(
             lambda: finished_release(job, fingerprint, work, progress)
         ) or write_release(job, fingerprint, work, progress)
+    stop_at_gates(release)
+    return release
+
+
+def _run_to_hub(job: Job, fingerprint: str, work: Work, progress: Progress) -> Release:
+    """Write the release while its shards are sent, and make it visible.
+
+    With several ranks the first one sends: its own shards in the meantime, the others' in the end.
+    """
+    ranks = job.ranks
+    with _upload(job, fingerprint) if ranks.first else nullcontext() as upload:
+        if done := ranks.once(lambda: upload and _published(job, upload, work, progress)):
+            stop_at_gates(done)
+            return done
+        release = None
+        if job.keeps_output:
+            release = ranks.once(lambda: finished_release(job, fingerprint, work, progress))
+        release = release or write_release(job, fingerprint, work, progress, upload)
         stop_at_gates(release)
-        if job.target.folder is not None:
-            return release
-        url = ranks.once(lambda: _publish_folder(job, work.output, progress))
-        return replace(release, location=url)
+        folder = work.output if job.keeps_output else work.release
+        url = ranks.once(lambda: upload and _publish(job, upload, folder))
+        return replace(release, location=url or "")
 
 
-def _publish_folder(job: Job, folder: Path, progress: Progress) -> str:
-    """Publish a finished release, which then goes."""
+def _upload(job: Job, fingerprint: str) -> Upload:
+    def ours(files: HubFiles) -> bool:
+        if MANIFEST not in files.sizes or REPORT not in files.sizes:
+            return False
+        return (
+            manifest_of(files).get("fingerprint") == fingerprint
+            and not verify_files(files).differences
+        )
+
+    return Upload(job.target.repo, job.publication, ours, force=job.force)
+
+
+def _published(job: Job, upload: Upload, work: Work, progress: Progress) -> Release | None:
+    """The release as it is on the Hub, if it is this very one and whole, else None."""
+    url = upload.published()
+    if url is None or upload.files is None:
+        upload.check_tag()
+        return None
+    progress.note(f"{url} is this very release already; nothing was sent.")
+    if work.output.exists():
+        shutil.rmtree(work.output)
+    if job.record is not None:
+        for name in upload.files.sizes:
+            if name == "README.md" or name.startswith("sage/"):
+                (job.record / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(upload.files.path(name), job.record / name)
+    manifest, report = (read_json(upload.files, name) for name in (MANIFEST, REPORT))
+    report["gates"] = _outcomes(job, manifest, report)
+    return Release(url, manifest, report, job.warnings)
+
+
+def _publish(job: Job, upload: Upload, folder: Path) -> str:
+    """Send what was not sent yet, have the Hub copy untouched shards, and commit.
+
+    The folder goes when it is published.
+    """
     try:
-        url = _publish(job, _upload(job), folder, progress)
+        source = job.plan.unlearned
+        for shard in job.plan.equal if source.commit else ():
+            upload.copy(
+                shard,
+                Source(source.name, source.commit or "", shard),
+                partial(source.files.path, shard),
+            )
+        upload.add_folder(folder)
+        url = upload.commit()
     except SageHubError as error:
+        if not job.keeps_output:
+            raise
         raise type(error)(f"{error} The finished release is kept in {folder}.") from None
     shutil.rmtree(folder)
     return url
@@ -180,8 +237,8 @@ def write_release(
 ) -> Release:
     """Write the whole release into the output folder, which appears only when it is complete.
 
-    With an `upload` each shard is sent as soon as it is finished and is not kept, and the folder
-    gets no name.
+    With an `upload` each shard is sent as soon as it is finished. With low disk it is not kept
+    then, and the folder gets no name.
     """
     clock, ranks = _Clock(), job.ranks
     how = shards.Filter(job.settings.strength, job.settings.energy, job.settings.rank)
@@ -232,6 +289,8 @@ def write_release(
         write_json(folder / MANIFEST, manifest)
         release = conclude(job, folder, manifest, report)
         if upload is not None:
+            upload.settle()  # what is sent must not move
+        if not job.keeps_output:
             return release
         work.finish(force=job.force)
         return replace(release, location=str(job.target.folder or work.output))
@@ -279,12 +338,19 @@ def conclude(
 ) -> Release:
     """Add results made elsewhere and the gates' outcomes to the report in `folder`; the card."""
     full = with_results(report, job.results)
-    facts = facts_of(manifest, full)
-    full["gates"] = [asdict(gate.check(facts)) for gate in job.gates]
+    full["gates"] = _outcomes(job, manifest, full)
     if full != read_record(folder / REPORT):
         write_json(folder / REPORT, full)
         card.write_card(folder, manifest, full, job.settings.card_template)
+    leave_record(folder, job.record)
     return Release(str(job.target.folder or folder), manifest, full, job.warnings)
+
+
+def _outcomes(
+    job: Job, manifest: Mapping[str, Any], report: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    facts = facts_of(manifest, report)
+    return [asdict(gate.check(facts)) for gate in job.gates]
 
 
 def stop_at_gates(release: Release) -> None:
@@ -295,7 +361,7 @@ def stop_at_gates(release: Release) -> None:
         raise GateError(
             f"{len(failed)} gate{many} not met, and nothing was published: "
             f"{'; '.join(outcome.sentence() for outcome in failed)}. The release and its record "
-            f"are kept in {release.location}.",
+            f"are in {release.location}.",
             release,
         )
 
@@ -392,11 +458,13 @@ def _write_shards(
 ) -> list[shards.ShardRecord]:
     """All shards, those that an earlier run has finished and the others.
 
-    One that is untouched comes along as it is; to a repo the Hub copies it in the end.
+    One that is untouched comes along as it is; the Hub copies it by itself in the end.
     """
-    by_hub = plan.unlearned.commit is not None and upload is not None
     ranks = job.ranks
+    by_hub = plan.equal if plan.unlearned.commit is not None else ()
     kept = ranks.once(lambda: {shard: work.recall(shard) for shard in plan.unlearned.shards})
+    if upload is not None and not job.keeps_output:
+        kept |= _sent_earlier(plan, work, upload)
     done = {s: shards.ShardRecord.from_json(record) for s, record in kept.items() if record}
     if done:
         progress.note(f"Going on after an earlier run: {len(done)} of {len(kept)} shards are done.")
@@ -414,18 +482,34 @@ def _write_shards(
     with closing(written):
         for shard in written:
             name, file = shard.shard, work.release / shard.shard
-            if name in plan.equal and not by_hub:
+            if name in plan.equal and (job.keeps_output or name not in by_hub):
                 shutil.copyfile(plan.unlearned.files.path(name), file)
                 plan.unlearned.files.close(name)
-            work.keep(name, asdict(shard))
+            size = file.stat().st_size if file.exists() else 0
+            work.keep(name, {**asdict(shard), "bytes": size})
             done[name] = shard
-            if upload is not None and file.exists():
-                upload.add(name, file)
-                if not job.keeps_output:
-                    file.unlink()
+            if upload is not None and name not in by_hub:
+                if job.keeps_output:
+                    upload.send({name: file})
+                    continue
+                upload.wait()  # so that there are two at a time
+                upload.send({name: file}, then=file.unlink)
     for others in ranks.all(done):
         done |= others
     return [done[shard] for shard in plan.unlearned.shards]
+
+
+def _sent_earlier(plan: Plan, work: Work, upload: Upload) -> dict[str, Any]:
+    """The records of shards that an earlier run has made and sent, and that are not here."""
+    notes = {
+        shard: note
+        for shard in plan.unlearned.shards
+        if shard not in plan.equal
+        and not (work.release / shard).is_file()
+        and (note := work.note(shard)) is not None
+    }
+    sent = upload.adopt({s: (note["sha256"], note["bytes"]) for s, note in notes.items()})
+    return {shard: note for shard, note in notes.items() if shard in sent}
 
 
 @contextmanager
@@ -466,23 +550,6 @@ def _choose_gain(
         plan, statistics, how, device=job.settings.device, ranks=job.ranks, progress=progress
     )
     return shards.gain_that_matches(measured)
-
-
-def _upload(job: Job) -> Upload:
-    return Upload(job.target.repo, private=job.private, create_pr=job.create_pr, force=job.force)
-
-
-def _publish(job: Job, upload: Upload, folder: Path, progress: Progress) -> str:
-    """Send what was not sent yet, have the Hub copy untouched shards, and commit."""
-    source = job.plan.unlearned
-    for shard in job.plan.equal if source.commit else ():
-        upload.copy(
-            shard,
-            Source(source.name, source.commit or "", shard),
-            partial(source.files.path, shard),
-        )
-    upload.add_folder(folder, progress)
-    return upload.commit(f"Sanitize {source.name} with sage-hub")
 
 
 class _Clock:

@@ -38,8 +38,12 @@ def verify(release: str, progress: Progress = SILENT) -> Verification:
     Large files of a repo are compared by the hash that the Hub has of them, not downloaded.
     Raises NotFoundError if it has no manifest.
     """
-    files = open_files(release)
-    manifest = _manifest_of(files)
+    return verify_files(open_files(release), progress)
+
+
+def verify_files(files: Files, progress: Progress = SILENT) -> Verification:
+    """The same of files that are open."""
+    manifest = manifest_of(files)
     stated = _stated_hashes(manifest, files.name)
     present = [name for name in stated if name in files.sizes]
     found = {
@@ -75,10 +79,11 @@ def _not_covered(name: str) -> bool:
 
 def read_manifest(release: str) -> dict[str, Any]:
     """The manifest of `release`. Raises NotFoundError if it has none."""
-    return _manifest_of(open_files(release))
+    return manifest_of(open_files(release))
 
 
-def _manifest_of(files: Files) -> dict[str, Any]:
+def manifest_of(files: Files) -> dict[str, Any]:
+    """The manifest among `files`. Raises NotFoundError if there is none."""
     if MANIFEST not in files.sizes:
         raise NotFoundError(f"{files.name} has no {MANIFEST}; it was not made by sage-hub.")
     return read_json(files, MANIFEST)

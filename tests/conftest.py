@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 from loopback_hub import LoopbackHub
 
@@ -22,6 +23,8 @@ os.environ.update(
     HF_UPDATE_DOWNLOAD_COUNTS="0",
     HF_XET_CACHE=f"{_HOME.name}/xet",
 )
+for _name in ("GITHUB_ACTIONS", "GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY"):
+    os.environ.pop(_name, None)  # the tests of a job are not its results
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -38,6 +41,23 @@ def _in_an_empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     os.chdir(tmp_path_factory.mktemp("cwd"))
     yield
     os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_time_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that fail are tried again as often as ever, and at once."""
+    from huggingface_hub.utils import _http
+
+    from sage_hub import hub
+
+    monkeypatch.setattr(hub, "WAITS", (0.01,) * len(hub.WAITS))
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda _: None))
+
+
+@pytest.fixture(scope="session")
+def _the_hub() -> LoopbackHub:
+    """The same, for fixtures that outlive a test."""
+    return _HUB
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import struct
 import sys
 import tempfile
@@ -23,6 +24,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from email.message import Message
@@ -47,21 +49,42 @@ Stream = BinaryIO | io.BufferedIOBase
 
 @dataclass(frozen=True)
 class User:
-    """Who a token stands for. The role is the token's; `orgs` are namespaces of the user's, too."""
+    """Who a token stands for. The role is the token's; `orgs` are namespaces of the user's, too.
+
+    A fine-grained token writes in the namespaces and repos of `scopes` alone, and that of a
+    trusted publisher in one repo, without being anybody.
+    """
 
     name: str
-    role: Literal["read", "write"] = "write"
+    role: Literal["read", "write", "fineGrained"] = "write"
     orgs: tuple[str, ...] = ()
+    role_in_orgs: Literal["admin", "write", "contributor", "read"] = "write"
+    scopes: tuple[str, ...] = ()
+    only: str = ""
 
     def owns(self, repo_id: str) -> bool:
-        return repo_id.split("/")[0] in (self.name, *self.orgs)
+        namespace = repo_id.split("/")[0]
+        return repo_id == self.only or namespace in (self.name, *self.orgs)
+
+    def writes(self, repo_id: str) -> bool:
+        if self.only:
+            return repo_id == self.only
+        if self.role == "fineGrained":
+            return repo_id in self.scopes or repo_id.split("/")[0] in self.scopes
+        reads_only = self.role_in_orgs == "read" and repo_id.split("/")[0] in self.orgs
+        return self.role == "write" and not reads_only
 
 
 TOKENS: Mapping[str, User] = {
     "hf_writer": User("alice", "write", ("org",)),
     "hf_reader": User("alice", "read", ("org",)),
     "hf_stranger": User("mallory", "write"),
+    "hf_guest": User("bob", "write", ("org",), "read"),
+    "hf_fine": User("alice", "fineGrained", ("org",), scopes=("org",)),
+    "hf_narrow": User("alice", "fineGrained", ("org",), scopes=("org/one", "other")),
 }
+CI_SECRET = "ci-request-token"  # with which a job asks its CI for an id token
+ID_TOKEN = "loopback-id-token"  # what the CI of a trusted publisher says of itself
 
 
 @dataclass(frozen=True)
@@ -110,6 +133,14 @@ class Commit:
 
 
 @dataclass
+class PullRequest:
+    num: int
+    title: str
+    author: str
+    status: str = "open"
+
+
+@dataclass
 class Repo:
     kind: str  # "model" or "dataset"
     id: str
@@ -119,13 +150,22 @@ class Repo:
     refs: dict[str, str] = field(default_factory=dict)
     lfs: dict[str, Blob] = field(default_factory=dict)  # what an lfsFile operation may name
     xet_uploads: list[Path] = field(default_factory=list)  # stores lent to uploading clients
+    pull_requests: list[PullRequest] = field(default_factory=list)
 
     @property
     def path(self) -> str:
         return f"datasets/{self.id}" if self.kind == "dataset" else self.id
 
     def ref(self, revision: str) -> str | None:
-        return next((r for r in (revision, f"refs/heads/{revision}") if r in self.refs), None)
+        names = (revision, f"refs/heads/{revision}", f"refs/tags/{revision}")
+        return next((r for r in names if r in self.refs), None)
+
+    def authored(self, revision: str, user: User | None) -> bool:
+        """Whether a revision is a pull request of the user's own."""
+        return any(
+            revision == f"refs/pr/{pr.num}" and user is not None and pr.author == user.name
+            for pr in self.pull_requests
+        )
 
     def at(self, revision: str) -> Commit:
         ref = self.ref(revision)
@@ -339,7 +379,7 @@ class Call:
     def require_writer(self, repo_id: str, *, anyone: bool = False) -> None:
         if self.user is None:
             raise HubError(401, "Invalid username or password.")
-        if self.user.role != "write" or not (anyone or self.user.owns(repo_id)):
+        if not self.user.writes(repo_id) or not (anyone or self.user.owns(repo_id)):
             raise HubError(403, "You don't have the rights to write to this repo")
 
 
@@ -364,16 +404,78 @@ def downloadable(hub: LoopbackHub, call: Call) -> Repo:
 def writable(hub: LoopbackHub, call: Call, *, by_pull_request: bool = False) -> Repo:
     """Anyone with a write token may propose a change; only owners may make one."""
     repo = visible(hub, call)
-    call.require_writer(repo.id, anyone=by_pull_request)
+    proposed = by_pull_request or repo.authored(call.parts.get("rev", ""), call.user)
+    call.require_writer(repo.id, anyone=proposed)
     return repo
 
 
 def whoami(hub: LoopbackHub, call: Call) -> Response:
     if call.user is None:
         raise HubError(401, "Invalid username or password.")
-    name, orgs = call.user.name, [{"name": org} for org in call.user.orgs]
-    auth = {"type": "access_token", "accessToken": {"displayName": "t", "role": call.user.role}}
+    if call.user.only:
+        raise HubError(403, "This token is nobody's")
+    name, role = call.user.name, call.user.role_in_orgs
+    orgs = [{"name": org, "roleInOrg": role} for org in call.user.orgs]
+    token: Json = {"displayName": "t", "role": call.user.role}
+    if call.user.role == "fineGrained":
+        token["fineGrained"] = {
+            "canReadGatedRepos": True,
+            "global": [],
+            "scoped": [
+                {
+                    "entity": {"type": "model" if "/" in scope else "org", "name": scope},
+                    "permissions": ["repo.content.read", "repo.write"],
+                }
+                for scope in call.user.scopes
+            ],
+        }
+    auth = {"type": "access_token", "accessToken": token}
     return as_json({"type": "user", "id": name, "name": name, "orgs": orgs, "auth": auth})
+
+
+def id_token(hub: LoopbackHub, call: Call) -> Response:
+    """Not the Hub's, but the CI's: what it says of the running job."""
+    if call.query.get("audience") != hub.url:
+        raise HubError(400, "wrong audience")
+    return as_json({"value": ID_TOKEN})
+
+
+def exchange_token(hub: LoopbackHub, call: Call) -> Response:
+    """A token for a repo that trusts the job."""
+    asked = call.body.json()
+    if asked["subject_token"] != ID_TOKEN or asked["resource"] not in hub.trusting:
+        raise HubError(400, "invalid_grant")
+    token = "hf_jwt_" + asked["resource"].replace("/", "_")
+    hub.tokens[token] = User("", "write", only=asked["resource"])
+    return as_json({"access_token": token, "token_type": "bearer", "expires_in": 3600})
+
+
+def auth_check(hub: LoopbackHub, call: Call) -> Response:
+    repo = downloadable(hub, call)
+    if call["write"]:
+        call.require_writer(repo.id)
+    return Response()
+
+
+def discussions(hub: LoopbackHub, call: Call) -> Response:
+    """One page of the pull requests; nobody discusses here."""
+    repo, per_page, page = visible(hub, call), 2, int(call.query.get("p", 0))
+    rows = [
+        {
+            "num": pr.num,
+            "title": pr.title,
+            "author": {"name": pr.author},
+            "createdAt": f"{EPOCH:%Y-%m-%dT%H:%M:%S.000Z}",
+            "status": pr.status,
+            "repo": {"name": repo.id, "type": repo.kind},
+            "isPullRequest": True,
+        }
+        for pr in repo.pull_requests
+        if call.query.get("status") in (None, pr.status)
+        and call.query.get("author") in (None, pr.author)
+    ]
+    shown = rows[page * per_page :][:per_page]
+    return as_json({"count": len(rows), "start": page * per_page, "discussions": shown})
 
 
 def validate_yaml(hub: LoopbackHub, call: Call) -> Response:
@@ -466,13 +568,15 @@ def paths_info(hub: LoopbackHub, call: Call) -> Response:
 
 def refs(hub: LoopbackHub, call: Call) -> Response:
     rows = [
-        {"name": ref.removeprefix("refs/heads/"), "ref": ref, "targetCommit": sha}
+        {"name": ref.split("/", 2)[2], "ref": ref, "targetCommit": sha}
         for ref, sha in visible(hub, call).refs.items()
     ]
-    pull_requests = [row for row in rows if row["ref"].startswith("refs/pr/")]
-    branches = [row for row in rows if row not in pull_requests]
-    listed = {"pullRequests": pull_requests} if call.flag("include_prs") else {}
-    return as_json({"branches": branches, "converts": [], "tags": [], **listed})
+
+    def under(kind: str) -> list[Json]:
+        return [row for row in rows if row["ref"].startswith(f"refs/{kind}/")]
+
+    listed = {"pullRequests": under("pr")} if call.flag("include_prs") else {}
+    return as_json({"branches": under("heads"), "converts": [], "tags": under("tags"), **listed})
 
 
 def resolve(hub: LoopbackHub, call: Call) -> Response:
@@ -518,6 +622,14 @@ def create_branch(hub: LoopbackHub, call: Call) -> Response:
     return Response(201)
 
 
+def create_tag(hub: LoopbackHub, call: Call) -> Response:
+    repo, ref = writable(hub, call), f"refs/tags/{call.body.json()['tag']}"
+    if ref in repo.refs:
+        raise HubError(409, f"Reference already exists: {ref}")
+    repo.refs[ref] = repo.at(call["rev"]).sha
+    return Response(201)
+
+
 def preupload(hub: LoopbackHub, call: Call) -> Response:
     repo = writable(hub, call, by_pull_request=call.flag("create_pr"))
     present = repo.at(call["rev"]).files
@@ -541,7 +653,10 @@ def is_lfs(path: str, size: int) -> bool:
 
 def lfs_batch(hub: LoopbackHub, call: Call) -> Response:
     asked = call.body.json()
-    repo = writable(hub, call, by_pull_request="ref" not in asked)  # a pull request names no ref
+    # What opens a pull request names no ref, and what goes on with one names its own.
+    rev = asked.get("ref", {}).get("name", "")
+    call = replace(call, parts={**call.parts, "rev": rev})
+    repo = writable(hub, call, by_pull_request=not rev)
     verify = {"href": f"{hub.url}/{repo.path}.git/info/lfs/verify"}
 
     def instructions(oid: str, size: int) -> Json:
@@ -621,6 +736,9 @@ def create_commit(hub: LoopbackHub, call: Call) -> Response:
             OPERATIONS[operation["key"]](hub, repo, files, operation["value"])
         author = call.user.name if call.user else ""
         made = repo.commit(ref, files, parent, about["summary"], about["description"], author)
+        if as_pr:
+            number = int(ref.removeprefix("refs/pr/"))
+            repo.pull_requests.append(PullRequest(number, about["summary"], author))
     url = f"{hub.url}/{repo.path}"
     answer = {"success": True, "commitOid": made.sha, "commitUrl": f"{url}/commit/{made.sha}"}
     if as_pr:
@@ -713,6 +831,11 @@ HUB_ROUTES: Routes = (
     ("POST", "/api/repos/create", create_repo),
     ("DELETE", "/api/repos/delete", delete_repo),
     ("GET", f"{API}(?:/revision{REV})?", repo_info),
+    ("GET", f"{API}/auth-check(?P<write>/write)?", auth_check),
+    ("GET", f"{API}/discussions", discussions),
+    ("GET", "/ci/id-token", id_token),
+    ("POST", "/oauth/token", exchange_token),
+    ("POST", f"{API}/tag{REV}", create_tag),
     ("GET", f"{API}/tree{REV}(?:/(?P<path>.+))?", tree),
     ("POST", f"{API}/paths-info{REV}", paths_info),
     ("GET", f"{API}/refs", refs),
@@ -759,7 +882,10 @@ class _Server(ThreadingHTTPServer):
             return None
         if self.storage:  # S3, too, refuses a token beside the signature in its URLs
             raise HubError(400, "A token was sent to the storage")
-        if (token := authorization.removeprefix("Bearer ")) not in self.hub.tokens:
+        token = authorization.removeprefix("Bearer ")
+        if token == CI_SECRET:  # for the CI, which is not the Hub
+            return None
+        if token not in self.hub.tokens:
             raise HubError(401, "Invalid credentials in Authorization header")
         return self.hub.tokens[token]
 
@@ -776,12 +902,34 @@ class _Connection(BaseHTTPRequestHandler):
     def respond(self) -> None:
         body = Body(self.rfile, self.headers)
         headers = {name.lower(): value for name, value in self.headers.items()}
+        hub = self.server.hub
+        trouble = hub.trouble_with(self.command, self.path)
+        if trouble == "hang":
+            hub.over.wait(hub.hangs_for)
+        if trouble == "hang" or (trouble == "cut" and self.command in ("PUT", "POST")):
+            next(body.chunks, None)
+            self._hang_up()
+            return
         response = self._answer(headers, body)
         for _ in body.chunks:  # what was left unread would be taken for the next request
             pass
         seen = Request(self.command, self.path, headers, response.status, self.server.storage)
-        self.server.hub.requests.append(seen)
-        self._send(response)
+        hub.requests.append(seen)
+        if trouble == "lost":
+            self._hang_up()
+            return
+        if trouble in ("wrong", "short") and response.length:
+            content = b"".join(_exactly(response.stream, response.length))
+            middle = len(content) // 2
+            flipped = bytes([content[middle] ^ 1])
+            content = content[:middle] + (flipped + content[middle + 1 :]) * (trouble == "wrong")
+            response.stream, response.length = io.BytesIO(content), len(content)
+        self._send(response, cut=trouble == "cut")
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = respond  # noqa: N815
 
@@ -798,7 +946,7 @@ class _Connection(BaseHTTPRequestHandler):
             # Not 500, which the client would try again for half a minute.
             return HubError(501, "The loopback Hub failed: see its traceback on stderr").response()
 
-    def _send(self, response: Response) -> None:
+    def _send(self, response: Response, *, cut: bool = False) -> None:
         self.send_response(response.status)
         for name, value in response.headers.items():
             self.send_header(name, value)
@@ -806,18 +954,40 @@ class _Connection(BaseHTTPRequestHandler):
         self.end_headers()
         with response.stream as stream:
             if self.command != "HEAD":
-                self.wfile.writelines(_exactly(stream, response.length))
+                length = response.length // 2 if cut else response.length
+                self.wfile.writelines(_exactly(stream, length))
+        if cut:
+            self._hang_up()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing: the requests are recorded."""
+
+
+# What may happen to a request beside an error: the connection breaks off in the middle of a body,
+# no answer comes for long, or none though the request was obeyed, half of the bytes come and are
+# announced as all, or a wrong one comes.
+Trouble = Literal["cut", "hang", "lost", "short", "wrong"]
 
 
 @dataclass
 class _Fault:
     method: str
     path: re.Pattern[str]
-    error: HubError
+    happens: HubError | Trouble | Callable[[], object]
     times: int
+    skip: int = 0  # requests that are let through before
+    happened: bool = False
+
+    def strikes(self, method: str, path: str) -> bool:
+        """Whether it happens to this request; it happens so often, and then no more."""
+        if not self.times or self.method != method or not self.path.search(path):
+            return False
+        if self.skip:
+            self.skip -= 1
+            return False
+        self.times -= 1
+        self.happened = True
+        return True
 
 
 class LoopbackHub:
@@ -841,6 +1011,8 @@ class LoopbackHub:
         self.tokens = dict(tokens)
         self.multipart_threshold, self.part_size = multipart_threshold, part_size
         self.lock = threading.RLock()
+        self.over = threading.Event()  # nobody waits any more
+        self.hangs_for = 2.0  # seconds
         self.lfs = LfsStore(folder / "lfs")
         self.xet = XetStores(folder / "xet") if xet else None
         self._servers = (
@@ -855,6 +1027,7 @@ class LoopbackHub:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[Request] = []
         self._faults: list[_Fault] = []
+        self.trusting: set[str] = set()  # repos that trust the CI's job
 
     def start(self) -> LoopbackHub:
         for server in self._servers:
@@ -862,6 +1035,7 @@ class LoopbackHub:
         return self
 
     def stop(self) -> None:
+        self.over.set()
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -923,20 +1097,49 @@ class LoopbackHub:
         status: int,
         times: int = 1,
         headers: Mapping[str, str] | None = None,
+        skip: int = 0,
     ) -> None:
         """Answer the next requests that match, at either server, with this status.
 
         The expression is searched in the path as sent: percent-encoded and with its query.
         """
         error = HubError(status, f"injected fault {status}", headers=headers)
-        self._faults.append(_Fault(method, re.compile(path_regex), error, times))
+        self._faults.append(_Fault(method, re.compile(path_regex), error, times, skip))
+
+    def disturb(
+        self,
+        method: str,
+        path_regex: str,
+        what: Trouble | Callable[[], object],
+        times: int = 1,
+        skip: int = 0,
+    ) -> None:
+        """The same with a trouble, or with a function that is called before the answer."""
+        self._faults.append(_Fault(method, re.compile(path_regex), what, times, skip))
+
+    @property
+    def struck(self) -> int:
+        """How many of the faults have happened."""
+        return sum(fault.happened for fault in self._faults)
+
+    def calm(self) -> None:
+        """From now on nothing happens."""
+        self._faults.clear()
 
     def raise_fault(self, method: str, path: str) -> None:
         with self.lock:
             for fault in self._faults:
-                if fault.times and fault.method == method and fault.path.search(path):
-                    fault.times -= 1
-                    raise fault.error
+                if not isinstance(fault.happens, str) and fault.strikes(method, path):
+                    if isinstance(fault.happens, HubError):
+                        raise fault.happens
+                    fault.happens()
+
+    def trouble_with(self, method: str, path: str) -> str | None:
+        with self.lock:
+            for fault in self._faults:
+                if isinstance(fault.happens, str) and fault.strikes(method, path):
+                    return fault.happens
+        return None
 
     def new_repo(
         self, kind: str, repo_id: str, *, private: bool = False, gated: bool = False

@@ -1,0 +1,275 @@
+"""A network and a Hub that fail: the target is as it was, or complete, and a second run finishes.
+
+Each fault strikes a request that an undisturbed run makes, chosen by chance. SAGE_HUB_FAULT_SEEDS
+says how many of them are tried for each kind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import set_client_factory
+from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
+from huggingface_hub.utils._http import default_client_factory
+from loopback_hub import LoopbackHub, Request
+from pico import make_rows
+
+from sage_hub import hub as asking
+from sage_hub.cli import main
+
+SEEDS = int(os.environ.get("SAGE_HUB_FAULT_SEEDS", "3"))
+TARGET = "org/target"
+CHANGING = {"README.md", "sage/report.json", ".gitattributes"}  # their times
+FOREVER = 1_000_000
+
+
+@dataclass
+class World:
+    """A Hub with two sources, a proxy and perhaps an older release, and one command."""
+
+    hub: LoopbackHub
+    repos: Mapping[tuple[str, str], Any]  # repo and kind -> its files
+    older: Mapping[str, bytes]
+    command: list[str]
+    whole: Mapping[str, bytes]  # what comes out undisturbed
+    requests: list[Request]  # that an undisturbed run makes
+
+    def begin(self, *, with_older: bool) -> str | None:
+        """Start over; the head of the target, if it is there."""
+        for folder in (HF_HUB_CACHE, f"{HF_HOME}/sage-hub"):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.hub.reset()
+        for (name, kind), files in self.repos.items():
+            self.hub.add_repo(name, files, kind)
+        return self.hub.add_repo(TARGET, self.older) if with_older else None
+
+    def run(self) -> int:
+        return main(self.command)
+
+    @property
+    def there(self) -> bool:
+        return ("model", TARGET) in self.hub.repos
+
+    def head(self) -> str | None:
+        return self.hub.commits(TARGET)[-1].sha if self.there else None
+
+    def is_complete(self) -> bool:
+        """Whether the target is the release, byte for byte."""
+        if not self.there:
+            return False
+        found = self.hub.files(TARGET)
+        return lasting(found) == self.whole and found.keys() >= CHANGING
+
+    def is_untouched(self, head: str | None) -> bool:
+        """Whether the target is as it was: not there, empty, or at that head."""
+        if head is None:
+            return not self.there or set(self.hub.files(TARGET)) == {".gitattributes"}
+        return self.head() == head
+
+
+def lasting(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {name: data for name, data in files.items() if name not in CHANGING}
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    _pair: Path, _the_hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("faults")
+    statistics = str(folder / "statistics.safetensors")
+    retain = ["--retain", str(_pair / "retain.jsonl"), "--quiet"]
+    assert main(["stats", str(_pair / "base"), *retain, "--output", statistics]) == 0
+    command = ["push", "org/base", "org/unlearned", "--to", TARGET, "--stats", statistics]
+    command += ["--heldout", "hf://datasets/org/facts", "--yes", "--quiet"]
+    rows = [json.dumps(row) for row in make_rows(4, 7)]
+    repos = {
+        ("org/base", "model"): _pair / "base",
+        ("org/unlearned", "model"): _pair / "unlearned",
+        ("org/facts", "dataset"): {"train.jsonl": "\n".join(rows).encode()},
+    }
+    world = World(_the_hub, repos, {}, command, {}, [])
+    world.begin(with_older=False)
+    assert main([*command, "--strength", "3"]) == 0
+    world.older = {n: d for n, d in _the_hub.files(TARGET).items() if n != ".gitattributes"}
+    world.begin(with_older=True)
+    _the_hub.requests.clear()
+    assert world.run() == 0
+    world.requests = list(_the_hub.requests)
+    world.whole = lasting(_the_hub.files(TARGET))
+    yield world
+    _the_hub.reset()
+
+
+@pytest.fixture
+def world(prepared: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setattr(asking, "SILENCE", 0.4)
+    monkeypatch.setattr(prepared.hub, "hangs_for", 0.8)
+    yield prepared
+    prepared.begin(with_older=False)
+    set_client_factory(default_client_factory)
+
+
+def aim(world: World, chance: random.Random, fits: Callable[[Request], bool]) -> dict[str, Any]:
+    """One of the requests: its method, its path, and how many of the same come before it."""
+    number = chance.choice([n for n, request in enumerate(world.requests) if fits(request)])
+    struck = world.requests[number]
+    before = [(r.method, r.path) for r in world.requests[:number]]
+    path = f"^{re.escape(struck.path)}$"
+    skip = before.count((struck.method, struck.path))
+    return {"method": struck.method, "path_regex": path, "skip": skip}
+
+
+def any_request(request: Request) -> bool:
+    return True
+
+
+def with_a_body(request: Request) -> bool:
+    return request.method in ("GET", "PUT", "POST") and request.status in (200, 206)
+
+
+def of_a_file(request: Request) -> bool:
+    """The bytes of a file, not a range of them, which serves to read a header."""
+    place = request.storage or "/resolve/" in request.path
+    return place and request.method == "GET" and request.status == 200
+
+
+def that_changes_something(request: Request) -> bool:
+    return request.method in ("PUT", "POST")
+
+
+ONCE = {
+    # What happens, to which requests, and the exit statuses that are right.
+    "cut": ("cut", with_a_body, {0}),
+    "hang": ("hang", any_request, {0}),
+    "lost": ("lost", that_changes_something, {0}),
+    "short": ("short", of_a_file, {0}),
+    "wrong": ("wrong", of_a_file, {0}),
+    "429": (429, any_request, {0}),
+    "500": (500, any_request, {0}),
+    "503": (503, any_request, {0}),
+    "403": (403, any_request, {11}),
+    # What is not there need not be: the target is created then, and sources are missed.
+    "404": (404, any_request, {0, 10, 11, 25}),
+}
+FOR_LONG = {
+    "no answers any more": ("hang", any_request, {25}),
+    "errors from now on": (503, any_request, {25}),
+    "wrong bytes from now on": ("wrong", of_a_file, {17}),
+    "short bytes from now on": ("short", of_a_file, {25}),
+}
+
+
+@pytest.mark.parametrize("kind", [*ONCE, *FOR_LONG])
+def test_a_fault(kind: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    what, fits, right = {**ONCE, **FOR_LONG}[kind]
+    counts: Counter[str] = Counter()
+    for seed in range(SEEDS):
+        chance = random.Random(f"{kind} {seed}")
+        head = world.begin(with_older=seed % 2 == 0)
+        where = aim(world, chance, fits)
+        where["times"] = FOREVER if kind in FOR_LONG else 1
+        if isinstance(what, int):
+            world.hub.fail(status=what, **where)
+        else:
+            world.hub.disturb(what=what, **where)
+        check(world, head, right, f"{kind}, seed {seed}, {where}", counts, capsys)
+    tell(kind, counts, capsys)
+
+
+def check(
+    world: World,
+    head: str | None,
+    right: set[int],
+    case: str,
+    counts: Counter[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Run, look at the target, and run again when all is well."""
+    capsys.readouterr()
+    status = world.run()
+    out, err = capsys.readouterr()
+    case = f"{case}: status {status}, {err}"
+    assert status in right, case
+    if status == 0:
+        assert world.is_complete(), case
+        assert err == "", case
+    else:
+        assert out == "", case
+        assert err.startswith("sage-hub: error: "), case
+        assert err.count("\n") == 1, case
+        assert "Internal error" not in err, case
+        assert world.is_untouched(head), case
+    counts["finished" if status == 0 else f"status {status}, untouched"] += 1
+    counts["struck"] += world.hub.struck
+    world.hub.calm()
+    if status != 0:
+        assert world.run() == 0, case
+        assert world.is_complete(), case
+        assert capsys.readouterr().err == ""
+        counts["finished by the next run"] += 1
+    assert not Path(HF_HOME, "sage-hub", "org--target").exists(), case
+
+
+def tell(kind: str, counts: Counter[str], capsys: pytest.CaptureFixture[str]) -> None:
+    said = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
+    with capsys.disabled():
+        print(f"\n{kind}: {said}", end="")
+    assert counts["struck"] >= SEEDS / 2
+
+
+def test_a_source_that_moves_during_the_run(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts: Counter[str] = Counter()
+    opened = max(n for n, r in enumerate(world.requests) if "/api/models/org/unlearned" in r.path)
+    later = world.requests[opened + 1 :]
+    for seed in range(SEEDS):
+        chance = random.Random(seed)
+        head = world.begin(with_older=seed % 2 == 0)
+        side = chance.choice(["org/base", "org/unlearned"])
+        where = aim(world, chance, lambda request: request in later)
+
+        def move(side: str = side) -> None:
+            files = {n: b"other" for n in world.hub.files(side) if n.endswith("safetensors")}
+            world.hub.add_commit(side, files)
+
+        world.hub.disturb(what=move, **where)
+        check(world, head, {0}, f"seed {seed}", counts, capsys)
+    tell("a source moves", counts, capsys)
+
+
+def test_a_target_that_moves_during_the_run(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts: Counter[str] = Counter()
+    looked = max(n for n, r in enumerate(world.requests) if r.path.endswith("/refs"))
+    later = world.requests[looked + 1 :]
+    for seed in range(SEEDS):
+        chance = random.Random(seed)
+        world.begin(with_older=True)
+        where = aim(world, chance, lambda request: request in later)
+        moved: list[str] = []
+
+        def move(moved: list[str] = moved) -> None:
+            moved.append(world.hub.add_commit(TARGET, {"notes.txt": b"somebody's"}))
+
+        world.hub.disturb(what=move, **where)
+        assert world.run() == 24
+        assert "changed while the release was made" in capsys.readouterr().err
+        assert world.head() == moved[0]
+        counts["struck"] += 1
+        counts["refused"] += 1
+        assert world.run() == 0
+        assert world.is_complete()
+        counts["finished by the next run"] += 1
+    tell("the target moves", counts, capsys)
