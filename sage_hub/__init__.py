@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _HOME = {
     "audit": "release",
     "collect_statistics": "collect",
+    "evaluate_models": "compare",
     "Publication": "publish",
     "push": "release",
     "sanitize": "release",
@@ -27,6 +28,7 @@ __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
     from sage_hub.collect import collect_statistics as collect_statistics
+    from sage_hub.compare import evaluate_models as evaluate_models
     from sage_hub.errors import SageHubError as SageHubError
     from sage_hub.publish import Publication as Publication
     from sage_hub.release import Release as Release

@@ -21,6 +21,7 @@ from typing import Any
 from sage_hub import github, options
 from sage_hub.errors import (
     DiskSpaceError,
+    GateError,
     Interrupted,
     OutOfMemoryError,
     SageHubError,
@@ -210,7 +211,17 @@ def _run(args: argparse.Namespace, target: Any, how: dict[str, Any]) -> None:
     if args.record is not None:
         args.record.mkdir(parents=True, exist_ok=True)  # now, and not after hours
         job = replace(job, record=args.record)
-    done = release.run(job, progress)
+    try:
+        done = release.run(job, progress)
+    except GateError as error:
+        _show_release(args, error.release)
+        raise
+    _show_release(args, done)
+
+
+def _show_release(args: argparse.Namespace, done: Any) -> None:
+    from sage_hub import display
+
     github.tell(display.release_json(done), os.environ)
     if args.json:
         _print_json(display.release_json(done))
@@ -238,8 +249,35 @@ def _stats(args: argparse.Namespace) -> None:
         print(result.get("location") or args.output)
 
 
+def _eval(args: argparse.Namespace) -> None:
+    from sage_hub import display
+    from sage_hub.compare import evaluate_models
+
+    report = evaluate_models(
+        args.models,
+        settings=_settings(args, None),
+        ranks=_ranks(args),
+        progress=_progress(args),
+    )
+    if args.json:
+        _print_json(report)
+    else:
+        print(display.evaluation_text(report))
+
+
+def _card(args: argparse.Namespace) -> None:
+    from sage_hub.card import rewrite
+
+    written = rewrite(args.release, getattr(args, "card_template", None))
+    if args.json:
+        _print_json({"card": str(written)})
+    else:
+        print(written)
+
+
 def _audit(args: argparse.Namespace) -> None:
     from sage_hub import display, release
+    from sage_hub.page import audit_page
 
     result = release.audit(
         args.base,
@@ -249,6 +287,8 @@ def _audit(args: argparse.Namespace) -> None:
         stats_cache=args.stats_cache,
         progress=_progress(args),
     )
+    if args.html is not None:
+        args.html.write_text(audit_page(result), encoding="utf-8")
     if args.json:
         _print_json(result)
     else:
@@ -373,6 +413,8 @@ COMMANDS = {
     "plan": _plan,
     "stats": _stats,
     "audit": _audit,
+    "eval": _eval,
+    "card": _card,
     "verify": _verify,
     "demo": _demo,
     "env": _env,

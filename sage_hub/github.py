@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from sage_hub.tables import MODELS, metric_table, number
+
 PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")  # what CommonMark lets a backslash take literally
 
 
@@ -66,7 +68,7 @@ def outputs(result: Mapping[str, Any]) -> dict[str, str]:
         "commit-url": location if "/commit/" in location else "",
         "pr-url": location if "/discussions/" in location else "",
         "gates": gates_outcome(report),
-        "heldout-recovered": report["heldout_probability_recovered"],
+        "heldout-recovered": (report["retain_recovered"] or {}).get("value"),
         "bias-kept": result["bias"]["kept"],
         "gain": result["gain"],
     }
@@ -97,10 +99,10 @@ def summary(result: Mapping[str, Any]) -> str:
     """The result of a run in Markdown: where it is, before and after, gates, what was not run."""
     report = result["report"]
     parts = [f"### sage-hub: {_link(str(result['location']))}", *_before_and_after(report)]
-    recovered = report["heldout_probability_recovered"]
-    if recovered is not None:
+    if recovered := report["retain_recovered"]:
         parts.append(
-            f"{100 * recovered:.0f} % of the held-out probability that unlearning had cost is back."
+            f"{100 * recovered['value']:.0f} % of the held-out {recovered['metric']} that "
+            "unlearning had cost is back."
         )
     kept, gain = result["bias"]["kept"], result["gain"]
     parts.append(
@@ -113,20 +115,17 @@ def summary(result: Mapping[str, Any]) -> str:
 
 
 def _before_and_after(report: Mapping[str, Any]) -> list[str]:
-    from sage_hub.card import MODELS, metric_table  # they bring torch, which the others don't need
-
     lines = metric_table(report)
     if not lines:
         return []
-    names = [
-        " ".join(str(line[key]) for key in ("metric", "condition") if line.get(key))
-        for line in lines
-    ]
-    rows = [
-        [line["set"], name, line["direction"], *(_number(line.get(model)) for model in MODELS)]
-        for line, name in zip(lines, names, strict=True)
-    ]
-    return [_table(["set", "metric", "better", *(n.strip("*") for n in MODELS.values())], rows)]
+    header = ["set", "metric", "better", *MODELS.values(), "sanitized − unlearned"]
+    rows = []
+    for line in lines:
+        gap = line["difference"]
+        change = f"{number(gap['value'], True)}, {gap['verdict']}" if gap else ""
+        figures = [number(line[model]) for model in MODELS]
+        rows.append([line["set"], line["metric"], line["direction"], *figures, change])
+    return [_table(header, rows)]
 
 
 def _gates(gates: Sequence[Mapping[str, Any]]) -> list[str]:

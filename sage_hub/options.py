@@ -14,11 +14,12 @@ from typing import Any, NoReturn
 from sage_hub import __version__
 from sage_hub.errors import UsageError
 
+METHOD = ("strength", "energy", "rank", "gain", "moments", "parameters")  # not for evaluation
 SHELLS = ("bash", "zsh", "fish", "tcsh", "powershell")
 PROXY_HELP = (
     "A PROXY is a .jsonl, .json, .csv, .parquet or .txt file, or "
     "hf://datasets/org/name[@revision][/file][?config=NAME&split=NAME], with the columns "
-    "question/answer, prompt/completion, messages or text."
+    "question/answer, prompt/completion, question/choices/answer, messages or text."
 )
 EXAMPLES = {
     "": """examples:
@@ -47,6 +48,14 @@ Each command has its own --help. Exit statuses: 0 is done, 1 an internal error,
   sage-hub push org/base org/unlearned --stats org/base-sage-stats""",
     "audit": """example:
   sage-hub audit org/base org/unlearned --retain retain.jsonl --strength 10""",
+    "eval": """examples:
+  sage-hub eval org/base org/unlearned --forget forget.jsonl \\
+      --heldout heldout.jsonl
+  sage-hub eval ./base ./unlearned ./release --forget forget.jsonl \\
+      --bystander world_facts=facts.jsonl --reference org/retain-only --robustness""",
+    "card": """examples:
+  sage-hub card ./release
+  sage-hub card ./release --card-template short""",
     "verify": """examples:
   sage-hub verify ./release
   sage-hub verify org/unlearned-sage
@@ -172,6 +181,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
     )
     _add_publication(release)
     _add_release_options(release)
+    _add_evaluation(push)
+    _add_record(push)
     _add_settings(push)
     _add_run_options(push)
 
@@ -188,6 +199,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
         "--output", type=Path, required=True, metavar="DIR", help="write it into this folder"
     )
     _add_release_options(release)
+    _add_evaluation(sanitize)
+    _add_record(sanitize)
     _add_settings(sanitize)
     _add_run_options(sanitize)
 
@@ -235,9 +248,29 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
     audit.add_argument(
         "--top", type=_whole, default=15, metavar="N", help="modules to show (default: 15)"
     )
+    audit.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page with pictures into this file too"
+    )
     _add_data(audit, "retain", "forget")
     _add_settings(audit, skip=("gain",))
     _add_output_options(audit)
+
+    evaluate = add(
+        "eval",
+        "MODEL [MODEL …] [options]",
+        "Evaluate models on the same rows and compare them with the first.",
+        proxies=True,
+    )
+    evaluate.add_argument("models", metavar="MODEL", nargs="+", help="repo[@revision] or folder")
+    _add_data(evaluate, "retain", "forget", "heldout")
+    _add_evaluation(evaluate)
+    _add_settings(evaluate, skip=METHOD)
+    _add_output_options(evaluate)
+
+    card = add("card", "DIR [options]", "Write the card of a release again, from its record.")
+    card.add_argument("release", metavar="DIR", type=Path, help="the folder of the release")
+    _add_card_template(card)
+    _add_output_options(card)
 
     verify = add("verify", "RELEASE [options]", "Compare every file of RELEASE with its manifest.")
     verify.add_argument("release", metavar="RELEASE", help="Hub repo[@revision] or folder")
@@ -324,7 +357,7 @@ def _add_release_options(command: argparse._ActionsContainer) -> None:
         "--low-disk",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="keep a shard of each side at a time; evaluates nothing",
+        help="keep a shard of each source at a time, and of the result what is evaluated",
     )
     command.add_argument(
         "--merge",
@@ -348,6 +381,98 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--verbose", "-v", action="store_true", help="list the plan by tensor")
     group.add_argument("--yes", "-y", action="store_true", help="don't ask before publishing")
     _add_output_options(group)
+
+
+def _add_evaluation(command: argparse.ArgumentParser) -> None:
+    """Options of the commands that evaluate models."""
+    absent: Any = argparse.SUPPRESS
+    group = command.add_argument_group("evaluation")
+    group.add_argument(
+        "--unseen",
+        metavar="PROXY",
+        default=absent,
+        help="what no model was trained on, for PrivLeak",
+    )
+    group.add_argument(
+        "--bystander",
+        dest="bystanders",
+        metavar="NAME=PROXY",
+        action=_Named,
+        default=absent,
+        help="one more set to evaluate on; again for more",
+    )
+    group.add_argument(
+        "--reference",
+        metavar="MODEL",
+        default=absent,
+        help="a model that never saw the forget set, for forget quality and PrivLeak",
+    )
+    group.add_argument(
+        "--suite",
+        choices=("auto", "tofu", "muse", "choice", "text"),
+        default=absent,
+        help="which metrics (default: auto, by the columns of each set)",
+    )
+    group.add_argument(
+        "--generate-rows",
+        type=_whole,
+        metavar="N",
+        default=absent,
+        help="rows of each set whose answers are generated, for ROUGE; 0: none (default: 100)",
+    )
+    group.add_argument(
+        "--robustness",
+        action="store_true",
+        default=absent,
+        help="evaluate after int8 and int4 rounding, after relearning, and on other wordings",
+    )
+    group.add_argument(
+        "--lm-eval", metavar="TASKS", default=absent, help="run these tasks of lm-eval too: a,b"
+    )
+
+
+def _add_record(command: argparse.ArgumentParser) -> None:
+    """Options of what is said of a release."""
+    absent: Any = argparse.SUPPRESS
+    group = command.add_argument_group("the record")
+    group.add_argument(
+        "--gate",
+        dest="gates",
+        metavar="CONDITION",
+        action="append",
+        default=absent,
+        help="stop unless it is met, as 'heldout.probability >= base - 0.02'; again for more",
+    )
+    group.add_argument(
+        "--results",
+        metavar="MODEL=PATH",
+        action=_Named,
+        default=absent,
+        help="results of open-unlearning or lm-eval for base, unlearned or sanitized",
+    )
+    _add_card_template(group)
+
+
+def _add_card_template(command: argparse._ActionsContainer) -> None:
+    command.add_argument(
+        "--card-template",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="a Jinja template for the card, or 'short'",
+    )
+
+
+class _Named(argparse.Action):
+    """Options NAME=VALUE, gathered in a dict."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        name, _, value = values.partition("=")
+        if not (name and value):
+            raise argparse.ArgumentError(self, f"must be {self.metavar}, not {values!r}")
+        gathered = dict(getattr(namespace, self.dest, {}))
+        setattr(namespace, self.dest, gathered | {name: value})
 
 
 def _add_stats_cache(command: argparse.ArgumentParser) -> None:
@@ -400,12 +525,14 @@ def _add_settings(command: argparse.ArgumentParser, *, skip: Sequence[str] = ())
     add("device", str, "DEVICE", "cpu, cuda, mps (default: cuda if there is one)")
     add("seed", _whole, "N", "for the choice of rows (default: 0)")
     add("memory", _number, "GB", "what calibration and evaluation may take (default: 8)")
-    group.add_argument(
-        "--moments",
-        choices=("auto", "exact", "sketch"),
-        default=absent,
-        help="second moments exact or sketched; auto: exact where --memory allows (default: auto)",
-    )
+    if "moments" not in skip:
+        group.add_argument(
+            "--moments",
+            choices=("auto", "exact", "sketch"),
+            default=absent,
+            help="second moments exact or sketched; auto: exact where --memory allows "
+            "(default: auto)",
+        )
     if "parameters" not in skip:
         group.add_argument(
             "--parameters",
