@@ -154,6 +154,8 @@ def survey(
         proxies.update(read_proxies(settings, calibrates=ready is None))
         if settings.gain == "match" and ready is None and "forget" not in proxies:
             raise UsageError("--gain match is measured on the forget proxy; give --forget.")
+        if settings.gain == "auto" and "forget" not in proxies:
+            raise UsageError("--gain auto is chosen by the forget set; give --forget.")
         read_gates()
 
     checks: list[Callable[[], object]] = [
@@ -162,7 +164,8 @@ def survey(
         lambda: check_disk(
             plan,
             target.folder or workspace(target),
-            statistics=room if ready is None else ready.missing_bytes,
+            statistics=(room if ready is None else ready.missing_bytes)
+            + (plan.stored_as("F32").output_bytes if settings.gain == "auto" else 0),
             low_disk=settings.low_disk,
             keep=target.folder is not None or bool(settings.sets.keys() - {"retain"}),
         ),
@@ -201,7 +204,7 @@ def expect_calibration(base: Checkpoint, settings: Settings) -> tuple[Budget, Bu
     allow, at least, if they are a single token, and the bytes on disk at most."""
     model = empty_model(base)
     sites, blocks = find_sites(model), cut(model)
-    sets = 2 if settings.gain == "match" else 1
+    sets = 2 if settings.gain in ("match", "auto") else 1
     most, least = (
         plan_memory(
             blocks,

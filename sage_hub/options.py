@@ -33,7 +33,7 @@ Each command has its own --help. Exit statuses: 0 is done, 1 an internal error,
     "push": """examples:
   sage-hub push org/base org/unlearned
   sage-hub push org/base org/unlearned --retain retain.jsonl \\
-      --forget forget.jsonl --heldout heldout.jsonl --gain match --create-pr
+      --forget forget.jsonl --heldout heldout.jsonl --gain auto --create-pr
   sage-hub push ./base ./unlearned --to ./unlearned-sage --dry-run""",
     "sanitize": """example:
   sage-hub sanitize org/base@v1 ./unlearned --output ./release \\
@@ -518,7 +518,9 @@ def _add_settings(command: argparse.ArgumentParser, *, skip: Sequence[str] = ())
     add("strength", _number, "λ", "how strongly retained directions are protected (default: 1)")
     add("energy", _number, "ρ", "share of the retain energy that is protected (default: 0.9)")
     add("rank", _whole, "K", "protect at most K directions per site")
-    add("gain", _gain, "γ", "turn up what remains: a number or 'match' (default: 1)")
+    add("gain", _gain, "γ", "turn up what remains: a number, 'match' or 'auto' (default: 1)")
+    if "gain" not in skip:
+        add("target", _number, "LEVEL", "of the forget set, for 'auto' (default: the source's)")
     add("max_tokens", _whole, "N", "tokens of each proxy to calibrate on (default: 131072)")
     add("max_length", _whole, "N", "longest row in tokens (default: 2048)")
     add("batch_size", _whole, "N", "rows at a time (default: 8)")
@@ -570,4 +572,4 @@ def _whole(text: str) -> int:
 
 
 def _gain(text: str) -> float | str:
-    return text if text == "match" else _number(text)
+    return text if text in ("match", "auto") else _number(text)

@@ -19,6 +19,7 @@ from sage_hub.calibrate import calibrate
 from sage_hub.checkpoint import HubFiles, Location, open_checkpoint, read_json
 from sage_hub.errors import GateError, SageHubError
 from sage_hub.evaluation import Candidate, Evaluation, evaluate
+from sage_hub.gain import choose_gain
 from sage_hub.gates import Outcome, facts_of
 from sage_hub.hub import MANIFEST
 from sage_hub.jobs import (
@@ -248,8 +249,8 @@ def write_release(
         plan = job.plan.observed(statistics.site_of)
         if job.settings.low_disk:
             plan = plan.passing(work.downloads)
-        gain = _choose_gain(plan, statistics, how, job, progress)
-        finished = _write_shards(job, plan, statistics, how, gain, work, progress, upload)
+        chosen = choose_gain(plan, statistics, how, job, work.folder / "plain", progress)
+        finished = _write_shards(job, plan, statistics, how, chosen.gain, work, progress, upload)
         records = [tensor for shard in finished for tensor in shard.tensors]
         if all(record.action == "identical" for record in records):
             raise nothing_to_do(plan)
@@ -265,7 +266,7 @@ def write_release(
             fingerprint,
             describe_sources(job),
             job.settings,
-            gain,
+            chosen,
             statistics,
             records,
             hashes,
@@ -521,7 +522,8 @@ def _statistics_for(
     The forget proxy is taken in if asked for, or if the gain is measured on it.
     """
     if job.statistics is None and not job.ranks.once(path.exists):
-        sets = ("retain", "forget") if forget or job.settings.gain == "match" else ("retain",)
+        measured = forget or job.settings.gain in ("match", "auto")
+        sets = ("retain", "forget") if measured else ("retain",)
         base = job.plan.base
         calibrate(
             base.passing(path.parent / "downloads") if job.settings.low_disk else base,
@@ -535,21 +537,6 @@ def _statistics_for(
         )
     with open_statistics(job.statistics.path() if job.statistics else path) as opened:
         yield opened
-
-
-def _choose_gain(
-    plan: Plan,
-    statistics: Statistics,
-    how: shards.Filter,
-    job: Job,
-    progress: Progress,
-) -> float:
-    if job.settings.gain != "match":
-        return float(job.settings.gain)
-    measured = shards.measure(
-        plan, statistics, how, device=job.settings.device, ranks=job.ranks, progress=progress
-    )
-    return shards.gain_that_matches(measured)
 
 
 class _Clock:
