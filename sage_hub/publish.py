@@ -524,7 +524,7 @@ class Upload:
                     create_pr=self._opens_pull_request,
                 ),
             )
-        except RuntimeError as error:  # what hf_xet raises
+        except RuntimeError as error:  # of hf_xet
             raise NetworkError(
                 f"Uploading to {self.repo} broke off ({first_line(error)}); nothing was published. "
                 "Run the same command again."

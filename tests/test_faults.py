@@ -11,8 +11,9 @@ import os
 import random
 import re
 import shutil
+import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ import pytest
 from huggingface_hub import set_client_factory
 from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 from huggingface_hub.utils._http import default_client_factory
-from loopback_hub import LoopbackHub, Request
+from loopback_hub import TOKENS, LoopbackHub, Request
 from pico import make_rows
+from test_resume import PROCESSES
 
 from sage_hub import hub as asking
 from sage_hub.cli import main
@@ -273,3 +275,93 @@ def test_a_target_that_moves_during_the_run(
         assert world.is_complete()
         counts["finished by the next run"] += 1
     tell("the target moves", counts, capsys)
+
+
+class TestStopped:
+    """A push that is stopped in the middle goes on where it stopped."""
+
+    def test_by_ctrl_c(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+        counts: Counter[str] = Counter()
+        for seed in range(SEEDS):
+            chance = random.Random(seed)
+            head = world.begin(with_older=seed % 2 == 0)
+            where = aim(world, chance, that_changes_something)
+            world.hub.disturb(what=lambda: os.kill(os.getpid(), signal.SIGINT), **where)
+            status = main([word for word in world.command if word != "--quiet"])
+            err = capsys.readouterr().err
+            assert status == 130
+            assert err.endswith("Interrupted; the same command goes on where this one stopped.\n")
+            assert "the same command goes on there" in err
+            assert world.is_untouched(head) or world.is_complete()
+            self.finish(world, counts)
+        tell("Ctrl-C", counts, capsys)
+
+    @pytest.mark.parametrize("low_disk", [[], ["--low-disk"]], ids=["kept", "low disk"])
+    def test_by_kill(
+        self, low_disk: list[str], world: World, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        counts: Counter[str] = Counter()
+        for seed in range(SEEDS):
+            chance = random.Random(seed)
+            head = world.begin(with_older=seed % 2 == 0)
+            where = aim(world, chance, that_changes_something)
+            process = PROCESSES.Process(target=main, args=([*world.command, *low_disk],))
+            world.hub.disturb(what=lambda process=process: process.kill(), **where)
+            process.start()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            assert world.is_untouched(head) or world.is_complete()
+            self.finish(world, counts, low_disk)
+        tell("kill -9", counts, capsys)
+
+    def finish(self, world: World, counts: Counter[str], options: Sequence[str] = ()) -> None:
+        counts["struck"] += world.hub.struck
+        world.hub.calm()
+        assert main([*world.command, *options]) == 0
+        if not options:
+            assert world.is_complete()
+        commit = world.hub.commits(TARGET)[-1].sha
+        assert main(["verify", f"{TARGET}@{commit}", "--quiet"]) == 0
+        counts["finished by the next run"] += 1
+        puts = Counter(r.path for r in world.hub.requests if r.method == "PUT")
+        # The one that was under way when the end came may go twice.
+        assert sum(puts.values()) - len(puts) <= 1
+
+
+def test_no_token_is_written_shown_or_sent_elsewhere(
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    secrets = {"hf_readingsecret": TOKENS["hf_reader"], "hf_writingsecret": TOKENS["hf_writer"]}
+    monkeypatch.setattr(world.hub, "tokens", {**world.hub.tokens, **secrets})
+    monkeypatch.setenv("HF_TOKEN", "hf_readingsecret")
+    monkeypatch.setenv("SAGE_HUB_DEBUG", "1")
+    noisy = [word for word in world.command if word != "--quiet"]
+    shown = ""
+    for number, options in enumerate([[], ["--low-disk"], ["--create-pr", "--json"]]):
+        world.begin(with_older=number == 1)
+        monkeypatch.setenv("SAGE_HUB_WRITE_TOKEN", "hf_writingsecret" if number else "")
+        argument = [] if number else ["--token", "hf_writingsecret"]
+        for fault in [("POST", "/commit/", 403), ("PUT", "/lfs/", 503), ("GET", "/org/", 500)]:
+            world.hub.fail(*fault)
+        world.hub.disturb("GET", "/resolve/", "wrong")
+        assert main([*noisy, *argument, *options, "--verbose"]) == 11
+        work = [path for path in Path(HF_HOME).rglob("*") if path.is_file()]
+        assert work
+        assert main([*noisy, *argument, *options, "--verbose"]) == 0
+        shown += "".join(capsys.readouterr())
+        places = [Path(HF_HOME), tmp_path, Path.cwd()]
+        files = [path for place in places for path in place.rglob("*") if path.is_file()]
+        written = [path.read_bytes() for path in {*work, *files} if path.is_file()]
+        written += world.hub.files(TARGET).values()
+        written += [commit.message.encode() for commit in world.hub.commits(TARGET)]
+        for secret in secrets:
+            assert not [data for data in written if secret.encode() in data]
+            assert secret not in shown
+            sent = [r for r in world.hub.requests if secret in f"{r.path} {r.headers}"]
+            assert sent
+            assert not [r for r in sent if r.storage]
+            assert {r.headers["authorization"] for r in sent} == {f"Bearer {secret}"}
+    assert "trying again" in shown
