@@ -39,6 +39,8 @@ def collect_statistics(
     """
     if (output is None) == (to is None):
         raise UsageError("Statistics go into a file (--output) or a repo of the Hub (--to).")
+    if to is None:
+        publication.check_unused()
     settings = settings.resolve_device()
     checkpoint = open_checkpoint(model)
     proxies = read_proxies(replace(settings, heldout=None), calibrates=True)

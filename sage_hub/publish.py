@@ -72,7 +72,9 @@ class Publication:
         }
         for option, value in asked.items():
             if value:
-                raise UsageError(f"{option} is for a repo of the Hub, and the target is a folder.")
+                raise UsageError(
+                    f"{option} is for a repo of the Hub, and the target is on this machine."
+                )
 
     @property
     def api(self) -> HfApi:

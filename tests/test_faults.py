@@ -29,7 +29,7 @@ from test_resume import PROCESSES
 from sage_hub import hub as asking
 from sage_hub.cli import main
 
-SEEDS = int(os.environ.get("SAGE_HUB_FAULT_SEEDS", "3"))
+SEEDS = int(os.environ.get("SAGE_HUB_FAULT_SEEDS", "2"))
 TARGET = "org/target"
 CHANGING = {"README.md", "sage/report.json", ".gitattributes"}  # their times
 FOREVER = 1_000_000
