@@ -73,7 +73,7 @@ class Publication:
         for option, value in asked.items():
             if value:
                 raise UsageError(
-                    f"{option} is for a repo of the Hub, and the target is on this machine."
+                    f"{option} is for a repo of the Hub, and the target is a local one."
                 )
 
     @property
