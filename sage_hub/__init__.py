@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 _HOME = {
     "audit": "release",
     "collect_statistics": "collect",
-    "Publication": "publish",
+    "Publication": "target",
     "push": "release",
     "sanitize": "release",
     "Release": "release",
@@ -28,12 +28,12 @@ __all__ = ["__version__", *sorted(_HOME)]
 if TYPE_CHECKING:
     from sage_hub.collect import collect_statistics as collect_statistics
     from sage_hub.errors import SageHubError as SageHubError
-    from sage_hub.publish import Publication as Publication
     from sage_hub.release import Release as Release
     from sage_hub.release import audit as audit
     from sage_hub.release import push as push
     from sage_hub.release import sanitize as sanitize
     from sage_hub.settings import Settings as Settings
+    from sage_hub.target import Publication as Publication
 
 
 def __getattr__(name: str) -> Any:

@@ -13,10 +13,11 @@ from sage_hub.checkpoint import HubFiles, open_checkpoint
 from sage_hub.errors import UsageError
 from sage_hub.jobs import read_proxies
 from sage_hub.progress import SILENT, Progress
-from sage_hub.publish import Publication, Upload, check_target
+from sage_hub.publish import Upload
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.settings import Settings
 from sage_hub.statistics import REPO_FILE, Origin, open_statistics
+from sage_hub.target import Publication, check_target
 from sage_hub.tensorfile import file_sha256
 
 

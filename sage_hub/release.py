@@ -34,11 +34,12 @@ from sage_hub.jobs import (
 from sage_hub.output import Work, carry_files, working_on
 from sage_hub.plan import Plan, make_plan
 from sage_hub.progress import SILENT, Progress
-from sage_hub.publish import Publication, Source, Upload
+from sage_hub.publish import Source, Upload
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.record import make_manifest, make_report, read_record, write_json
 from sage_hub.settings import Settings
 from sage_hub.statistics import Statistics, find_ready, open_statistics
+from sage_hub.target import Publication
 from sage_hub.verify import manifest_of, read_manifest, verify, verify_files
 
 REPORT = "sage/report.json"

@@ -281,6 +281,18 @@ def test_a_target_that_moves_during_the_run(
     tell("the target moves", counts, capsys)
 
 
+def test_a_damaged_file_in_the_cache_is_fetched_again(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.begin(with_older=False)
+    assert world.run() == 0
+    for blob in Path(HF_HUB_CACHE).rglob("blobs/*"):
+        blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    del world.hub.repos["model", TARGET]
+    assert world.run() == 0
+    assert world.is_complete()
+
+
 class TestStopped:
     """A push that is stopped in the middle goes on where it stopped."""
 

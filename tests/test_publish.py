@@ -21,7 +21,7 @@ from sage_hub import release
 from sage_hub.cli import main
 from sage_hub.errors import NetworkError, UsageError
 from sage_hub.hub import ask
-from sage_hub.publish import Publication
+from sage_hub.target import Publication
 
 SHARDS = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
 TARGET = "org/target"
@@ -444,6 +444,12 @@ class TestPermission:
         assert words in err
         assert err.count("\n") == 1
         assert not downloads(sources)
+
+    def test_a_target_has_an_owner(
+        self, sources: LoopbackHub, statistics: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert push(statistics, target="model") == 2
+        assert "Write the target with its owner, as in org/model" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         "token, target",
