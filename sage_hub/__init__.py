@@ -17,6 +17,7 @@ _HOME = {
     "audit": "release",
     "collect_statistics": "collect",
     "Publication": "target",
+    "evaluate_models": "compare",
     "push": "release",
     "sanitize": "release",
     "Release": "release",
@@ -27,6 +28,7 @@ __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
     from sage_hub.collect import collect_statistics as collect_statistics
+    from sage_hub.compare import evaluate_models as evaluate_models
     from sage_hub.errors import SageHubError as SageHubError
     from sage_hub.release import Release as Release
     from sage_hub.release import audit as audit

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sage_hub.sage import matching_gain, relative
-from sage_hub.shards import Measurement
+from sage_hub.shards import STRENGTHS, Measurement
 
 
 def summarize(measured: Sequence[Measurement]) -> dict[str, Any]:
@@ -46,7 +46,21 @@ def summarize(measured: Sequence[Measurement]) -> dict[str, Any]:
             ),
         },
         "modules": modules,
+        "profile": profile_of([m.profile for m in measured], total),
     }
+
+
+def profile_of(curves: Sequence[Sequence[float]], whole: float) -> list[dict[str, float]]:
+    """What share of the source's retention bias `whole` each λ would leave, at γ = 1.
+
+    `curves` holds the bias of each weight at each of STRENGTHS.
+    """
+    if not whole:
+        return []
+    return [
+        {"strength": strength, "kept": math.fsum(one) / whole}
+        for strength, one in zip(STRENGTHS, zip(*curves, strict=True), strict=True)
+    ]
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

@@ -6,7 +6,7 @@ What happens before the first layer and behind the last one is the model's own c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +30,7 @@ class Block:
     begins: int
     ends: int
     starts: bool = False  # takes token ids, not hidden states
-    finishes: bool = False  # gives the final hidden states, or the logits
+    finishes: bool = False  # gives the final hidden states
     parameters: tuple[str, ...] = ()  # what has to be in memory to run it
 
 
@@ -59,13 +59,37 @@ class BlockModel:
         with _filled(self.model, names, weights, self.device):
             yield
 
+    @contextmanager
+    def whole(self, weights: Weights) -> Iterator[BlockModel]:
+        """Within it all weights are in memory: the same model as one block, fit to generate.
+
+        Whatever is done to its weights ends with it.
+        """
+        names = tuple(name for block in self.blocks for name in block.parameters)
+        names += tuple(_state_of(self.model, self.model.get_output_embeddings()))
+        block = Block(0, 0, starts=True, finishes=True, parameters=names)
+        with _copied(self.model, self.shared), _filled(self.model, names, weights, self.device):
+            yield replace(self, blocks=(block,), _layers=())
+
     @torch.inference_mode()
-    def run(
-        self, block: Block, batch: Batch, hidden: Tensor | None, *, logits: bool = False
-    ) -> Tensor:
+    def logits(self, states: Tensor) -> Tensor:
+        """What the model makes of final hidden states: (n, features) -> (n, vocabulary).
+
+        By its own code behind the decoder, so with all that it does to logits. The last block
+        must be held with its head.
+        """
+        output = _Output(states.unsqueeze(0))
+        ids = torch.zeros(1, len(states), dtype=torch.long, device=self.device)
+        with ExitStack() as changes:
+            _replace_forward(self.model.get_decoder(), lambda *_, **__: output, changes)
+            found: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
+        return found
+
+    @torch.inference_mode()
+    def run(self, block: Block, batch: Batch, hidden: Tensor | None) -> Tensor:
         """The hidden states (rows, tokens, features) behind `block` from the `hidden` before it.
 
-        The first block takes none. With `logits` the last one gives (rows, tokens, vocabulary).
+        The first block takes none; those behind the last one are final, and fit for `logits`.
         """
         options: dict[str, Any] = {
             "attention_mask": batch.mask.to(self.device),
@@ -80,10 +104,7 @@ class BlockModel:
             options["inputs_embeds"] = torch.zeros(shape, dtype=dtype, device=self.device)
         try:
             with self._alone(block, None if hidden is None else hidden.to(self.device)):
-                if logits and block.finishes:
-                    found: Tensor = self.model(**options).logits
-                else:
-                    found = self.model.get_decoder()(**options)[0]
+                found: Tensor = self.model.get_decoder()(**options)[0]
         except _Reached as reached:
             return reached.hidden
         return found
@@ -123,6 +144,19 @@ class BlockModel:
                 return next(b for b in self.blocks if b.begins <= number < b.ends)
         behind = site.sees == "hidden" or site.name in self._behind
         return self.blocks[-1 if behind else 0]
+
+
+class _Output:
+    """What a decoder returns, with final hidden states and nothing else that one could ask for."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, place: Any) -> Any:
+        return (self.last_hidden_state,)[place]
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 class _Reached(Exception):  # noqa: N818 - no error
@@ -240,25 +274,50 @@ def _state_of(model: PreTrainedModel, module: nn.Module | None) -> list[str]:
 def _filled(
     model: PreTrainedModel, names: Sequence[str], weights: Weights, device: str
 ) -> Iterator[None]:
-    """Within it the weights of these names are on `device`, in the types that `model` has."""
-    empty: dict[str, Tensor] = {}
+    """Within it the weights of these names are on `device`, in the types that `model` has.
+
+    Those that are there already stay, and are left to whoever has put them there.
+    """
+    missing = [name for name in names if _own(model, name)[name.rpartition(".")[2]].is_meta]
+    with _replaced(model, missing, lambda name, empty: weights(name).to(device, empty.dtype)):
+        yield
+
+
+@contextmanager
+def _copied(model: PreTrainedModel, names: Sequence[str]) -> Iterator[None]:
+    """Within it these weights are copies of what they are."""
+    with _replaced(model, names, lambda _, tensor: tensor.detach().clone()):
+        yield
+
+
+@contextmanager
+def _replaced(
+    model: PreTrainedModel, names: Sequence[str], value: Callable[[str, Tensor], Tensor]
+) -> Iterator[None]:
+    """Within it `value` (name, what is there) stands in the place of each of these weights."""
+    before: dict[str, Tensor] = {}
+    made: dict[int, Tensor] = {}
     try:
         for name in names:
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            own: Any = module._parameters if leaf in module._parameters else module._buffers
-            empty[name] = own[leaf]
-            value = weights(name).to(device, own[leaf].dtype)
-            if leaf in module._parameters:
-                value = nn.Parameter(value, requires_grad=False)
-            own[leaf] = value
+            own, leaf = _own(model, name), name.rpartition(".")[2]
+            before[name] = own[leaf]
+            if id(own[leaf]) not in made:
+                new = value(name, own[leaf])
+                if isinstance(own[leaf], nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=False)
+                made[id(own[leaf])] = new  # what is one parameter under two names stays one
+            own[leaf] = made[id(own[leaf])]
         yield
     finally:
-        for name, tensor in empty.items():
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            own = module._parameters if leaf in module._parameters else module._buffers
-            own[leaf] = tensor
+        for name, tensor in before.items():
+            _own(model, name)[name.rpartition(".")[2]] = tensor
+
+
+def _own(model: PreTrainedModel, name: str) -> Any:
+    """The dict of its module that holds the parameter or buffer `name`."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    return module._parameters if leaf in module._parameters else module._buffers
 
 
 @torch.no_grad()

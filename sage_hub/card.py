@@ -6,32 +6,60 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
 from huggingface_hub.repocard import metadata_load
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
 
 from sage_hub.adapter import Adapter
 from sage_hub.checkpoint import Checkpoint
+from sage_hub.errors import NotFoundError, UsageError, first_line
+from sage_hub.hub import MANIFEST
+from sage_hub.pictures import draw
 from sage_hub.plan import Plan
+from sage_hub.record import REPORT, REPORT_VERSION, read_record
 from sage_hub.statistics import Origin
+from sage_hub.tables import highlights, metric_table, number, robustness_table
 
-TEMPLATE = "model_card.md.jinja"
-MODELS = {
-    "base": "base",
-    "unlearned": "unlearned",
-    "control": "control αΔ",
-    "sanitized": "**sanitized**",
-}
+TEMPLATES = {None: "model_card.md.jinja", "short": "short.md.jinja"}
 # The release only inherits what still holds for it; scores, widgets and the like do not.
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+# Datasets whose results the Hub gathers from `.eval_results/`.
+BENCHMARKS = (
+    "cais/mmlu",
+    "cais/wmdp",
+    "locuslab/TOFU",
+    "muse-bench/MUSE-Books",
+    "muse-bench/MUSE-News",
+)
 
 
-def template_path() -> Path:
-    """The card template, as installed or as in a source checkout."""
+def find_template(name: str | None) -> Path:
+    """The card template of that name, as installed or as in a source checkout, or a file.
+
+    Raises NotFoundError if there is neither, UsageError if it is no Jinja template.
+    """
     package = Path(__file__).parent
-    installed = package / "model_card_templates" / TEMPLATE
-    return installed if installed.is_file() else package.parent / "model_card_templates" / TEMPLATE
+    if name in TEMPLATES:
+        installed = package / "model_card_templates" / TEMPLATES[name]
+        return installed if installed.is_file() else package.parent / installed.relative_to(package)
+    path = Path(str(name)).expanduser()
+    if not path.is_file():
+        raise NotFoundError(f"The card template {name} does not exist; give a file, or 'short'.")
+    try:
+        SandboxedEnvironment().parse(path.read_text(encoding="utf-8"))
+    except (TemplateError, ValueError) as error:
+        raise UsageError(f"{path.name} is not a Jinja template: {first_line(error)}.") from None
+    return path
 
 
 def source_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -72,47 +100,67 @@ def licence_warnings(plan: Plan) -> list[str]:
     ]
 
 
+def describe(plan: Plan, name: str, warnings: Sequence[str]) -> dict[str, Any]:
+    """What the card of the release `name` says beside its figures, for the report."""
+    metadata = source_metadata(plan.base) | source_metadata(plan.unlearned)
+    inherited = {key: metadata[key] for key in INHERITED if metadata.get(key)}
+    return {
+        "name": name,
+        "adapter": isinstance(plan.unlearned, Adapter),
+        "inherited": inherited | {"pipeline_tag": inherited.get("pipeline_tag", "text-generation")},
+        "warnings": list(warnings),
+    }
+
+
 def write_card(
     folder: Path,
-    plan: Plan,
     manifest: Mapping[str, Any],
     report: Mapping[str, Any],
-    *,
-    name: str,
-    warnings: Sequence[str],
+    template: str | None = None,
 ) -> None:
-    """Write README.md of the release `name` into `folder`."""
-    card = ModelCard.from_template(
-        _front_matter(plan, report, name),
-        template_path=str(template_path()),
-        name=name,
-        manifest=manifest,
-        report=report,
-        warnings=warnings,
-        command=reproduce_command(manifest, name),
-        metrics=metric_table(report),
-        published=name if "/" in name else f"./{name}",
-        copied=copied_by_reason(manifest),
-        adapter=isinstance(plan.unlearned, Adapter),
-    )
-    (folder / "README.md").write_text(str(card), encoding="utf-8")
+    """Write README.md and what belongs to it into `folder`, from the record alone.
 
-
-def metric_table(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One line per set and metric, with the value of each model: for the card and the terminal."""
-    lines: dict[tuple[str, str], dict[str, Any]] = {}
-    for result in report["results"]:
-        line = lines.setdefault(
-            (result["set"], result["metric"]),
-            {
-                "set": result["set"],
-                "metric": result["metric"],
-                "direction": result["direction"],
-                "rows": result["rows"],
-            },
+    Raises UsageError if the template takes what there is not.
+    """
+    about = report["card"]
+    pictures = draw(folder / "sage", manifest, report)
+    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["number"] = number
+    path = find_template(template)
+    try:
+        text = environment.from_string(path.read_text(encoding="utf-8")).render(
+            card_data=front_matter(manifest, report).to_yaml(),
+            name=about["name"],
+            manifest=manifest,
+            report=report,
+            warnings=about["warnings"],
+            command=reproduce_command(manifest, about["name"]),
+            highlights=list(highlights(report)),
+            metrics=metric_table(report),
+            robustness=robustness_table(report),
+            published=about["name"] if "/" in about["name"] else f"./{about['name']}",
+            copied=copied_by_reason(manifest),
+            adapter=about["adapter"],
+            pictures=pictures,
         )
-        line[result["model"]] = result["value"]
-    return list(lines.values())
+    except TemplateError as error:
+        raise UsageError(f"The card template {path.name} fails: {first_line(error)}.") from None
+    (folder / "README.md").write_text(str(ModelCard(text)), encoding="utf-8")
+    _write_benchmark_results(folder / ".eval_results", report)
+
+
+def rewrite(folder: Path, template: str | None = None) -> Path:
+    """Write the card in the release `folder` again, from its record; the path of it.
+
+    Raises NotFoundError if there is no record of this version.
+    """
+    manifest, report = (read_record(folder / name) for name in (MANIFEST, REPORT))
+    if not manifest or report.get("format_version") != REPORT_VERSION:
+        raise NotFoundError(
+            f"{folder} holds no record of this version of sage-hub ({MANIFEST}, {REPORT})."
+        )
+    write_card(folder, manifest, report, template)
+    return folder / "README.md"
 
 
 def copied_by_reason(manifest: Mapping[str, Any]) -> dict[str, int]:
@@ -144,7 +192,9 @@ def reproduce_command(manifest: Mapping[str, Any], name: str) -> str:
     for option, value in settings.items():
         if option in ("device", "batch_size") or value is None:
             continue  # they change the speed, and the result by rounding at most
-        if option == "chat_template":
+        if isinstance(value, dict):
+            words += [w for k, v in value.items() for w in ("--bystander", f"{k}={v}")]
+        elif option == "chat_template":
             words += [] if value else ["--no-chat-template"]
         elif isinstance(value, bool):
             words += [f"--{option.replace('_', '-')}"] if value else []
@@ -153,44 +203,73 @@ def reproduce_command(manifest: Mapping[str, Any], name: str) -> str:
     return shlex.join(words)
 
 
-def _front_matter(plan: Plan, report: Mapping[str, Any], name: str) -> ModelCardData:
-    metadata = source_metadata(plan.base) | source_metadata(plan.unlearned)
-    inherited = {key: metadata[key] for key in INHERITED if metadata.get(key)}
-    inherited.setdefault("pipeline_tag", "text-generation")
-    # Only what is on the Hub can be linked to; a folder's name there would be someone else's.
-    parents = [side.name for side in (plan.base, plan.unlearned) if side.commit is not None]
-    adapter = isinstance(plan.unlearned, Adapter)
-    if adapter:
-        parents = [name for name in parents if name == plan.base.name]
-    relation = "adapter" if adapter else "merge"
+def front_matter(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> ModelCardData:
+    """What the Hub reads. Of the sources only what is on the Hub can be linked to."""
+    about, sources = report["card"], manifest["sources"]
+    sides = ("base",) if about["adapter"] else ("base", "unlearned")
+    parents = [sources[side]["name"] for side in sides if sources[side]["commit"]]
+    relation = "adapter" if about["adapter"] else "merge"
     related: dict[str, Any] = (
         {"base_model": parents, "base_model_relation": relation} if parents else {}
     )
     results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=_dataset_type(report["data"][result["set"]]["name"]),
-            dataset_name=f"{result['set']} set ({report['data'][result['set']]['name']})",
-            dataset_revision=report["data"][result["set"]]["revision"],
-            metric_type=f"{result['set']}_{result['metric']}",
-            metric_name=f"{result['set']} {result['metric']} ({result['direction']} is better)",
-            metric_value=round(result["value"], 6),
-        )
+        _eval_result(result, report["data"].get(result["set"]))
         for result in report["results"]
         if result["model"] == "sanitized"
+        and result["condition"] is None
+        and result["set"] != "retain"  # it was calibrated on, so its figures prove nothing
     ]
     return ModelCardData(
-        **inherited,
+        **about["inherited"],
         **related,
-        library_name="peft" if adapter else "transformers",
+        library_name="peft" if about["adapter"] else "transformers",
         tags=["unlearning", "machine-unlearning", "sage-hub", "sage"],
-        model_name=name.rpartition("/")[2],
+        model_name=about["name"].rpartition("/")[2],
         eval_results=results or None,
     )
 
 
-def _dataset_type(name: str) -> str:
-    """A Hub dataset's id, or "custom" for a file."""
+def _eval_result(result: Mapping[str, Any], data: Mapping[str, Any] | None) -> EvalResult:
+    """A result for the older `model-index`; one made elsewhere has no data of ours."""
+    name = data["name"] if data else str(result["source"] or "several sets")
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=_dataset_id(name) or "custom",
+        dataset_name=f"{result['set']} set ({name})",
+        dataset_revision=data["revision"] if data else None,
+        metric_type=f"{result['set']}_{result['metric']}",
+        metric_name=f"{result['set']} {result['metric']} ({result['direction']} is better)",
+        metric_value=round(result["value"], 6),
+    )
+
+
+def _write_benchmark_results(folder: Path, report: Mapping[str, Any]) -> None:
+    """A file per dataset that the Hub knows as a benchmark."""
+    entries: dict[str, list[EvalResultEntry]] = {}
+    for result in report["results"]:
+        data = report["data"].get(result["set"], {"name": ""})
+        dataset = _dataset_id(data["name"])
+        as_it_is = result["model"] == "sanitized" and result["condition"] is None
+        if dataset in BENCHMARKS and as_it_is:
+            query = dict(parse_qsl(data["name"].partition("?")[2]))
+            entries.setdefault(dataset, []).append(
+                EvalResultEntry(
+                    dataset,
+                    query.get("config", "default"),
+                    round(result["value"], 6),
+                    dataset_revision=data["revision"],
+                    notes=f"{result['metric']} as the {result['set']} set, "
+                    f"{result['direction']} is better; by sage-hub",
+                )
+            )
+    for dataset, own in entries.items():
+        folder.mkdir(exist_ok=True)
+        text = yaml.safe_dump(eval_result_entries_to_yaml(own), sort_keys=False)
+        (folder / f"{dataset.replace('/', '--')}.yaml").write_text(text, encoding="utf-8")
+
+
+def _dataset_id(name: str) -> str | None:
+    """The id of a Hub dataset; None for a file."""
     if not name.startswith("hf://datasets/"):
-        return "custom"
+        return None
     return "/".join(name.removeprefix("hf://datasets/").partition("?")[0].split("/")[:2])

@@ -1,4 +1,4 @@
-"""What a person types: commands, options, exit statuses. A thin layer over `sage_hub.release`."""
+"""The commands, and the one place where an error becomes a sentence and an exit status."""
 
 from __future__ import annotations
 
@@ -12,20 +12,26 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sage_hub import __version__
-from sage_hub.errors import DiskSpaceError, OutOfMemoryError, SageHubError, first_line
+from sage_hub.errors import (
+    DiskSpaceError,
+    GateError,
+    OutOfMemoryError,
+    SageHubError,
+    first_line,
+)
+from sage_hub.options import make_parser
 from sage_hub.progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the only place where an error becomes a sentence and a status."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     # A runner that stops the job must find no half-written folder, as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _keep_freed_memory()
@@ -62,7 +68,7 @@ def _leave_together(ranks: Any) -> int:
 def _run_command(args: argparse.Namespace) -> int:
     try:
         _prepare_client(args)
-        args.command(args)
+        COMMANDS[args.command](args)
         sys.stdout.flush()
     except SageHubError as error:
         return _fail(str(error), error.status)
@@ -191,7 +197,17 @@ def _run(args: argparse.Namespace, target: Any, options: dict[str, Any]) -> None
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             progress.note("Nothing was done.")
             return
-    done = release.run(job, progress)
+    try:
+        done = release.run(job, progress)
+    except GateError as error:
+        _print_release(args, error.release)
+        raise
+    _print_release(args, done)
+
+
+def _print_release(args: argparse.Namespace, done: Any) -> None:
+    from sage_hub import display
+
     if args.json:
         _print_json(display.release_json(done))
     else:
@@ -218,8 +234,35 @@ def _stats(args: argparse.Namespace) -> None:
         print(result.get("location") or args.output)
 
 
+def _eval(args: argparse.Namespace) -> None:
+    from sage_hub import display
+    from sage_hub.compare import evaluate_models
+
+    report = evaluate_models(
+        args.models,
+        settings=_settings(args, None),
+        ranks=_ranks(args),
+        progress=_progress(args),
+    )
+    if args.json:
+        _print_json(report)
+    else:
+        print(display.evaluation_text(report))
+
+
+def _card(args: argparse.Namespace) -> None:
+    from sage_hub.card import rewrite
+
+    written = rewrite(args.release, getattr(args, "card_template", None))
+    if args.json:
+        _print_json({"card": str(written)})
+    else:
+        print(written)
+
+
 def _audit(args: argparse.Namespace) -> None:
     from sage_hub import display, release
+    from sage_hub.page import audit_page
 
     result = release.audit(
         args.base,
@@ -229,6 +272,8 @@ def _audit(args: argparse.Namespace) -> None:
         stats_cache=args.stats_cache,
         progress=_progress(args),
     )
+    if args.html is not None:
+        args.html.write_text(audit_page(result), encoding="utf-8")
     if args.json:
         _print_json(result)
     else:
@@ -337,264 +382,17 @@ def _print_json(content: Any) -> None:
     print(json.dumps(content, indent=2, ensure_ascii=False))
 
 
-def _gain(text: str) -> float | str:
-    return text if text == "match" else float(text)
-
-
-_gain.__name__ = "number or 'match'"  # argparse shows it in "invalid ... value"
-
-PROXY_HELP = (
-    "A proxy is a .jsonl, .json, .csv, .parquet or .txt file, or "
-    "hf://datasets/org/name[@revision][/file][?config=NAME&split=NAME], with the columns "
-    "question/answer, prompt/completion, messages or text."
-)
-EPILOG = {
-    "push": """examples:
-  sage-hub push org/base org/unlearned
-  sage-hub push org/base org/unlearned --retain retain.jsonl --forget forget.jsonl \\
-      --heldout heldout.jsonl --gain match --create-pr
-  sage-hub push ./base ./unlearned --to ./unlearned-sage --dry-run""",
-    "sanitize": """example:
-  sage-hub sanitize org/base@v1 ./unlearned --output ./release --retain retain.jsonl""",
-    "plan": """examples:
-  sage-hub plan org/base
-  sage-hub plan org/base org/unlearned --memory 14 --max-tokens 50000""",
-    "stats": """example:
-  sage-hub stats org/base --retain retain.jsonl --output base.safetensors
-  sage-hub push org/base org/unlearned --stats base.safetensors
-  sage-hub stats org/base --retain retain.jsonl --to org/base-sage-stats
-  sage-hub push org/base org/unlearned --stats org/base-sage-stats""",
-    "audit": """example:
-  sage-hub audit org/base org/unlearned --retain retain.jsonl --strength 10""",
-    "verify": """examples:
-  sage-hub verify ./release
-  sage-hub verify org/unlearned-sage
-  sage-hub verify org/unlearned-sage --rebuild""",
-    "demo": """examples:
-  sage-hub demo
-  sage-hub demo --model smollm2 --output ./smollm2-demo""",
+COMMANDS = {
+    "push": _push,
+    "sanitize": _sanitize,
+    "plan": _plan,
+    "stats": _stats,
+    "audit": _audit,
+    "eval": _eval,
+    "card": _card,
+    "verify": _verify,
+    "demo": _demo,
 }
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sage-hub",
-        description="Repair an unlearned language model from its two checkpoints, and publish it.",
-        epilog="Exit statuses: see the README. Each command has its own --help.",
-    )
-    parser.add_argument("--version", action="version", version=f"sage-hub {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def add(name: str, run: Callable[[argparse.Namespace], None], what: str) -> Any:
-        command = commands.add_parser(
-            name,
-            help=what,
-            description=what if name in ("demo", "verify") else f"{what} {PROXY_HELP}",
-            epilog=EPILOG[name],
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.set_defaults(command=run)
-        return command
-
-    push = add("push", _push, "Sanitize the update from BASE to UNLEARNED and publish it.")
-    _add_sources(push)
-    push.add_argument(
-        "--to",
-        metavar="TARGET",
-        help="Hub repo or folder (default: UNLEARNED with -sage)",
-    )
-    _add_publication(push)
-    sanitize = add("sanitize", _sanitize, "The same as push, into a local folder.")
-    _add_sources(sanitize)
-    sanitize.add_argument("--output", type=Path, required=True, metavar="DIR")
-    for command in (push, sanitize):
-        _add_release_options(command)
-        _add_settings(command, "retain", "forget", "heldout")
-
-    plan = add("plan", _plan, "Show what a run takes, without running it; from headers alone.")
-    plan.add_argument("base", metavar="BASE", help="repo[@revision] or folder, or a config alone")
-    plan.add_argument("unlearned", metavar="UNLEARNED", nargs="?", help="the same, if there is one")
-    plan.add_argument("--to", metavar="TARGET", help="Hub repo or folder")
-    plan.add_argument("--stats", metavar="FILE|REPO", help="ready statistics of BASE")
-    plan.add_argument("--verbose", "-v", action="store_true", help="tensor by tensor")
-    _add_settings(plan, "retain", "forget", "heldout")
-
-    stats = add("stats", _stats, "Calibrate MODEL once and keep the statistics for --stats.")
-    stats.add_argument("model", metavar="MODEL", help="Hub repo[@revision] or folder")
-    where = stats.add_mutually_exclusive_group(required=True)
-    where.add_argument("--output", type=Path, metavar="FILE", help="write them into this file")
-    where.add_argument("--to", metavar="REPO", help="publish them to this repo of the Hub")
-    _add_publication(stats)
-    stats.add_argument(
-        "--force", action="store_true", help="replace a repo that holds something else"
-    )
-    _add_stats_cache(stats)
-    _add_settings(stats, "retain", "forget", skip=("strength", "gain", "parameters"))
-
-    audit = add("audit", _audit, "Show how much the update disturbs what should be kept.")
-    _add_sources(audit)
-    audit.add_argument(
-        "--top", type=int, default=15, metavar="N", help="modules to show (default: 15)"
-    )
-    _add_settings(audit, "retain", "forget", skip=("gain",))
-
-    verify = add("verify", _verify, "Compare every file of RELEASE with its manifest.")
-    verify.add_argument("release", metavar="RELEASE", help="Hub repo[@revision] or folder")
-    verify.add_argument(
-        "--rebuild",
-        action="store_true",
-        help="make it again from the recorded commits and settings, and compare; local files are "
-        "looked for in the current folder",
-    )
-    _add_output_options(verify)
-
-    demo = add("demo", _demo, "Make a small unlearning problem and run the main job on it.")
-    demo.add_argument("--output", type=Path, default=Path("sage-demo"), metavar="DIR")
-    demo.add_argument("--model", choices=("people", "smollm2"), default="people")
-    demo.add_argument("--method", choices=("npo", "ga"), default="npo", help="how to unlearn")
-    demo.add_argument("--force", action="store_true", help="replace what is in the folder")
-    _add_settings(demo)
-    demo.set_defaults(seed=0)
-    return parser
-
-
-def _add_publication(command: argparse.ArgumentParser) -> None:
-    """How it goes to a repo of the Hub."""
-    command.add_argument("--private", action="store_true", help="create the target repo private")
-    command.add_argument(
-        "--create-pr",
-        action="store_true",
-        help="propose it in a pull request, or go on with the open one of the same title",
-    )
-    command.add_argument("--branch", metavar="NAME", help="commit to this branch, made if absent")
-    command.add_argument("--tag", metavar="NAME", help="tag the commit")
-    command.add_argument("--commit-message", metavar="TEXT", help="its first line titles the PR")
-    command.add_argument(
-        "--token",
-        metavar="TOKEN",
-        help="to write the target with; better SAGE_HUB_WRITE_TOKEN in the environment (default: "
-        "the token that reads, see `hf auth`)",
-    )
-
-
-def _add_sources(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "base", metavar="BASE", help="before unlearning: repo[@revision] or folder"
-    )
-    command.add_argument("unlearned", metavar="UNLEARNED", help="after unlearning: the same")
-    command.add_argument(
-        "--stats",
-        metavar="FILE|REPO",
-        help="ready statistics of BASE, from sage-hub stats: a file or Hub repo[@revision]",
-    )
-    _add_stats_cache(command)
-
-
-def _add_release_options(command: argparse.ArgumentParser) -> None:
-    """Options of the commands that make a release."""
-    command.add_argument(
-        "--force", action="store_true", help="replace a target that sage-hub did not make"
-    )
-    command.add_argument(
-        "--out-dtype",
-        choices=("bfloat16", "float16", "float32", "float64"),
-        default=argparse.SUPPRESS,
-        help="store the release in this type (default: as the unlearned side does)",
-    )
-    command.add_argument(
-        "--low-disk",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="keep a shard of each side at a time; evaluates nothing",
-    )
-    command.add_argument(
-        "--merge",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="where UNLEARNED is an adapter: write the whole model, not an adapter",
-    )
-    command.add_argument(
-        "--dry-run", action="store_true", help="show the plan and its problems, and stop"
-    )
-    command.add_argument(
-        "--verbose", "-v", action="store_true", help="list the plan tensor by tensor"
-    )
-    command.add_argument("--yes", "-y", action="store_true", help="don't ask before publishing")
-
-
-def _add_stats_cache(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--stats-cache",
-        type=Path,
-        metavar="DIR",
-        help="take statistics from this folder if they are there, else leave them there",
-    )
-
-
-def _add_settings(command: argparse.ArgumentParser, *sets: str, skip: Sequence[str] = ()) -> None:
-    """Options of `sage_hub.settings.Settings`; absent ones stay absent, so sage.yaml can speak."""
-    absent = argparse.SUPPRESS
-    if sets:
-        command.add_argument(
-            "--config", metavar="FILE", help="settings file (default: sage.yaml, see the README)"
-        )
-    helps = {
-        "retain": "what must be kept (default: a general-purpose proxy)",
-        "forget": "what must go",
-        "heldout": "retained knowledge outside the proxy, to evaluate on",
-    }
-    for name in sets:
-        command.add_argument(f"--{name}", metavar="PROXY", default=absent, help=helps[name])
-
-    def add(name: str, kind: Callable[[str], Any], metavar: str, what: str) -> None:
-        if name not in skip:
-            command.add_argument(
-                f"--{name.replace('_', '-')}",
-                type=kind,
-                metavar=metavar,
-                default=absent,
-                help=what,
-            )
-
-    add("strength", float, "λ", "how strongly retained directions are protected (default: 1)")
-    add("energy", float, "ρ", "share of the retain energy that is protected (default: 0.9)")
-    add("rank", int, "K", "protect at most K directions per site")
-    add("gain", _gain, "γ", "turn up what remains: a number or 'match' (default: 1)")
-    add("max_tokens", int, "N", "tokens of each proxy to calibrate on (default: 131072)")
-    add("max_length", int, "N", "longest row in tokens (default: 2048)")
-    add("batch_size", int, "N", "rows at a time (default: 8)")
-    add("device", str, "DEVICE", "cpu, cuda, mps (default: cuda if there is one)")
-    add("seed", int, "N", "for the choice of rows (default: 0)")
-    add("memory", float, "GB", "what calibration and evaluation may take (default: 8)")
-    command.add_argument(
-        "--moments",
-        choices=("auto", "exact", "sketch"),
-        default=absent,
-        help="second moments exact or sketched; auto: exact where --memory allows (default: auto)",
-    )
-    if "parameters" not in skip:
-        command.add_argument(
-            "--parameters",
-            choices=("linear", "all"),
-            default=absent,
-            help="what is filtered: linear layers, or embedding, LM head, norms and biases too "
-            "(default: linear)",
-        )
-    command.add_argument(
-        "--no-chat-template",
-        dest="chat_template",
-        action="store_false",
-        default=absent,
-        help="use the rows' plain form even if the tokenizer has a chat template",
-    )
-    _add_output_options(command)
-
-
-def _add_output_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    command.add_argument("--quiet", "-q", action="store_true", help="no plan, notes or bars")
-
 
 if __name__ == "__main__":
     sys.exit(main())

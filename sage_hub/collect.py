@@ -44,7 +44,7 @@ def collect_statistics(
         publication.check_unused()
     settings = settings.resolve_device()
     checkpoint = open_checkpoint(model)
-    proxies = read_proxies(replace(settings, heldout=None), calibrates=True)
+    proxies = read_proxies(settings.to_calibrate(), calibrates=True)
     if to is not None:
         check_target(to, publication, force=force, mark=REPO_FILE)
     with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:

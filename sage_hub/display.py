@@ -6,14 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sage_hub.budget import GB, Budget
-from sage_hub.card import MODELS, metric_table
 from sage_hub.checkpoint import Checkpoint
 from sage_hub.estimate import Estimate
+from sage_hub.gates import Outcome
 from sage_hub.jobs import Job
 from sage_hub.plan import Plan
 from sage_hub.progress import in_bytes
 from sage_hub.release import Release
 from sage_hub.settings import SETS
+from sage_hub.tables import MODELS, metric_table, number, robustness_table
 from sage_hub.verify import Verification
 
 
@@ -147,40 +148,80 @@ def _duration(seconds: float) -> str:
 
 
 def release_text(release: Release) -> str:
-    """The result of a run: metrics, bias, and where the release is."""
-    parts = []
-    lines = metric_table(release.report)
-    if lines:
-        header = ["set", "metric", "better", *(name.strip("*") for name in MODELS.values())]
-        rows = [
-            [
-                line["set"],
-                line["metric"],
-                line["direction"],
-                *(_number(line.get(model)) for model in MODELS),
-            ]
-            for line in lines
-        ]
-        parts.append(_table(header, rows))
-    recovered = release.report["heldout_probability_recovered"]
-    if recovered is not None:
-        parts.append(f"held-out probability recovered: {100 * recovered:.0f} %")
-    bias = release.manifest["bias"]
+    """The result of a run: metrics, bias, gates, and where the release is."""
+    report, manifest = release.report, release.manifest
+    parts = list(_report_parts(report))
+    if recovered := report["retain_recovered"]:
+        sure = _interval(recovered["interval"], scale=100)
+        parts.append(
+            f"held-out {recovered['metric']} recovered: {100 * recovered['value']:.0f} %{sure}"
+        )
+    bias = manifest["bias"]
     relative = ""
     if bias["before"] is not None:
         relative = f", from {_number(bias['before'])} to {_number(bias['after'])} of the outputs"
     parts.append(
         f"retention activation bias: {_number(bias['kept'])} of the source's is left{relative}; "
-        f"gain {release.manifest['gain']:.4g}"
+        f"gain {manifest['gain']:.4g}"
     )
-    counts = release.manifest["counts"]
+    counts = manifest["counts"]
     parts.append(
         f"tensors: {counts['filtered']} filtered, {counts['identical']} identical, "
         f"{counts['copied']} copied as they were"
     )
-    parts += [f"not run: {x['what']} ({x['reason']})" for x in release.report["not_run"]]
+    outcomes = [Outcome(**gate) for gate in report["gates"]]
+    parts += [f"gate {'met' if o.passed else 'NOT met'}: {o.sentence()}" for o in outcomes]
+    parts += [f"not run: {x['what']} ({x['reason']})" for x in report["not_run"]]
     parts.append(release.location)
     return "\n".join(parts)
+
+
+def evaluation_text(report: Mapping[str, Any]) -> str:
+    """The figures of any models, for a terminal."""
+    parts = [*_report_parts(report)]
+    parts += [f"not run: {x['what']} ({x['reason']})" for x in report["not_run"]]
+    return "\n".join(parts)
+
+
+def _report_parts(report: Mapping[str, Any]) -> Iterator[str]:
+    """The tables of a report."""
+    for lines, first in ((metric_table(report), ""), (robustness_table(report), "treated by")):
+        if not lines:
+            continue
+        models = [
+            name for name in _models(report) if any(line.get(name) is not None for line in lines)
+        ]
+        change = any(line["difference"] for line in lines)
+        header = ["set", "metric", "better", *(MODELS.get(name, name) for name in models)]
+        header = [first, *header] if first else header
+        rows = []
+        for line in lines:
+            row = [line["set"], line["metric"], line["direction"]]
+            row = [line["condition"], *row] if first else row
+            row += [number(line.get(model)) for model in models]
+            rows.append([*row, _change(line)] if change else row)
+        if change:
+            header.append("change of the last")
+        yield _table(header, rows) + "\n"
+
+
+def _models(report: Mapping[str, Any]) -> list[str]:
+    """The models of a report in the order in which they were evaluated."""
+    return list(dict.fromkeys(result["model"] for result in report["results"]))
+
+
+def _change(line: Mapping[str, Any]) -> str:
+    gap = line["difference"]
+    if gap is None:
+        return ""
+    return f"{number(gap['value'], True)}{_interval(gap['interval'])} {gap['verdict']}"
+
+
+def _interval(interval: Sequence[float] | None, scale: float = 1) -> str:
+    if interval is None:
+        return ""
+    low, high = (f"{scale * end:.3g}" for end in interval)
+    return f" [{low}, {high}]"
 
 
 def release_json(release: Release) -> dict[str, Any]:

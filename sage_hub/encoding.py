@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sage_hub.architecture import quiet_transformers
-from sage_hub.checkpoint import Checkpoint
+from sage_hub.checkpoint import Checkpoint, read_json
 from sage_hub.errors import ArchitectureError, ProxyError, first_line
 from sage_hub.proxies import Proxy, Row
 from sage_hub.settings import Settings
@@ -26,6 +27,10 @@ class Encoded:
     answer_start: int
     truncated: bool = False
     number: int = 0  # of the row in its proxy, from 1
+
+    @property
+    def answer_tokens(self) -> int:
+        return max(0, len(self.ids) - self.answer_start)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,17 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
             f"The tokenizer of {checkpoint.name} cannot be loaded (remote code is not run): "
             f"{reason}"
         ) from None
+
+
+def end_tokens(checkpoint: Checkpoint) -> list[int]:
+    """The tokens that end a text: what generation_config.json says, config.json, the tokenizer."""
+    found: list[Any] = []
+    for name in ("generation_config.json", "config.json"):
+        stated = read_json(checkpoint.files, name) if name in checkpoint.files.sizes else {}
+        ends = stated.get("eos_token_id")
+        found += ends if isinstance(ends, list) else [ends]
+    found.append(load_tokenizer(checkpoint).eos_token_id)
+    return list(dict.fromkeys(end for end in found if isinstance(end, int)))
 
 
 def row_limit(checkpoint: Checkpoint, max_length: int) -> int:
@@ -94,11 +110,16 @@ def encode_row(
     return Encoded(tuple(ids[:max_length]), max(start, 1), truncated=len(ids) > max_length)
 
 
+def templated(tokenizer: PreTrainedTokenizerBase, wanted: bool) -> bool:
+    """Whether rows of turns are written by the tokenizer's chat template."""
+    return wanted and getattr(tokenizer, "chat_template", None) is not None
+
+
 def encode(
     proxy: Proxy, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool, max_length: int
 ) -> list[Encoded]:
     """All rows of `proxy` as tokens, in order. Raises ProxyError for a row without tokens."""
-    chat = chat_template and getattr(tokenizer, "chat_template", None) is not None
+    chat = templated(tokenizer, chat_template)
     encoded = []
     for number, row in enumerate(proxy.rows, 1):
         try:

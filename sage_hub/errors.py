@@ -6,6 +6,8 @@ stderr and exits with `status`. A sentence says what is wrong, where, and what t
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class SageHubError(Exception):
     """Base of all errors that are explained to the user in one sentence."""
@@ -149,6 +151,23 @@ class PeerError(SageHubError):
 
     status = 29
     final = False
+
+
+class GateError(SageHubError):
+    """A release that does not meet a gate: `release` is kept, and not published."""
+
+    status = 30
+    final = False
+
+    def __init__(self, sentence: str, release: Any) -> None:
+        super().__init__(sentence)
+        self.release = release
+
+
+class ResultsError(SageHubError):
+    """Results made elsewhere that cannot be read, or are of another checkpoint."""
+
+    status = 31
 
 
 class OutOfMemoryError(SageHubError):

@@ -1,109 +1,318 @@
-"""Evaluate the four models of a release, one after the other, on the same rows."""
+"""Evaluate models on the same rows, one after the other."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sage_hub.blocks import open_blocks
-from sage_hub.budget import GB
+from sage_hub.blocks import BlockModel, open_blocks
+from sage_hub.budget import GB, RUNTIME
 from sage_hub.checkpoint import Checkpoint
-from sage_hub.encoding import Encoded, take_rows
+from sage_hub.comparison import (
+    Difference,
+    Result,
+    differences,
+    figures,
+    not_finite,
+    result_of,
+    retain_recovered,
+)
+from sage_hub.encoding import end_tokens, load_tokenizer
 from sage_hub.errors import ArchitectureError
-from sage_hub.metrics import Result, evaluate
-from sage_hub.plan import Plan
-from sage_hub.progress import SILENT, Progress
+from sage_hub.estimate import weight_bytes
+from sage_hub.harness import run_tasks
+from sage_hub.metrics import METRICS, Seen
+from sage_hub.progress import SILENT, Progress, in_bytes
 from sage_hub.proxies import Proxy
 from sage_hub.ranks import ALONE, Ranks
+from sage_hub.robustness import BITS, TRAINING_BYTES, choose_taught, quantized, relearn
+from sage_hub.scoring import answer, score
 from sage_hub.settings import SETS, Settings
 from sage_hub.spill import Spill
-from sage_hub.weights import model_of, open_weights
+from sage_hub.suites import ANSWERS, EvaluationSet, Told, metrics_of, prepare
+from sage_hub.weights import Weights, model_of, open_weights
+
+ROBUST = ("base", "unlearned", "sanitized")  # the models that robustness is measured of
+CONDITIONS = (*(f"int{bits}" for bits in BITS), "relearned", "paraphrased")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate: `side`, or W_base + α (W_side − W_base) if a base is given."""
+
+    side: Checkpoint
+    base: Checkpoint | None = None
+    alpha: float = 1.0
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All results, the data that they are of, and what was not run and why."""
+    """All results, how they compare, the data that they are of, and what was not run and why."""
 
-    results: list[Result]
-    data: dict[str, dict[str, Any]]
-    not_run: list[dict[str, str]]
+    results: list[Result] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+    retain_recovered: dict[str, Any] | None = None
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    not_run: list[dict[str, str]] = field(default_factory=list)
 
     @classmethod
     def not_at_all(cls, reason: str) -> Evaluation:
         """No evaluation, and why."""
-        return cls([], {}, [{"what": "all metrics", "reason": reason}])
+        return cls(not_run=[{"what": "all metrics", "reason": reason}])
 
 
-def evaluate_release(
-    plan: Plan,
-    sanitized: Checkpoint,
-    alpha: float,
+def evaluate(
+    models: Mapping[str, Candidate],
     proxies: Mapping[str, Proxy],
     settings: Settings,
-    calibrated: Collection[str],
     scratch: Path,
+    *,
+    tokens_of: Checkpoint,
+    calibrated: Collection[str] = (),
+    compared: Sequence[tuple[str, str]] = (),
+    robust: Collection[str] = ROBUST,
     ranks: Ranks = ALONE,
     progress: Progress = SILENT,
 ) -> Evaluation:
-    """Evaluate base, unlearned, the control W_b + αΔ and `sanitized` on the sets there are.
+    """Evaluate `models` on the sets `proxies`, never two of them in memory at once.
 
-    `calibrated` holds the fingerprints of the sets that calibration has seen; hidden states that
-    memory has no room for wait in the folder `scratch`. The same rows and the base's tokenizer
-    for all, one block of one model in memory at a time.
+    All see the same rows as tokens of `tokens_of`. `calibrated` holds the fingerprints of the
+    sets that calibration has seen, `compared` the pairs of models whose difference is of
+    interest, `robust` the models whose robustness is, if that is wanted at all. Hidden states
+    that memory has no room for wait in the folder `scratch`. A model
+    named "reference" is one that never saw the forget set.
     """
-    sets: dict[str, list[Encoded]] = {}
-    data: dict[str, dict[str, Any]] = {}
+    sets = []
     for which, proxy in proxies.items():
-        sets[which], _ = take_rows(proxy, plan.base, settings)
-        data[which] = {
-            **proxy.describe(),
-            "rows_used": len(sets[which]),
-            "seen_by_calibration": proxy.fingerprint in calibrated,
-        }
+        # What retention was calibrated on proves nothing of it, and generating takes long.
+        vain = which == "retain" and proxy.fingerprint in calibrated
+        own = replace(settings, generate_rows=0) if vain else settings
+        sets.append(prepare(which, proxy, tokens_of, own))
+    sets = [one for one in sets if one.rows]
     not_run = [
         {"what": f"{which} metrics", "reason": f"no --{which} was given"}
         for which in SETS
         if which not in proxies
     ]
-    not_run.append(
-        {
-            "what": "robustness to quantization and relearning",
-            "reason": "this version of sage-hub does not measure it",
-        }
-    )
-    models = {
-        "base": (plan.base, 1.0),
-        "unlearned": (plan.unlearned, 1.0),
-        "control": (plan.unlearned, alpha),
-        "sanitized": (sanitized, 1.0),
-    }
-    results: list[Result] = []
-    for name, (side, scale) in models.items() if sets else ():
+    seen: dict[tuple[str, str | None], dict[str, list[Seen]]] = {}
+    others: list[Result] = []
+    for name, candidate in models.items() if sets else ():
+        own = settings if name in robust else replace(settings, robustness=False)
+        look = _Look(sets, own, tokens_of, name, ranks, progress)
         try:
-            with (
-                open_weights(side, plan.base, scale) as weights,
-                open_blocks(model_of(side), weights, settings.device) as model,
-                Spill(scratch, settings.memory * GB / 4) as hidden,
-            ):
-                results += evaluate(
-                    name,
-                    model,
-                    weights,
-                    sets,
-                    batch_size=settings.batch_size,
-                    hidden=hidden,
-                    ranks=ranks,
-                    progress=progress,
-                )
+            look.at(candidate, scratch)
         except ArchitectureError as error:
             if name != "control":
                 raise
             not_run.append({"what": "the norm-matched control", "reason": str(error)})
-    for result in results:
-        if not math.isfinite(result.value):
-            what = f"{result.metric} of {result.model} on {result.set}"
-            not_run.append({"what": what, "reason": f"it came out as {result.value}"})
-    return Evaluation([r for r in results if math.isfinite(r.value)], data, not_run)
+            continue
+        seen |= {(name, condition): views for condition, views in look.views.items()}
+        not_run += look.not_run
+        others += look.others
+    if not settings.robustness:
+        not_run.append(
+            {
+                "what": "robustness to quantization, relearning and paraphrased questions",
+                "reason": "--robustness was not given",
+            }
+        )
+    estimates, absent = figures(sets, seen, settings.seed, relearned=settings.robustness)
+    not_run += [*absent, *not_finite(estimates)]
+    estimates = {key: found for key, found in estimates.items() if math.isfinite(found.value)}
+    data = {
+        one.name: {
+            **proxies[one.name].describe(),
+            "rows_used": len(one.rows),
+            "rows_answered": len(one.answered),
+            "answer_tokens": sum(t.answer.answer_tokens for t in one.told),
+            "seen_by_calibration": proxies[one.name].fingerprint in calibrated,
+        }
+        for one in sets
+    }
+    return Evaluation(
+        [*(result_of(key, found) for key, found in estimates.items()), *others],
+        list(differences(estimates, compared)),
+        retain_recovered(estimates),
+        data,
+        _unique(not_run),
+    )
+
+
+def expected_names(
+    proxies: Mapping[str, Proxy], settings: Settings, models: Collection[str]
+) -> Iterator[str]:
+    """The names that the figures of an evaluation will have in gates, if all goes well."""
+    for which, proxy in proxies.items():
+        metrics = set(metrics_of(proxy.rows, settings.suite))
+        if not any(row.perturbed for row in proxy.rows):
+            metrics.discard("truth_ratio")
+        if which == "forget" and "reference" in models:
+            metrics |= {"forget_quality", "forget_quality_D"} if "truth_ratio" in metrics else set()
+            metrics |= {"privleak"} if "unseen" in proxies else set()
+        for metric in metrics:
+            yield from (f"{name}.{which}.{metric}" for name in models)
+            yield f"{which}.{metric}"
+        if not (settings.robustness and which in ("forget", "heldout")):
+            continue
+        scored = {metric for metric in metrics if metric in METRICS and metric not in ANSWERS}
+        for condition in CONDITIONS if which == "forget" else CONDITIONS[:2]:
+            own = scored | ({"relearning_recovery"} if condition == "relearned" else set())
+            for metric in own:
+                yield from (f"robustness.{condition}.{name}.{which}.{metric}" for name in ROBUST)
+                yield f"robustness.{condition}.{which}.{metric}"
+    if {"real_authors", "world_facts"} <= proxies.keys():
+        yield from (f"{name}.all.model_utility" for name in models)
+        yield "all.model_utility"
+
+
+@dataclass
+class _Look:
+    """Shows all sets to one model, and keeps what comes of it."""
+
+    sets: Sequence[EvaluationSet]
+    settings: Settings
+    tokens_of: Checkpoint
+    name: str
+    ranks: Ranks
+    progress: Progress
+    views: dict[str | None, dict[str, list[Seen]]] = field(default_factory=dict)  # by condition
+    others: list[Result] = field(default_factory=list)  # of lm-eval
+    not_run: list[dict[str, str]] = field(default_factory=list)
+
+    def at(self, candidate: Candidate, scratch: Path) -> None:
+        """Look at `candidate` as it is and, if wanted, under what brings knowledge back."""
+        settings, side = self.settings, candidate.side
+        with (
+            open_weights(side, candidate.base, candidate.alpha) as weights,
+            open_blocks(model_of(side), weights, settings.device) as model,
+            Spill(scratch, settings.memory * GB / 4) as hidden,
+        ):
+            self._as_it_is(model, weights, hidden)
+            if settings.robustness:
+                self._treated(model, weights, hidden)
+
+    def _as_it_is(self, model: BlockModel, weights: Weights, hidden: Spill) -> None:
+        asked = [one for one in self.sets if one.answered]
+        tasks = self.settings.lm_eval if self.ranks.first else None
+        if not (asked or tasks) or not self._fits(
+            "generated answers", weight_bytes(model.model) + RUNTIME
+        ):
+            self.views[None] = self._scores(model, weights, hidden, self.sets)
+            return
+        with model.whole(weights) as whole:
+            said = {one.name: self._answers(whole, one) for one in asked}
+            self.views[None] = self._scores(whole, weights, hidden, self.sets, said)
+            if tasks:
+                self.progress.note(f"lm-eval: {tasks} on {self.name} …")
+                size, seed = self.settings.batch_size, self.settings.seed
+                self.others = run_tasks(
+                    self.name, whole, self.tokens_of, tasks, batch_size=size, seed=seed
+                )
+
+    def _treated(self, model: BlockModel, weights: Weights, hidden: Spill) -> None:
+        tested = [one for one in self.sets if one.name in ("forget", "heldout")]
+        for bits in BITS:
+            coarse, how = quantized(weights, model, bits), f"int{bits}"
+            self.views[how] = self._scores(model, coarse, hidden, tested, how=how)
+        forget = next((one for one in tested if one.forgotten), None)
+        if forget is None:
+            return
+        self.views["paraphrased"] = _paraphrased(self.views[None]["forget"])
+        parameters = sum(p.numel() for p in model.model.parameters())
+        taught = choose_taught(len(forget.rows), self.settings.seed)
+        if not taught or not self._fits("relearning", TRAINING_BYTES * parameters + RUNTIME):
+            return
+        rest = _without(forget, taught)
+        with model.whole(weights) as whole:
+            relearn(whole, [forget.told[place].answer for place in taught], self.settings.seed)
+            self.views["relearned"] = self._scores(
+                whole, weights, hidden, [rest], how="after relearning"
+            )
+
+    def _fits(self, what: str, needed: float) -> bool:
+        """Whether memory allows it; if not, it is noted as not run."""
+        limit = self.settings.memory * GB
+        if needed > limit:
+            reason = f"takes {in_bytes(needed)} of memory, and --memory allows {in_bytes(limit)}"
+            self.not_run.append({"what": f"{what} of {self.name}", "reason": reason})
+        return needed <= limit
+
+    def _scores(
+        self,
+        model: BlockModel,
+        weights: Weights,
+        hidden: Spill,
+        sets: Sequence[EvaluationSet],
+        said: Mapping[str, Mapping[int, str]] = {},
+        how: str = "",
+    ) -> dict[str, list[Seen]]:
+        rows = [one for part in sets for told in part.told for one in told]
+        scored = iter(
+            score(
+                model,
+                weights,
+                rows,
+                batch_size=self.settings.batch_size,
+                hidden=hidden,
+                ranks=self.ranks,
+                what=f"Evaluating {self.name} {how}".strip(),
+                progress=self.progress,
+            )
+        )
+        return {
+            part.name: [
+                Seen(
+                    part.rows[place],
+                    told.map(lambda _: next(scored)),
+                    said.get(part.name, {}).get(place),
+                    part.forgotten,
+                )
+                for place, told in enumerate(part.told)
+            ]
+            for part in sets
+        }
+
+    def _answers(self, model: BlockModel, asked: EvaluationSet) -> dict[int, str]:
+        kind = next(ANSWERS[metric] for metric in asked.metrics if metric in ANSWERS)
+        texts = answer(
+            model,
+            load_tokenizer(self.tokens_of),
+            [asked.told[place].answer for place in asked.answered],
+            max_new_tokens=kind.max_new_tokens,
+            end_tokens=end_tokens(self.tokens_of),
+            stops=kind.stops,
+            # One token of a row at a time takes little, so more rows fit.
+            batch_size=4 * self.settings.batch_size,
+            ranks=self.ranks,
+            what=f"{self.name} answers {asked.name}",
+            progress=self.progress,
+        )
+        return dict(zip(asked.answered, texts, strict=True))
+
+
+def _paraphrased(seen: Sequence[Seen]) -> dict[str, list[Seen]]:
+    """The forget rows with their questions in other words, where the data has them."""
+    rows = [
+        replace(one, told=Told(one.told.asked_otherwise), said=None)
+        for one in seen
+        if one.told.asked_otherwise is not None and one.told.asked_otherwise.tokens
+    ]
+    return {"forget": rows} if rows else {}
+
+
+def _without(one: EvaluationSet, taught: Collection[int]) -> EvaluationSet:
+    """The rows of a set that were not taught again."""
+    others = [place for place in range(len(one.rows)) if place not in taught]
+    return replace(
+        one,
+        rows=tuple(one.rows[place] for place in others),
+        told=tuple(one.told[place] for place in others),
+        answered=(),
+    )
+
+
+def _unique(entries: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    return list({(entry["what"], entry["reason"]): entry for entry in entries}.values())

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HOME
 
-from sage_hub import card
+from sage_hub import card, harness
 from sage_hub.adapter import open_unlearned
 from sage_hub.architecture import empty_model
 from sage_hub.blocks import cut
@@ -24,18 +24,23 @@ from sage_hub.checkpoint import (
     open_files,
     parse_location,
 )
+from sage_hub.comparison import Result
 from sage_hub.encoding import row_limit
 from sage_hub.errors import NothingToDoError, SageHubError, StatisticsError, UsageError
 from sage_hub.estimate import Estimate, estimate, probe
+from sage_hub.evaluation import expected_names
+from sage_hub.gates import ALWAYS_KNOWN, Gate, check_names, parse
 from sage_hub.output import check_disk, check_output
 from sage_hub.plan import Plan, make_plan
 from sage_hub.progress import SILENT, Progress
 from sage_hub.proxies import Proxy, check_disjoint, read_proxy
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.record import describe_source
-from sage_hub.settings import SETS, Settings
+from sage_hub.results import read_results
+from sage_hub.settings import Settings
 from sage_hub.sites import find_sites
 from sage_hub.statistics import Ready, check_belongs, find_ready, open_statistics
+from sage_hub.tables import MODELS
 from sage_hub.target import Publication, check_target
 from sage_hub.versions import versions
 from sage_hub.weights import loaded_whole
@@ -52,12 +57,21 @@ class Job:
     statistics: Ready | None  # instead of calibrating
     memory: Budget | None  # what calibration and evaluation take, at most
     target: Location
+    gates: tuple[Gate, ...] = ()
+    results: tuple[Result, ...] = ()  # made elsewhere, for the same record
+    reference: Checkpoint | None = None  # a model that never saw the forget set
     stats_cache: Path | None = None  # where statistics are looked for and kept
     ranks: Ranks = ALONE  # the processes that do it together
     publication: Publication = field(default_factory=Publication)  # if the target is on the Hub
     force: bool = False
     warnings: tuple[str, ...] = ()
     problems: tuple[SageHubError, ...] = ()  # each would stop the run
+
+    @property
+    def keeps_output(self) -> bool:
+        """Whether all finished shards stay until the end: the result, or what is evaluated."""
+        evaluates = self.proxies.keys() - {"retain"}
+        return self.target.folder is not None or not self.settings.low_disk or bool(evaluates)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -70,6 +84,7 @@ class Job:
                 "tokenizer": self.fingerprints["tokenizer"],
                 "beside the weights": {name: unlearned.sha256(name) for name in beside},
                 "proxies": {which: proxy.row_hashes for which, proxy in self.proxies.items()},
+                "reference": self.reference.fingerprint() if self.reference else None,
                 "statistics": self.statistics.sha256() if self.statistics else None,
                 "settings": self.settings.describe(),
                 "versions": versions(),
@@ -108,10 +123,30 @@ def survey(
     if ready is not None:
         memory = replace(memory, moments=0, sketched=frozenset())
 
+    gates: list[Gate] = []
+    results: list[Result] = []
+    reference = open_checkpoint(settings.reference) if settings.reference else None
+
+    def read_results_made() -> None:
+        for model, path in settings.results.items():
+            side = sides.get(model)
+            commit = side.commit if side else None
+            results.extend(read_results(model, path, name=side.name if side else "", commit=commit))
+
+    def read_gates() -> None:
+        gates.extend(map(parse, settings.gates))
+        models = [*MODELS, *(["reference"] if reference else [])]
+        known = {*expected_names(proxies, settings, models), *ALWAYS_KNOWN}
+        for result in results:
+            known |= {f"{result.model}.{result.set}.{result.metric}"}
+            known |= {f"{result.set}.{result.metric}"} if result.model == "sanitized" else set()
+        check_names(gates, known, (settings.lm_eval or "").split(","))
+
     def read_sets() -> None:
         proxies.update(read_proxies(settings, calibrates=ready is None))
         if settings.gain == "match" and ready is None and "forget" not in proxies:
             raise UsageError("--gain match is measured on the forget proxy; give --forget.")
+        read_gates()
 
     checks: list[Callable[[], object]] = [
         lambda: _check_target(target, sources, publication, force=force),
@@ -121,9 +156,12 @@ def survey(
             target.folder or workspace(target),
             statistics=room if ready is None else ready.missing_bytes,
             low_disk=settings.low_disk,
-            keep=target.folder is not None,
+            keep=target.folder is not None or bool(settings.sets.keys() - {"retain"}),
         ),
+        read_results_made,
         read_sets,
+        lambda: card.find_template(settings.card_template),
+        lambda: harness.check_available(settings.lm_eval),
     ]
     if plan.base.commit and plan.unlearned.commit:  # the Hub knows the hashes
         checks.append(lambda: _fingerprints(plan, SILENT))
@@ -137,6 +175,9 @@ def survey(
         ready,
         memory,
         target,
+        tuple(gates),
+        tuple(results),
+        reference,
         None if stats_cache is None else Path(stats_cache),
         ranks,
         publication,
@@ -219,12 +260,8 @@ def read_proxies(settings: Settings, *, calibrates: bool) -> dict[str, Proxy]:
 
     Without a retain proxy the general-purpose one stands in, if it is to calibrate on.
     """
-    sources = {which: getattr(settings, which) for which in SETS}
-    proxies = {
-        which: read_proxy(source)
-        for which, source in sources.items()
-        if source is not None or (which == "retain" and calibrates)
-    }
+    sources: dict[str, str | None] = {"retain": None} if calibrates else {}
+    proxies = {which: read_proxy(source) for which, source in (sources | settings.sets).items()}
     check_disjoint({which: (proxy.name, proxy.row_hashes) for which, proxy in proxies.items()})
     return proxies
 

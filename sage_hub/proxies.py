@@ -9,9 +9,9 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -31,7 +31,8 @@ READERS = {
     ".txt": "text",
 }
 TEXT_COLUMNS = ("question", "answer", "prompt", "completion", "text")
-COLUMNS = "question/answer, prompt/completion, messages or text"
+COLUMNS = "question/answer, question/choices/answer, prompt/completion, messages or text"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,17 @@ class Row:
     """One example: what comes before, and what the loss is taken over.
 
     `turns` holds chat messages (role, content) for question and messages rows, () otherwise;
-    `prompt` is the same as plain text, with the separator at its end.
+    `prompt` is the same as plain text, with the separator at its end. The other fields are the
+    same row told otherwise, where the data has that, and serve to evaluate only.
     """
 
     prompt: str
     answer: str
     turns: tuple[tuple[str, str], ...] = ()
+    paraphrased: Row | None = None  # the same question, the answer in other words
+    perturbed: tuple[Row, ...] = ()  # the same question, wrong answers
+    asked_otherwise: Row | None = None  # the question in other words, the same answer
+    choices: tuple[Row, ...] = ()  # of a multiple-choice row: all answers, the right one among them
 
     @property
     def hash(self) -> str:
@@ -139,17 +145,70 @@ def _parse_row(record: Mapping[str, Any], where: str) -> Row:
             raise ProxyError(f"{where}: {column!r} is empty or not text.")
         return value
 
+    if "question" in record and "choices" in record and "answer" in record:
+        return _parse_choices(record, text("question"), where)
     if "question" in record and "answer" in record:
-        question, answer = text("question"), text("answer")
-        return Row(f"Question: {question}\nAnswer:", f" {answer}", (("user", question),))
-    if "prompt" in record and "completion" in record:
-        return Row(text("prompt"), text("completion"))
+        return _parse_question(record, text)
+    for completion in ("completion", "gt"):  # the second is MUSE's word
+        if "prompt" in record and completion in record:
+            return Row(text("prompt"), text(completion))
     if "messages" in record:
         return _parse_messages(record["messages"], where)
     if "text" in record:
         return Row("", text("text"))
     found = ", ".join(sorted(record)) or "none"
     raise ProxyError(f"{where}: expected the columns {COLUMNS}, found {found}.")
+
+
+def _parse_question(record: Mapping[str, Any], text: Callable[[str], str]) -> Row:
+    """A question with its answer, and with what TOFU's perturbed files tell of both."""
+
+    def row(question: str, answer: str) -> Row:
+        return Row(f"Question: {question}\nAnswer:", f" {answer}", (("user", question),))
+
+    question, answer = text("question"), text("answer")
+    wrong = record.get("perturbed_answer") or ()
+    return replace(
+        row(question, answer),
+        paraphrased=(
+            row(question, text("paraphrased_answer")) if record.get("paraphrased_answer") else None
+        ),
+        perturbed=tuple(row(question, x) for x in wrong if isinstance(x, str) and x.strip()),
+        asked_otherwise=(
+            row(text("paraphrased_question"), answer)
+            if record.get("paraphrased_question")
+            else None
+        ),
+    )
+
+
+def _parse_choices(record: Mapping[str, Any], question: str, where: str) -> Row:
+    """A multiple-choice question, in the form that MMLU and WMDP are asked in."""
+    choices, answer = record["choices"], record["answer"]
+    if not isinstance(choices, Sequence) or not all(isinstance(c, str) for c in choices):
+        raise ProxyError(f"{where}: 'choices' must be a list of texts.")
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise ProxyError(f"{where}: 'choices' must be 2 to {len(LETTERS)} texts.")
+    letters = LETTERS[: len(choices)]
+    if isinstance(answer, str) and answer in choices:
+        right = list(choices).index(answer)
+    elif isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip() in letters:
+        right = letters.index(answer.strip())
+    elif isinstance(answer, int) and 0 <= answer < len(choices):
+        right = int(answer)
+    else:
+        raise ProxyError(
+            f"{where}: 'answer' must be one of the choices: its number from 0, its letter or its "
+            "text."
+        )
+    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True)]
+    prompt = "\n".join([question.strip(), *lines, "Answer:"])
+    if subject := record.get("subject"):
+        about = str(subject).replace("_", " ")
+        start = "The following are multiple choice questions (with answers) about"
+        prompt = f"{start} {about}.\n\n{prompt}"
+    rows = tuple(Row(prompt, f" {letter}") for letter in letters)
+    return replace(rows[right], choices=rows)
 
 
 def _parse_messages(messages: Any, where: str) -> Row:

@@ -9,18 +9,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sage_hub.bias import profile_of
 from sage_hub.checkpoint import Checkpoint
+from sage_hub.comparison import Difference, Result
 from sage_hub.evaluation import Evaluation
-from sage_hub.metrics import retain_recovered
 from sage_hub.plan import Plan
+from sage_hub.robustness import RECIPE
 from sage_hub.sage import relative
 from sage_hub.settings import Settings
 from sage_hub.shards import TensorRecord
 from sage_hub.statistics import Statistics
-from sage_hub.versions import versions
+from sage_hub.versions import hardware, versions
 
 MANIFEST_VERSION = 1
-REPORT_VERSION = 1
+REPORT = "sage/report.json"
+REPORT_VERSION = 2
 METHOD = (
     "SAGE (arXiv 2606.18309) was available to this tool's authors as an abstract only; the "
     "formulation follows it and is theirs in detail."
@@ -62,6 +65,7 @@ def make_manifest(
     tensors = []
     for record in records:
         entry = asdict(record)
+        del entry["profile"]
         for sums in ("retain_before", "retain_after", "retain_base", "update_norm", "kept_norm"):
             del entry[sums]
         tensors.append({key: value for key, value in entry.items() if value not in (None, "")})
@@ -87,6 +91,10 @@ def make_manifest(
             "most_missed_by_a_sketch": max(statistics.sketched.values(), default=None),
         },
         "bias": model_bias(records),
+        "profile": profile_of(
+            [record.profile for record in records if record.profile],
+            math.fsum(record.retain_before for record in records),
+        ),
         "counts": counts,
         "tensors": tensors,
         "files": dict(sorted(hashes.items())),
@@ -100,29 +108,40 @@ def make_report(
     *,
     alpha: float | None,
     seed: int,
+    device: str,
     seconds: Mapping[str, float],
+    card: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The metrics of base, unlearned, control and sanitized, and what was not run and why."""
-    probability = {
-        result.model: result.value
-        for result in evaluation.results
-        if (result.set, result.metric) == ("heldout", "probability")
-    }
-    recovered = None
-    if {"base", "unlearned", "sanitized"} <= probability.keys():
-        recovered = retain_recovered(
-            probability["base"], probability["unlearned"], probability["sanitized"]
-        )
+    """The figures of all models, how they compare, and what was not run and why."""
     return {
         "format_version": REPORT_VERSION,
         "data": evaluation.data,
-        "results": [asdict(result) for result in evaluation.results],
-        "heldout_probability_recovered": recovered,
+        "results": [_plain(result) for result in evaluation.results],
+        "differences": [_plain(difference) for difference in evaluation.differences],
+        "retain_recovered": evaluation.retain_recovered,
         "control_alpha": alpha,
+        "relearning": RECIPE.describe(),
         "not_run": evaluation.not_run,
+        "gates": [],
         "seed": seed,
+        "hardware": hardware(device),
+        "card": dict(card),
         "seconds": {stage: round(spent, 2) for stage, spent in seconds.items()},
     }
+
+
+def with_results(report: Mapping[str, Any], imported: Sequence[Result]) -> dict[str, Any]:
+    """The report with results that were made elsewhere, in place of any that it had."""
+    measured = [result for result in report["results"] if result["source"] is None]
+    return {**report, "results": measured + [_plain(result) for result in imported]}
+
+
+def _plain(part: Result | Difference) -> dict[str, Any]:
+    """As JSON will give it back."""
+    found = asdict(part)
+    if found["interval"] is not None:
+        found["interval"] = list(found["interval"])
+    return found
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,8 +17,9 @@ from sage_hub.adapter import open_unlearned
 from sage_hub.bias import summarize
 from sage_hub.calibrate import calibrate
 from sage_hub.checkpoint import HubFiles, Location, open_checkpoint, read_json
-from sage_hub.errors import SageHubError
-from sage_hub.evaluation import Evaluation, evaluate_release
+from sage_hub.errors import GateError, SageHubError
+from sage_hub.evaluation import Candidate, Evaluation, evaluate
+from sage_hub.gates import Outcome, facts_of
 from sage_hub.hub import MANIFEST
 from sage_hub.jobs import (
     Job,
@@ -36,13 +37,18 @@ from sage_hub.plan import Plan, make_plan
 from sage_hub.progress import SILENT, Progress
 from sage_hub.publish import Source, Upload
 from sage_hub.ranks import ALONE, Ranks
-from sage_hub.record import make_manifest, make_report, read_record, write_json
+from sage_hub.record import (
+    REPORT,
+    make_manifest,
+    make_report,
+    read_record,
+    with_results,
+    write_json,
+)
 from sage_hub.settings import Settings
 from sage_hub.statistics import Statistics, find_ready, open_statistics
 from sage_hub.target import Publication
 from sage_hub.verify import manifest_of, read_manifest, verify, verify_files
-
-REPORT = "sage/report.json"
 
 
 @dataclass(frozen=True)
@@ -127,9 +133,11 @@ def run(job: Job, progress: Progress = SILENT) -> Release:
     with working_on(output, fingerprint, force=job.force, ranks=ranks, progress=progress) as work:
         if job.target.folder is None:
             return _run_to_hub(job, fingerprint, work, progress)
-        return ranks.once(
+        release = ranks.once(
             lambda: finished_release(job, fingerprint, work, progress)
         ) or write_release(job, fingerprint, work, progress)
+        stop_at_gates(release)
+        return release
 
 
 def _run_to_hub(job: Job, fingerprint: str, work: Work, progress: Progress) -> Release:
@@ -142,10 +150,11 @@ def _run_to_hub(job: Job, fingerprint: str, work: Work, progress: Progress) -> R
         if done := ranks.once(lambda: upload and _published(job, upload, work, progress)):
             return done
         release = None
-        if not job.settings.low_disk:
+        if job.keeps_output:
             release = ranks.once(lambda: finished_release(job, fingerprint, work, progress))
         release = release or write_release(job, fingerprint, work, progress, upload)
-        folder = work.release if job.settings.low_disk else work.output
+        stop_at_gates(release)
+        folder = work.output if job.keeps_output else work.release
         url = ranks.once(lambda: upload and _publish(job, upload, folder))
         return replace(release, location=url or "")
 
@@ -154,8 +163,10 @@ def _upload(job: Job, fingerprint: str) -> Upload:
     def ours(files: HubFiles) -> bool:
         if MANIFEST not in files.sizes or REPORT not in files.sizes:
             return False
+        manifest, report = manifest_of(files), read_json(files, REPORT)
         return (
-            manifest_of(files).get("fingerprint") == fingerprint
+            manifest.get("fingerprint") == fingerprint
+            and report == _full_report(job, manifest, report)
             and not verify_files(files).differences
         )
 
@@ -191,7 +202,7 @@ def _publish(job: Job, upload: Upload, folder: Path) -> str:
         upload.add_folder(folder)
         url = upload.commit()
     except SageHubError as error:
-        if job.settings.low_disk:
+        if not job.keeps_output:
             raise
         raise type(error)(f"{error} The finished release is kept in {folder}.") from None
     shutil.rmtree(folder)
@@ -210,7 +221,7 @@ def finished_release(
     if verify(str(work.output), progress).differences:
         return None
     progress.note(f"{work.output} holds this very release already; it is not made again.")
-    return Release(str(job.target.folder or work.output), manifest, report, job.warnings)
+    return conclude(job, work.output, manifest, report)
 
 
 def write_release(
@@ -222,7 +233,7 @@ def write_release(
 ) -> Release:
     """Write the whole release into the output folder, which appears only when it is complete.
 
-    With an `upload` each shard is sent as soon as it is finished. With low disk it is not kept
+    With an `upload` each shard is sent as soon as it is finished. If the job keeps none, it goes
     then, and the folder gets no name.
     """
     clock, ranks = _Clock(), job.ranks
@@ -259,32 +270,96 @@ def write_release(
             manifest["statistics"]["file"] = job.statistics.name
         calibrated = {about["fingerprint"] for about in statistics.origin.data.values()}
     alpha = shards.norm_matched_alpha(records)
-    if job.settings.low_disk:
-        evaluation = Evaluation.not_at_all("--low-disk keeps no whole model that could be run")
-    else:
-        sanitized = open_unlearned(str(folder), plan.base)
-        evaluation = evaluate_release(
-            plan,
-            sanitized,
-            alpha,
-            job.proxies,
-            job.settings,
-            calibrated,
-            work.statistics.parent,
-            job.ranks,
-            progress,
-        )
+    evaluation = _evaluate(job, plan, folder, alpha, calibrated, work.folder, progress)
     clock.lap("evaluate")
-    report = make_report(evaluation, alpha=alpha, seed=job.settings.seed, seconds=clock.laps)
-    if ranks.first:
+    report = make_report(
+        evaluation,
+        alpha=alpha,
+        seed=job.settings.seed,
+        device=job.settings.device,
+        seconds=clock.laps,
+        card=card.describe(plan, job.target.name, job.warnings),
+    )
+
+    def finish() -> Release:
         write_json(folder / MANIFEST, manifest)
-        write_json(folder / REPORT, report)
-        card.write_card(folder, plan, manifest, report, name=job.target.name, warnings=job.warnings)
+        release = conclude(job, folder, manifest, report)
         if upload is not None:
             upload.settle()  # what is sent must not move
-        if upload is None or not job.settings.low_disk:
-            work.finish(force=job.force)
-    return Release(str(job.target.folder or work.output), manifest, report, job.warnings)
+        if not job.keeps_output:
+            return release
+        work.finish(force=job.force)
+        return replace(release, location=str(job.target.folder or work.output))
+
+    return ranks.once(finish)
+
+
+def _evaluate(
+    job: Job,
+    plan: Plan,
+    folder: Path,
+    alpha: float,
+    calibrated: Collection[str],
+    scratch: Path,
+    progress: Progress,
+) -> Evaluation:
+    """Evaluate base, unlearned, the control W_b + αΔ and what was written into `folder`."""
+    if not job.keeps_output:
+        return Evaluation.not_at_all(
+            "with --low-disk and no --forget or --heldout no whole model is kept that could be run"
+        )
+    models = {
+        "base": Candidate(plan.base),
+        "unlearned": Candidate(plan.unlearned),
+        "control": Candidate(plan.unlearned, plan.base, alpha),
+        "sanitized": Candidate(open_unlearned(str(folder), plan.base)),
+    }
+    if job.reference is not None:
+        models["reference"] = Candidate(job.reference)
+    return evaluate(
+        models,
+        job.proxies,
+        job.settings,
+        scratch,
+        tokens_of=plan.base,
+        calibrated=calibrated,
+        compared=[("sanitized", other) for other in ("unlearned", "control", "base")],
+        ranks=job.ranks,
+        progress=progress,
+    )
+
+
+def conclude(
+    job: Job, folder: Path, manifest: Mapping[str, Any], report: Mapping[str, Any]
+) -> Release:
+    """Add results made elsewhere and the gates' outcomes to the report in `folder`; the card."""
+    full = _full_report(job, manifest, report)
+    if full != read_record(folder / REPORT):
+        write_json(folder / REPORT, full)
+        card.write_card(folder, manifest, full, job.settings.card_template)
+    return Release(str(job.target.folder or folder), manifest, full, job.warnings)
+
+
+def _full_report(
+    job: Job, manifest: Mapping[str, Any], report: Mapping[str, Any]
+) -> dict[str, Any]:
+    full = with_results(report, job.results)
+    facts = facts_of(manifest, full)
+    full["gates"] = [asdict(gate.check(facts)) for gate in job.gates]
+    return full
+
+
+def stop_at_gates(release: Release) -> None:
+    """Raise GateError, which has the release, if it does not meet a gate."""
+    failed = [Outcome(**gate) for gate in release.report["gates"] if not gate["passed"]]
+    if failed:
+        many = "s are" if len(failed) > 1 else " is"
+        raise GateError(
+            f"{len(failed)} gate{many} not met, and nothing was published: "
+            f"{'; '.join(outcome.sentence() for outcome in failed)}. The release and its record "
+            f"are kept in {release.location}.",
+            release,
+        )
 
 
 def audit(
@@ -298,19 +373,28 @@ def audit(
 ) -> dict[str, Any]:
     """Activation bias of the update, per module and for the model; writes no weights.
 
-    The result is that of `sage_hub.bias.summarize`.
+    The result is that of `sage_hub.bias.summarize`, with the sources' names and the settings.
     """
     ready = None if statistics is None else find_ready(statistics)
     settings = settings.resolve_device()
     base_side = open_checkpoint(base)
     plan = make_plan(base_side, open_unlearned(unlearned, base_side), settings.parameters)
-    proxies = read_proxies(replace(settings, heldout=None), calibrates=ready is None)
+    proxies = read_proxies(settings.to_calibrate(), calibrates=ready is None)
     fingerprints = {
         "base": plan.base.fingerprint(progress),
         "tokenizer": plan.base.tokenizer_fingerprint(),
     }
     cache = None if stats_cache is None else Path(stats_cache)
-    job = Job(plan, settings, proxies, fingerprints, ready, None, Location(folder=None), cache)
+    job = Job(
+        plan,
+        settings,
+        proxies,
+        fingerprints,
+        ready,
+        None,
+        Location(folder=None),
+        stats_cache=cache,
+    )
     check_given_statistics(job)
     how = shards.Filter(settings.strength, settings.energy, settings.rank)
     with (
@@ -321,7 +405,9 @@ def audit(
     ):
         observed = plan.observed(opened.site_of)
         measured = shards.measure(observed, opened, how, device=settings.device, progress=progress)
-        return summarize(measured)
+        model = summarize(measured)
+        names = {"base": plan.base.name, "unlearned": plan.unlearned.name}
+        return {**names, "settings": settings.describe(), **model}
 
 
 def rebuild(release: str, progress: Progress = SILENT) -> list[str]:
@@ -370,10 +456,11 @@ def _write_shards(
 
     One that is untouched comes along as it is; the Hub copies it by itself in the end.
     """
-    low_disk, ranks = job.settings.low_disk and upload is not None, job.ranks
+    ranks = job.ranks
+    passes = not job.keeps_output  # a shard goes when it is sent
     by_hub = plan.equal if plan.unlearned.commit is not None else ()
     kept = ranks.once(lambda: {shard: work.recall(shard) for shard in plan.unlearned.shards})
-    if low_disk and upload is not None:
+    if passes and upload is not None:
         kept |= _sent_earlier(plan, work, upload)
     done = {s: shards.ShardRecord.from_json(record) for s, record in kept.items() if record}
     if done:
@@ -392,16 +479,16 @@ def _write_shards(
     with closing(written):
         for shard in written:
             name, file = shard.shard, work.release / shard.shard
-            if name in plan.equal and not (low_disk and name in by_hub):
+            if name in plan.equal and not (passes and name in by_hub):
                 shutil.copyfile(plan.unlearned.files.path(name), file)
                 plan.unlearned.files.close(name)
             size = file.stat().st_size if file.exists() else 0
             work.keep(name, {**asdict(shard), "bytes": size})
             done[name] = shard
             if upload is not None and name not in by_hub:
-                if low_disk:
+                if passes:
                     upload.wait()  # so that there are two at a time
-                upload.send({name: file}, then=file.unlink if low_disk else lambda: None)
+                upload.send({name: file}, then=file.unlink if passes else lambda: None)
     for others in ranks.all(done):
         done |= others
     return [done[shard] for shard in plan.unlearned.shards]

@@ -16,6 +16,7 @@ diagonal the u_i are axes, `basis` (k,) holds their numbers, and the filter is e
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +113,15 @@ class Profile:
             inside[: len(g)] *= (1 - g) ** 2
         outside = max(self.norm - float(self.along.sum()), 0.0)
         return float(inside.sum()) + spectrum.tail * outside
+
+    def biases(self, spectrum: Spectrum, strengths: Sequence[float], k: int) -> Tensor:
+        """The bias at each of `strengths`, where the first `k` directions are dominant."""
+        values = spectrum.values
+        weighted = torch.tensor(strengths, dtype=values.dtype)[:, None] * values[:k]
+        left = values.repeat(len(strengths), 1)
+        left[:, :k] *= (spectrum.mean_eigenvalue / (spectrum.mean_eigenvalue + weighted)) ** 2
+        outside = max(self.norm - float(self.along.sum()), 0.0)
+        return left @ self.along + spectrum.tail * outside
 
     def removed(self, g: Tensor) -> float:
         """‖D − Δ‖²_F after suppression `g`."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,11 @@ from sage_hub.errors import NotFoundError, UsageError
 CONFIG = "sage.yaml"
 OUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 SETS = ("retain", "forget", "heldout")
+SOURCES = (*SETS, "unseen", "reference")  # settings that name a file, a folder or a repo
+SUITES = ("auto", "tofu", "muse", "choice", "text")
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+# They bear on what is said of a release and not on what it is: a finished one is not made again.
+ABOUT_THE_RECORD = ("gates", "results", "card_template")
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,9 @@ class Settings:
     retain: str | None = None  # proxies: see `sage_hub.proxies.read_proxy`
     forget: str | None = None
     heldout: str | None = None
+    unseen: str | None = None  # what no model was trained on, for PrivLeak
+    bystanders: Mapping[str, str] = field(default_factory=dict)  # name -> more sets to evaluate on
+    reference: str | None = None  # a model that never saw the forget set: repo or folder
     strength: float = 1.0  # λ ≥ 0; inf is the hard projection
     energy: float = 0.9  # ρ in (0, 1]
     rank: int | None = None  # cap on k
@@ -45,8 +54,19 @@ class Settings:
     out_dtype: str | None = None  # of the release's floating point tensors; None: the unlearned's
     low_disk: bool = False  # keep a downloaded shard only while it is read; evaluates nothing
     merge: bool = False  # an adapter's release is a whole model
+    suite: str = "auto"  # which metrics; auto: by the columns of each set
+    generate_rows: int = 100  # of each set, whose answers are generated; 0: none
+    robustness: bool = False  # measure what brings forgotten knowledge back
+    lm_eval: str | None = None  # tasks of lm-eval to run, with commas between
+    gates: tuple[str, ...] = ()  # conditions that stop a release: see sage_hub.gates
+    results: Mapping[str, str] = field(default_factory=dict)  # model -> results made elsewhere
+    card_template: str | None = None  # a file, or the name of a template that comes with sage-hub
 
     def __post_init__(self) -> None:
+        if isinstance(self.gates, (list, tuple)):  # YAML knows lists alone
+            object.__setattr__(self, "gates", tuple(self.gates))
+        if not isinstance(self.gates, tuple) or not all(isinstance(g, str) for g in self.gates):
+            raise UsageError(f"gates must be a list of conditions, not {self.gates!r}.")
         _number(self.strength, "strength", lambda x: x >= 0, "0 or more")
         _number(self.energy, "energy", lambda x: 0 < x <= 1, "above 0 and at most 1")
         if self.gain != "match":
@@ -56,7 +76,7 @@ class Settings:
         _integer(self.seed, "seed", least=0)
         if self.rank is not None:
             _integer(self.rank, "rank", least=1)
-        for name in (*SETS, "device"):
+        for name in (*SOURCES, "device"):
             value = getattr(self, name)
             if not (isinstance(value, str) or (value is None and name != "device")):
                 raise UsageError(f"{name} must be text, not {value!r}.")
@@ -64,17 +84,36 @@ class Settings:
         _one_of(self.moments, "moments", ("auto", "exact", "sketch"))
         _one_of(self.out_dtype, "out_dtype", (None, *OUT_DTYPES))
         _one_of(self.parameters, "parameters", ("linear", "all"))
-        for name in ("chat_template", "merge", "low_disk"):
+        _one_of(self.suite, "suite", SUITES)
+        _integer(self.generate_rows, "generate_rows", least=0)
+        _mapping(self.bystanders, "bystanders")
+        _mapping(self.results, "results")
+        for name in self.bystanders:
+            if not _NAME.fullmatch(name) or name in (*SOURCES, "all"):
+                raise UsageError(
+                    f"A bystander set cannot be called {name!r}; use a word of small letters, "
+                    f"digits and _ that is none of {', '.join(SOURCES)}."
+                )
+        for name in self.results:
+            _one_of(name, "a model of results", ("base", "unlearned", "control", "sanitized"))
+        for name in ("lm_eval", "card_template"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str)):
+                raise UsageError(f"{name} must be text, not {value!r}.")
+        for name in ("chat_template", "merge", "low_disk", "robustness"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} must be true or false, not {getattr(self, name)!r}.")
 
     def describe(self) -> dict[str, Any]:
         """The settings for the record, without local paths."""
         described = asdict(self)
-        for name in SETS:
-            value = described[name]
-            if value is not None and not value.startswith("hf://"):
-                described[name] = Path(value).name
+        for name in ABOUT_THE_RECORD:
+            del described[name]
+        for name in (*SETS, "unseen"):
+            described[name] = _published(described[name])
+        described["bystanders"] = {k: _published(v) for k, v in self.bystanders.items()}
+        if self.reference and Path(self.reference).expanduser().exists():
+            described["reference"] = f"./{Path(self.reference).resolve().name}"
         if math.isinf(self.strength):
             described["strength"] = "inf"  # JSON has no infinity
         return described
@@ -95,6 +134,16 @@ class Settings:
         if values.get("strength") == "inf":
             values["strength"] = math.inf
         return cls(**values)
+
+    def to_calibrate(self) -> Settings:
+        """These, without the sets that only serve to evaluate."""
+        return replace(self, heldout=None, unseen=None, bystanders={})
+
+    @property
+    def sets(self) -> dict[str, str]:
+        """Every set that is given: name -> where it is."""
+        named = {name: getattr(self, name) for name in (*SETS, "unseen")}
+        return {name: source for name, source in named.items() if source} | dict(self.bystanders)
 
     @property
     def stored_dtype(self) -> str | None:
@@ -171,22 +220,52 @@ def _parse(path: Path, shown: str) -> dict[str, Any]:
     return values
 
 
+def _located(values: dict[str, Any], locate: Callable[[str, str], str]) -> dict[str, Any]:
+    """`values` with every file that they name where `locate` (setting, file) says it is."""
+
+    def found(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: found(name, one) for key, one in value.items()}
+        return value if not value or value.startswith("hf://") else locate(name, value)
+
+    files = [*SETS, "unseen", "bystanders", "results"]
+    if values.get("card_template") not in (None, "short"):
+        files.append("card_template")
+    return values | {name: found(name, values[name]) for name in files if name in values}
+
+
 def _beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The paths in a settings file are relative to it."""
-    for name in SETS:
-        if (value := values.get(name)) and not value.startswith("hf://"):
-            values[name] = str(folder / Path(value).expanduser())
-    return values
+    return _located(values, lambda _, file: str(folder / Path(file).expanduser()))
 
 
 def _in_repo(values: dict[str, Any], files: Files, shown: str) -> dict[str, Any]:
     """A file that came with somebody's repo may name files of that repo, not of this machine."""
-    for name in SETS:
-        if (value := values.get(name)) and not value.startswith("hf://"):
-            if Path(value).is_absolute() or ".." in Path(value).parts:
-                raise UsageError(f"{shown}: {name} must be a file of the repo or hf://datasets/….")
-            values[name] = str(files.path(value))
-    return values
+
+    def locate(name: str, file: str) -> str:
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise UsageError(f"{shown}: {name} must be a file of the repo or hf://datasets/….")
+        return str(files.path(file))
+
+    if any(
+        task.strip().endswith((".yaml", ".yml")) for task in values.get("lm_eval", "").split(",")
+    ):
+        raise UsageError(f"{shown}: lm_eval must name tasks; a task's file may run code.")
+    if values.get("reference", "x").startswith((".", "/", "~")):
+        raise UsageError(f"{shown}: reference must be a repo of the Hub.")
+    return _located(values, locate)
+
+
+def _published(source: str | None) -> str | None:
+    """A set as the record names it: of a file no folder."""
+    return source if source is None or source.startswith("hf://") else Path(source).name
+
+
+def _mapping(value: object, name: str) -> None:
+    if not isinstance(value, Mapping) or not all(
+        isinstance(word, str) and word for pair in value.items() for word in pair
+    ):
+        raise UsageError(f"{name} must map names to files, not {value!r}.")
 
 
 def _number(value: object, name: str, fits: Any, wanted: str) -> None:

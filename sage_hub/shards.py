@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ from sage_hub.sage import (
 from sage_hub.statistics import Statistics
 from sage_hub.tensorfile import TensorWriter, file_sha256
 from sage_hub.threads import ahead
+
+# The λ at which the record says what bias would be left, to choose the next one by.
+STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-4, 9))
 
 # Numbers in a block of rows: 4 MB in float32, so that a block stays in the cache while it is
 # worked on. A larger one is slower and costs memory.
@@ -66,6 +69,7 @@ class Measurement:
     norm: float  # ‖Δ‖²
     forget: float | None
     forget_filtered: float | None
+    profile: tuple[float, ...]  # the retain bias at each of STRENGTHS
 
     def __add__(self, other: Measurement) -> Measurement:
         """Both together, of rows of one map: every figure is a sum over rows."""
@@ -81,6 +85,7 @@ class Measurement:
             norm=self.norm + other.norm,
             forget=both(self.forget, other.forget),
             forget_filtered=both(self.forget_filtered, other.forget_filtered),
+            profile=tuple(a + b for a, b in zip(self.profile, other.profile, strict=True)),
         )
 
 
@@ -146,6 +151,7 @@ class TensorRecord:
     retain_base: float = 0.0
     update_norm: float = 0.0  # ‖Δ‖²
     kept_norm: float = 0.0  # ‖D‖²
+    profile: tuple[float, ...] = ()  # the retain bias at each of STRENGTHS, without a gain
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,10 @@ class ShardRecord:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> ShardRecord:
         """The record that `asdict` took apart."""
-        tensors = tuple(TensorRecord(**tensor) for tensor in record["tensors"])
+        tensors = tuple(
+            TensorRecord(**{**tensor, "profile": tuple(tensor["profile"])})
+            for tensor in record["tensors"]
+        )
         return cls(record["shard"], record["sha256"], tensors)
 
 
@@ -229,6 +238,7 @@ def _measure(
                 norm=along.norm,
                 forget=forget,
                 forget_filtered=forget_filtered,
+                profile=tuple(along.biases(spectrum, STRENGTHS, len(g)).tolist()),
             )
             place = block.operation.shard, linear.name
             found[place] = found[place] + measured if place in found else measured
@@ -322,6 +332,7 @@ class _Tally:
     base: float = 0.0
     update: float = 0.0  # ‖Δ‖²
     kept: float = 0.0  # ‖D‖²
+    profile: Tensor = field(default_factory=lambda: torch.zeros(len(STRENGTHS)).double())
 
     def record(self) -> TensorRecord:
         name, shard = self.operation.tensor, self.operation.shard
@@ -347,6 +358,7 @@ class _Tally:
             retain_base=self.base,
             update_norm=self.update,
             kept_norm=self.kept,
+            profile=tuple(self.profile.tolist()),
         )
 
 
@@ -392,6 +404,7 @@ def _treat(
         _check_finite(block, plan)
         _check_stored(stored, block)
     tally.before += before.bias(spectrum)
+    tally.profile += before.biases(spectrum, STRENGTHS, len(g))
     tally.after += after.bias(spectrum)
     tally.base += reference.bias(spectrum)
     tally.update += before.norm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 from sage_hub.checkpoint import Files, open_files, read_json
@@ -11,9 +12,12 @@ from sage_hub.errors import CorruptCheckpointError, NotFoundError
 from sage_hub.hub import MANIFEST
 from sage_hub.progress import SILENT, Progress
 
-# What a person may edit, or holds times: the manifest, which is the same for the same inputs,
-# cannot state their hashes.
-NOT_COVERED = ("README.md", "sage/report.json", MANIFEST, ".gitattributes")
+# What a person may edit, holds times, or shows figures: the manifest, which is the same for the
+# same inputs, cannot state their hashes.
+NOT_COVERED = (
+    *("README.md", "sage/report.json", MANIFEST, ".gitattributes"),
+    *("sage/*.png", ".eval_results/*.yaml"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,20 @@ def verify_files(files: Files, progress: Progress = SILENT) -> Verification:
     differences += [
         f"{name} is not in the manifest"
         for name in files.sizes
-        if name not in stated and name not in NOT_COVERED
+        if name not in stated and not _not_covered(name)
     ]
     return Verification(
         files.name,
         files.commit,
         str(manifest.get("fingerprint", "")),
         tuple(found),
-        tuple(name for name in NOT_COVERED if name in files.sizes),
+        tuple(name for name in files.sizes if _not_covered(name)),
         tuple(differences),
     )
+
+
+def _not_covered(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in NOT_COVERED)
 
 
 def read_manifest(release: str) -> dict[str, Any]:

@@ -85,7 +85,11 @@ def test_one_shard_at_a_time_makes_the_same_release(
     assert weights(hub, "org/piecewise") == weights(hub, "org/whole")
     report = json.loads(hub.files("org/piecewise")["sage/report.json"])
     assert report["not_run"] == [
-        {"what": "all metrics", "reason": "--low-disk keeps no whole model that could be run"}
+        {
+            "what": "all metrics",
+            "reason": "with --low-disk and no --forget or --heldout no whole model is kept that "
+            "could be run",
+        }
     ]
     assert main(["verify", "org/piecewise", "--quiet"]) == 0
     assert len(hub.commits("org/piecewise")) == 2

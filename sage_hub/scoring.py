@@ -1,0 +1,164 @@
+"""What a model makes of rows: how probable it finds each token of an answer, what it answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from sage_hub.blocks import BlockModel
+from sage_hub.encoding import Batch, Encoded, batches
+from sage_hub.progress import SILENT, Progress
+from sage_hub.ranks import ALONE, Ranks
+from sage_hub.spill import Spill
+from sage_hub.weights import Weights
+
+TAIL = 16  # tokens in which the end of an answer is looked for
+LOGITS = 1 << 24  # at a time: 64 MB in float32
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An answer as a model sees it, token by token, each given all that stands before it."""
+
+    logprobs: np.ndarray  # (tokens,) float32, in nats
+    hits: np.ndarray  # (tokens,) bool: whether it is the token that greedy decoding takes
+
+    @property
+    def tokens(self) -> int:
+        return len(self.logprobs)
+
+    @property
+    def loss(self) -> float:
+        """ℓ, the mean negative log-likelihood per answer token, in nats; NaN of no tokens."""
+        return -float(self.logprobs.mean(dtype=np.float64)) if self.tokens else math.nan
+
+
+@torch.inference_mode()
+def score(
+    model: BlockModel,
+    weights: Weights,
+    rows: Sequence[Encoded],
+    *,
+    batch_size: int,
+    hidden: Spill,
+    ranks: Ranks = ALONE,
+    what: str = "Evaluating",
+    progress: Progress = SILENT,
+) -> list[Scored]:
+    """Score the answer of each of `rows`; of one that was cut away by truncation no tokens.
+
+    `hidden` keeps the rows between two blocks of the model; with several `ranks` each does a part
+    of them. Only answer tokens go through the LM head.
+    """
+    found: dict[int, Scored] = {}
+    own = ranks.mine(list(batches(rows, batch_size)))
+    with progress.counter(what, len(rows), "row") as bar:
+        for block in model.blocks:
+            with model.holding(block, weights, head=True):
+                for number, batch in enumerate(own):
+                    states = model.run(block, batch, hidden.get(number))
+                    if block.finishes:
+                        found |= _scored(model, batch, states)
+                    else:
+                        hidden.put(number, states)
+                    bar.update(ranks.count * len(batch.rows) / len(model.blocks))
+    everything = {place: one for part in ranks.all(found) for place, one in part.items()}
+    return [everything[place] for place in range(len(rows))]
+
+
+def _scored(model: BlockModel, batch: Batch, states: Tensor) -> Iterator[tuple[int, Scored]]:
+    """Place of each row -> its answer, from the final hidden `states` (rows, tokens, features)."""
+    wanted = batch.answer[:, 1:]  # the state at a token predicts the next one
+    chosen, targets = states[:, :-1][wanted.to(states.device)], batch.ids[:, 1:][wanted]
+    logprobs, hits = np.empty(len(targets), np.float32), np.empty(len(targets), bool)
+    step = max(1, LOGITS // model.model.get_input_embeddings().weight.shape[0])
+    for start in range(0, len(targets), step):
+        part = slice(start, start + step)
+        logits, own = model.logits(chosen[part]).float(), targets[part].to(states.device)
+        loss = torch.nn.functional.cross_entropy(logits, own, reduction="none")
+        logprobs[part], hits[part] = -loss.cpu().numpy(), (logits.argmax(-1) == own).cpu().numpy()
+    stops = wanted.sum(1).cumsum(0).tolist()
+    for place, start, stop in zip(batch.rows, [0, *stops], stops, strict=False):
+        yield place, Scored(logprobs[start:stop], hits[start:stop])
+
+
+@torch.inference_mode()
+def answer(
+    model: BlockModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Encoded],
+    *,
+    max_new_tokens: int,
+    end_tokens: Sequence[int],
+    stops: Sequence[str] = (),
+    batch_size: int,
+    ranks: Ranks = ALONE,
+    what: str = "Answering",
+    progress: Progress = SILENT,
+) -> list[str]:
+    """The greedy continuation of the prompt of each of `rows`, up to the first of `stops`.
+
+    `model` must be whole, and in memory; `end_tokens` are those that end a text.
+    """
+    order = sorted(range(len(rows)), key=lambda place: (-rows[place].answer_start, place))
+    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    found: dict[int, str] = {}
+    with progress.counter(what, len(rows), "row") as bar:
+        for places in ranks.mine(groups):
+            prompts = [rows[place].ids[: rows[place].answer_start] for place in places]
+            texts = _continue(model, tokenizer, prompts, max_new_tokens, end_tokens, stops)
+            found |= dict(zip(places, texts, strict=True))
+            bar.update(ranks.count * len(places))
+    everything = {place: text for part in ranks.all(found) for place, text in part.items()}
+    return [everything[place] for place in range(len(rows))]
+
+
+def _continue(
+    model: BlockModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    end_tokens: Sequence[int],
+    stops: Sequence[str],
+) -> Iterator[str]:
+    width = max(map(len, prompts))
+    # Padded on the left, so that every row goes on from its own last token.
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for line, prompt in enumerate(prompts):
+        ids[line, width - len(prompt) :] = torch.tensor(prompt)
+        mask[line, width - len(prompt) :] = 1
+    context = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    room = context - width if isinstance(context, int) else max_new_tokens
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max(1, min(max_new_tokens, room)),
+        eos_token_id=list(end_tokens) or None,
+        pad_token_id=end_tokens[0] if end_tokens else 0,
+    )
+
+    def stopped(ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Which rows have come to one of `stops`, all of which are shorter than the tail."""
+        tails = tokenizer.batch_decode(ids[:, max(width, ids.shape[1] - TAIL) :])
+        return torch.tensor([any(stop in tail for stop in stops) for tail in tails])
+
+    made = model.model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=config,
+        stopping_criteria=[stopped] if stops else [],
+    )
+    for line in made[:, width:].tolist():
+        if end := [place for place, token in enumerate(line) if token in end_tokens]:
+            line = line[: end[0]]
+        text = str(tokenizer.decode(line, skip_special_tokens=True))
+        for stop in stops:
+            text = text.partition(stop)[0]
+        yield text.strip()
