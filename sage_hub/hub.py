@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
     OIDCError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 from huggingface_hub.utils import parse_ratelimit_headers
 from huggingface_hub.utils._http import default_client_factory
@@ -93,7 +94,7 @@ def wait_before_next(error: BaseException, tries: int) -> float | None:
 
 def may_pass(error: BaseException) -> bool:
     """Whether another try may go well."""
-    if isinstance(error, (OfflineModeIsEnabled, SageHubError)):
+    if isinstance(error, (OfflineModeIsEnabled, SafetensorsParsingError, SageHubError)):
         return False
     status = _status(error)
     if status is not None:

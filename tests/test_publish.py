@@ -295,6 +295,35 @@ class TestRecognized:
         assert commits(sources, repo="org/stats") == 2
 
 
+class TestGates:
+    """What was sent before a gate is seen by nobody until the commit."""
+
+    @pytest.mark.parametrize("low_disk", [[], ["--low-disk"]], ids=["kept", "low disk"])
+    def test_a_gate_that_is_not_met(
+        self, low_disk: list[str], sources: LoopbackHub, statistics: str, pair: Path
+    ) -> None:
+        heldout = ["--heldout", str(pair / "heldout.jsonl"), *low_disk]
+        assert push(statistics, *heldout, "--gate", "heldout.probability >= 2") == 30
+        assert len(sent(sources)) == 3
+        assert set(sources.files(TARGET)) == {".gitattributes"}
+        assert push(statistics, *heldout) == 0
+        assert len(sent(sources)) == 3
+        published(sources)
+
+    def test_another_gate_changes_the_record(
+        self, sources: LoopbackHub, statistics: str, pair: Path
+    ) -> None:
+        heldout = ["--heldout", str(pair / "heldout.jsonl")]
+        assert push(statistics, *heldout) == 0
+        gate = ["--gate", "heldout.probability >= 0"]
+        assert push(statistics, *heldout, *gate) == 0
+        assert push(statistics, *heldout, *gate) == 0
+        assert commits(sources) == 3
+        report = json.loads(published(sources)["sage/report.json"])
+        assert [outcome["passed"] for outcome in report["gates"]] == [True]
+        assert len(sent(sources)) == 3
+
+
 class TestWhere:
     """Branches, tags, pull requests."""
 
