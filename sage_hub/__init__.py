@@ -16,8 +16,8 @@ __version__ = "0.1.0"
 _HOME = {
     "audit": "release",
     "collect_statistics": "collect",
-    "Publication": "target",
     "evaluate_models": "compare",
+    "Publication": "target",
     "push": "release",
     "sanitize": "release",
     "Release": "release",

@@ -18,20 +18,25 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from sage_hub import github, options
 from sage_hub.errors import (
     DiskSpaceError,
     GateError,
+    Interrupted,
     OutOfMemoryError,
     SageHubError,
+    UsageError,
     first_line,
 )
-from sage_hub.options import make_parser
 from sage_hub.progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the only place where an error becomes a sentence and a status."""
-    args = make_parser().parse_args(argv)
+    try:
+        args = options.parse(argv)
+    except UsageError as error:
+        return _fail(error)
     # A runner that stops the job must find no half-written folder, as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _keep_freed_memory()
@@ -61,35 +66,39 @@ def _leave_together(ranks: Any) -> int:
     try:
         ranks.all(None)
     except SageHubError as error:
-        return _fail(str(error), error.status)
+        return _fail(error)
     return 0
 
 
 def _run_command(args: argparse.Namespace) -> int:
+    with github.commands_off(os.environ):
+        error = _error_of(args)
+    return 0 if error is None else _fail(error)
+
+
+def _error_of(args: argparse.Namespace) -> SageHubError | None:
+    """Run the command; what went wrong, if anything."""
     try:
         _prepare_client(args)
         COMMANDS[args.command](args)
         sys.stdout.flush()
     except SageHubError as error:
-        return _fail(str(error), error.status)
+        return error
     except KeyboardInterrupt:
-        return _fail("Interrupted; the same command goes on where this one stopped.", 130)
+        resumes = args.command in ("push", "sanitize")
+        how = "; the same command goes on where this one stopped" if resumes else ""
+        return Interrupted(f"Interrupted{how}.")
     except BrokenPipeError:
         # The reader of stdout went away, as `| head` does; that is no error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         if os.environ.get("SAGE_HUB_DEBUG"):
             traceback.print_exc()
-        known = _explain_machine(error)
-        if known is not None:
-            return _fail(str(known), known.status)
-        return _fail(
+        return _explain_machine(error) or SageHubError(
             f"Internal error ({type(error).__name__}: {first_line(error)}). Please report it "
-            "with the traceback that SAGE_HUB_DEBUG=1 prints.",
-            1,
+            "with what `sage-hub env` prints and the traceback that SAGE_HUB_DEBUG=1 prints."
         )
-    return 0
+    return None
 
 
 def _prepare_client(args: argparse.Namespace) -> None:
@@ -118,11 +127,13 @@ def _keep_freed_memory() -> None:
         library.mallopt(trim_threshold, 1 << 30)
 
 
-def _fail(sentence: str, status: int) -> int:
+def _fail(error: SageHubError) -> int:
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (rank {rank})"
-    print(f"sage-hub: error{where}: {sentence}", file=sys.stderr)
-    return status
+    with github.commands_off(os.environ):
+        print(f"sage-hub: error{where}: {error}", file=sys.stderr)
+    github.annotate(str(error), os.environ)
+    return error.status
 
 
 def _explain_machine(error: Exception) -> SageHubError | None:
@@ -168,7 +179,7 @@ def _sanitize(args: argparse.Namespace) -> None:
     _run(args, Location(folder=args.output), {})
 
 
-def _run(args: argparse.Namespace, target: Any, options: dict[str, Any]) -> None:
+def _run(args: argparse.Namespace, target: Any, how: dict[str, Any]) -> None:
     """Plan, show the plan, ask if a person is there to be asked, run, show the result."""
     from sage_hub import display, jobs, release
 
@@ -182,7 +193,7 @@ def _run(args: argparse.Namespace, target: Any, options: dict[str, Any]) -> None
         stats_cache=args.stats_cache,
         ranks=_ranks(args),
         force=args.force,
-        **options,
+        **how,
     )
     progress.note(display.plan_text(job, verbose=args.verbose))
     if args.dry_run:
@@ -197,17 +208,21 @@ def _run(args: argparse.Namespace, target: Any, options: dict[str, Any]) -> None
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             progress.note("Nothing was done.")
             return
+    if args.record is not None:
+        args.record.mkdir(parents=True, exist_ok=True)  # now, and not after hours
+        job = replace(job, record=args.record)
     try:
         done = release.run(job, progress)
     except GateError as error:
-        _print_release(args, error.release)
+        _show_release(args, error.release)
         raise
-    _print_release(args, done)
+    _show_release(args, done)
 
 
-def _print_release(args: argparse.Namespace, done: Any) -> None:
+def _show_release(args: argparse.Namespace, done: Any) -> None:
     from sage_hub import display
 
+    github.tell(display.release_json(done), os.environ)
     if args.json:
         _print_json(display.release_json(done))
     else:
@@ -346,6 +361,16 @@ def _demo(args: argparse.Namespace) -> None:
         print("\n".join(f"  {command}" for command in commands))
 
 
+def _env(args: argparse.Namespace) -> None:
+    from sage_hub import environment
+
+    found = environment.describe()
+    if args.json:
+        _print_json(found)
+    else:
+        print(environment.text(found))
+
+
 def _progress(args: argparse.Namespace) -> Progress:
     """What a person watches; the bars of huggingface_hub show where ours do."""
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
@@ -392,6 +417,7 @@ COMMANDS = {
     "card": _card,
     "verify": _verify,
     "demo": _demo,
+    "env": _env,
 }
 
 if __name__ == "__main__":

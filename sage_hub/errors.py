@@ -175,3 +175,10 @@ class OutOfMemoryError(SageHubError):
 
     status = 26
     final = False
+
+
+class Interrupted(SageHubError):  # noqa: N818 - nothing went wrong
+    """Ctrl-C, or the system asked the process to end."""
+
+    status = 130
+    final = False

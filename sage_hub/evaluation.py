@@ -41,11 +41,15 @@ CONDITIONS = (*(f"int{bits}" for bits in BITS), "relearned", "paraphrased")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to evaluate: `side`, or W_base + α (W_side − W_base) if a base is given."""
+    """A model to evaluate: `side`, or W_base + α (W_side − W_base) if a base is given.
+
+    With `only`, that is so in the parameters of these names, and all others are the side's.
+    """
 
     side: Checkpoint
     base: Checkpoint | None = None
     alpha: float = 1.0
+    only: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ class _Look:
         """Look at `candidate` as it is and, if wanted, under what brings knowledge back."""
         settings, side = self.settings, candidate.side
         with (
-            open_weights(side, candidate.base, candidate.alpha) as weights,
+            open_weights(side, candidate.base, candidate.alpha, candidate.only) as weights,
             open_blocks(model_of(side), weights, settings.device) as model,
             Spill(scratch, settings.memory * GB / 4) as hidden,
         ):

@@ -15,7 +15,7 @@ from sage_hub import card, harness
 from sage_hub.adapter import open_unlearned
 from sage_hub.architecture import empty_model
 from sage_hub.blocks import cut
-from sage_hub.budget import Budget, plan_memory, statistics_bytes
+from sage_hub.budget import GB, Budget, plan_memory, statistics_bytes
 from sage_hub.checkpoint import (
     Checkpoint,
     Location,
@@ -26,13 +26,20 @@ from sage_hub.checkpoint import (
 )
 from sage_hub.comparison import Result
 from sage_hub.encoding import row_limit
-from sage_hub.errors import NothingToDoError, SageHubError, StatisticsError, UsageError
+from sage_hub.environment import machine_memory
+from sage_hub.errors import (
+    NothingToDoError,
+    OutOfMemoryError,
+    SageHubError,
+    StatisticsError,
+    UsageError,
+)
 from sage_hub.estimate import Estimate, estimate, probe
 from sage_hub.evaluation import expected_names
 from sage_hub.gates import ALWAYS_KNOWN, Gate, check_names, parse
 from sage_hub.output import check_disk, check_output
 from sage_hub.plan import Plan, make_plan
-from sage_hub.progress import SILENT, Progress
+from sage_hub.progress import SILENT, Progress, in_bytes
 from sage_hub.proxies import Proxy, check_disjoint, read_proxy
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.record import describe_source
@@ -61,6 +68,7 @@ class Job:
     results: tuple[Result, ...] = ()  # made elsewhere, for the same record
     reference: Checkpoint | None = None  # a model that never saw the forget set
     stats_cache: Path | None = None  # where statistics are looked for and kept
+    record: Path | None = None  # where card and record are left too
     ranks: Ranks = ALONE  # the processes that do it together
     publication: Publication = field(default_factory=Publication)  # if the target is on the Hub
     force: bool = False
@@ -119,7 +127,7 @@ def survey(
     plan = make_plan(**sides, parameters=settings.parameters).stored_as(settings.stored_dtype)
     sources = [parse_location(side).folder for side in (base, unlearned)]
     proxies: dict[str, Proxy] = {}
-    memory, room = expect_calibration(plan.base, settings)
+    memory, least, room = expect_calibration(plan.base, settings)
     if ready is not None:
         memory = replace(memory, moments=0, sketched=frozenset())
 
@@ -146,6 +154,8 @@ def survey(
         proxies.update(read_proxies(settings, calibrates=ready is None))
         if settings.gain == "match" and ready is None and "forget" not in proxies:
             raise UsageError("--gain match is measured on the forget proxy; give --forget.")
+        if settings.gain == "auto" and "forget" not in proxies:
+            raise UsageError("--gain auto is chosen by the forget set; give --forget.")
         read_gates()
 
     checks: list[Callable[[], object]] = [
@@ -154,7 +164,8 @@ def survey(
         lambda: check_disk(
             plan,
             target.folder or workspace(target),
-            statistics=room if ready is None else ready.missing_bytes,
+            statistics=(room if ready is None else ready.missing_bytes)
+            + (plan.stored_as("F32").output_bytes if settings.gain == "auto" else 0),
             low_disk=settings.low_disk,
             keep=target.folder is not None or bool(settings.sets.keys() - {"retain"}),
         ),
@@ -163,6 +174,8 @@ def survey(
         lambda: card.find_template(settings.card_template),
         lambda: harness.check_available(settings.lm_eval),
     ]
+    if ready is None:
+        checks.append(lambda: _check_memory(least))
     if plan.base.commit and plan.unlearned.commit:  # the Hub knows the hashes
         checks.append(lambda: _fingerprints(plan, SILENT))
     problems = [*plan.problems, *_failures(checks)]
@@ -179,29 +192,46 @@ def survey(
         tuple(results),
         reference,
         None if stats_cache is None else Path(stats_cache),
-        ranks,
-        publication,
-        force,
+        ranks=ranks,
+        publication=publication,
+        force=force,
     )
     return replace(job, problems=tuple(problems), warnings=tuple(_warnings(job)))
 
 
-def expect_calibration(base: Checkpoint, settings: Settings) -> tuple[Budget, int]:
-    """What it takes to calibrate `base`, and the bytes on disk, if the proxies are as long as the
-    settings allow."""
+def expect_calibration(base: Checkpoint, settings: Settings) -> tuple[Budget, Budget, int]:
+    """What it takes to calibrate `base`: at most, if the proxies are as long as the settings
+    allow, at least, if they are a single token, and the bytes on disk at most."""
     model = empty_model(base)
-    sites = find_sites(model)
-    sets = 2 if settings.gain == "match" else 1
-    found = plan_memory(
-        cut(model),
-        sites,
-        settings,
-        tokens=sets * settings.max_tokens,
-        longest=row_limit(base, settings.max_length),
-        held=base.weight_bytes if loaded_whole(base) else 0,
+    sites, blocks = find_sites(model), cut(model)
+    sets = 2 if settings.gain in ("match", "auto") else 1
+    most, least = (
+        plan_memory(
+            blocks,
+            sites,
+            settings,
+            tokens=tokens,
+            longest=longest,
+            held=base.weight_bytes if loaded_whole(base) else 0,
+        )
+        for tokens, longest in (
+            (sets * settings.max_tokens, row_limit(base, settings.max_length)),
+            (1, 1),
+        )
     )
-    kept = sets * statistics_bytes(sites, found.sketched, settings.rank)
-    return found, int(kept + found.spilled)
+    kept = sets * statistics_bytes(sites, most.sketched, settings.rank)
+    return most, least, int(kept + most.spilled)
+
+
+def _check_memory(least: Budget) -> None:
+    """Raise OutOfMemoryError if even a single token is too much to calibrate on, here."""
+    least.check()
+    available = machine_memory()
+    if available is not None and least.total > available:
+        raise OutOfMemoryError(
+            f"Calibration takes {in_bytes(least.total)} of memory at least, and this machine has "
+            f"{in_bytes(available)}; use a larger one, or --stats made on one."
+        )
 
 
 def forecast(base: str, settings: Settings) -> Estimate:
@@ -346,6 +376,12 @@ def _warnings(job: Job) -> Iterator[str]:
         yield (
             "The retain proxy is the general-purpose one that comes with sage-hub. A few hundred "
             "rows of your own domain, given with --retain, protect what you care for better."
+        )
+    available = machine_memory()
+    if available is not None and job.settings.memory * GB > available:
+        yield (
+            f"--memory allows {job.settings.memory:g} GB, and this machine has "
+            f"{in_bytes(available)}; give less, or the system may end the run."
         )
     yield from card.licence_warnings(job.plan)
     unlearned = job.plan.unlearned

@@ -266,6 +266,14 @@ def carry_files(plan: Plan, folder: Path, dtype: str | None = None) -> dict[str,
     return hashes
 
 
+def leave_record(release: Path, folder: Path | None) -> None:
+    """Copy the card and `sage/` of a release into `folder`, if there is to be such a copy."""
+    if folder is None or folder.resolve() == release.resolve():
+        return
+    shutil.copytree(release / "sage", folder / "sage", dirs_exist_ok=True)
+    shutil.copyfile(release / "README.md", folder / "README.md")
+
+
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """A model's config with its type changed, wherever it is stated, or stated on top."""
 

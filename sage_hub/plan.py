@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,14 @@ OTHER_WEIGHTS = (
     ".npz",
     ".mlpackage",
     ".ot",
+)
+# What training frameworks leave beside a model. Scores there are the source's.
+TRAINING = re.compile(
+    r"(runs|logs|wandb|checkpoint-\d+|global_step\d+)/|.*\.tfevents\.|.*\.log$"
+    r"|(.*/)?(trainer_state|trainer_log)\.jsonl?$"
+)
+RESULTS = re.compile(
+    r"evals?/|(.*/)?([A-Z]+_(EVAL|SUMMARY)|(all|train|eval)_results|results_[^/]*)\.json$"
 )
 
 
@@ -444,7 +453,6 @@ def _cut(mine: _Run, runs: Sequence[_Run], maps: Sequence[Linear]) -> Iterator[P
 def _sort_files(unlearned: Checkpoint) -> tuple[tuple[str, ...], dict[str, str]]:
     carried, left_behind = [], {}
     for name in sorted(unlearned.files.sizes):
-        base = name.rpartition("/")[2]
         if name in unlearned.headers or name in (INDEX, "README.md", ".gitattributes"):
             continue  # written anew, or the Hub's own
         if name.startswith("sage/"):
@@ -455,8 +463,10 @@ def _sort_files(unlearned: Checkpoint) -> tuple[tuple[str, ...], dict[str, str]]
             left_behind[name] = "weights that were not sanitized"
         elif any(part.startswith(".") for part in name.split("/")):
             left_behind[name] = "a hidden file"  # .env and its like hold tokens
-        elif name.startswith("runs/") or ".tfevents." in base:
-            left_behind[name] = "a log of the training machine"
+        elif TRAINING.match(name):
+            left_behind[name] = "of the training, not of the model"
+        elif RESULTS.match(name):
+            left_behind[name] = "results of another model than the release"
         else:
             carried.append(name)
     return tuple(carried), left_behind

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,14 @@ METHOD = (
     "SAGE (arXiv 2606.18309) was available to this tool's authors as an abstract only; the "
     "formulation follows it and is theirs in detail."
 )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A gain, and how it was found."""
+
+    gain: float
+    search: dict[str, Any] | None = None
 
 
 def describe_source(checkpoint: Checkpoint, fingerprint: str) -> dict[str, Any]:
@@ -56,7 +64,7 @@ def make_manifest(
     fingerprint: str,
     sources: Mapping[str, Mapping[str, Any]],
     settings: Settings,
-    gain: float,
+    gain: Chosen,
     statistics: Statistics,
     records: Sequence[TensorRecord],
     hashes: Mapping[str, str],
@@ -79,7 +87,8 @@ def make_manifest(
         "method": METHOD,
         "sources": dict(sources),
         "settings": settings.describe(),
-        "gain": gain,
+        "gain": gain.gain,
+        "gain_search": gain.search,
         "statistics": {
             "fingerprint": statistics.fingerprint,
             "model": statistics.origin.model,

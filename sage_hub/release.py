@@ -19,6 +19,7 @@ from sage_hub.calibrate import calibrate
 from sage_hub.checkpoint import HubFiles, Location, open_checkpoint, read_json
 from sage_hub.errors import GateError, SageHubError
 from sage_hub.evaluation import Candidate, Evaluation, evaluate
+from sage_hub.gain import choose_gain
 from sage_hub.gates import Outcome, facts_of
 from sage_hub.hub import MANIFEST
 from sage_hub.jobs import (
@@ -32,7 +33,7 @@ from sage_hub.jobs import (
     survey,
     workspace,
 )
-from sage_hub.output import Work, carry_files, working_on
+from sage_hub.output import Work, carry_files, leave_record, working_on
 from sage_hub.plan import Plan, make_plan
 from sage_hub.progress import SILENT, Progress
 from sage_hub.publish import Source, Upload
@@ -136,8 +137,8 @@ def run(job: Job, progress: Progress = SILENT) -> Release:
         release = ranks.once(
             lambda: finished_release(job, fingerprint, work, progress)
         ) or write_release(job, fingerprint, work, progress)
-        stop_at_gates(release)
-        return release
+    stop_at_gates(release)
+    return release
 
 
 def _run_to_hub(job: Job, fingerprint: str, work: Work, progress: Progress) -> Release:
@@ -148,6 +149,7 @@ def _run_to_hub(job: Job, fingerprint: str, work: Work, progress: Progress) -> R
     ranks = job.ranks
     with _upload(job, fingerprint) if ranks.first else nullcontext() as upload:
         if done := ranks.once(lambda: upload and _published(job, upload, work, progress)):
+            stop_at_gates(done)
             return done
         release = None
         if job.keeps_output:
@@ -166,7 +168,7 @@ def _upload(job: Job, fingerprint: str) -> Upload:
         manifest, report = manifest_of(files), read_json(files, REPORT)
         return (
             manifest.get("fingerprint") == fingerprint
-            and report == _full_report(job, manifest, report)
+            and with_results(report, job.results) == report
             and not verify_files(files).differences
         )
 
@@ -182,7 +184,13 @@ def _published(job: Job, upload: Upload, work: Work, progress: Progress) -> Rele
     progress.note(f"{url} is this very release already; nothing was sent.")
     if work.output.exists():
         shutil.rmtree(work.output)
+    if job.record is not None:
+        for name in upload.files.sizes:
+            if name == "README.md" or name.startswith("sage/"):
+                (job.record / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(upload.files.path(name), job.record / name)
     manifest, report = (read_json(upload.files, name) for name in (MANIFEST, REPORT))
+    report["gates"] = _outcomes(job, manifest, report)
     return Release(url, manifest, report, job.warnings)
 
 
@@ -244,8 +252,8 @@ def write_release(
         plan = job.plan.observed(statistics.site_of)
         if job.settings.low_disk:
             plan = plan.passing(work.downloads)
-        gain = _choose_gain(plan, statistics, how, job, progress)
-        finished = _write_shards(job, plan, statistics, how, gain, work, progress, upload)
+        chosen = choose_gain(plan, statistics, how, job, work.folder / "plain", progress)
+        finished = _write_shards(job, plan, statistics, how, chosen.gain, work, progress, upload)
         records = [tensor for shard in finished for tensor in shard.tensors]
         if all(record.action == "identical" for record in records):
             raise nothing_to_do(plan)
@@ -261,7 +269,7 @@ def write_release(
             fingerprint,
             describe_sources(job),
             job.settings,
-            gain,
+            chosen,
             statistics,
             records,
             hashes,
@@ -333,20 +341,20 @@ def conclude(
     job: Job, folder: Path, manifest: Mapping[str, Any], report: Mapping[str, Any]
 ) -> Release:
     """Add results made elsewhere and the gates' outcomes to the report in `folder`; the card."""
-    full = _full_report(job, manifest, report)
+    full = with_results(report, job.results)
+    full["gates"] = _outcomes(job, manifest, full)
     if full != read_record(folder / REPORT):
         write_json(folder / REPORT, full)
         card.write_card(folder, manifest, full, job.settings.card_template)
+    leave_record(folder, job.record)
     return Release(str(job.target.folder or folder), manifest, full, job.warnings)
 
 
-def _full_report(
+def _outcomes(
     job: Job, manifest: Mapping[str, Any], report: Mapping[str, Any]
-) -> dict[str, Any]:
-    full = with_results(report, job.results)
-    facts = facts_of(manifest, full)
-    full["gates"] = [asdict(gate.check(facts)) for gate in job.gates]
-    return full
+) -> list[dict[str, Any]]:
+    facts = facts_of(manifest, report)
+    return [asdict(gate.check(facts)) for gate in job.gates]
 
 
 def stop_at_gates(release: Release) -> None:
@@ -357,7 +365,7 @@ def stop_at_gates(release: Release) -> None:
         raise GateError(
             f"{len(failed)} gate{many} not met, and nothing was published: "
             f"{'; '.join(outcome.sentence() for outcome in failed)}. The release and its record "
-            f"are kept in {release.location}.",
+            f"are in {release.location}.",
             release,
         )
 
@@ -457,10 +465,9 @@ def _write_shards(
     One that is untouched comes along as it is; the Hub copies it by itself in the end.
     """
     ranks = job.ranks
-    passes = not job.keeps_output  # a shard goes when it is sent
     by_hub = plan.equal if plan.unlearned.commit is not None else ()
     kept = ranks.once(lambda: {shard: work.recall(shard) for shard in plan.unlearned.shards})
-    if passes and upload is not None:
+    if upload is not None and not job.keeps_output:
         kept |= _sent_earlier(plan, work, upload)
     done = {s: shards.ShardRecord.from_json(record) for s, record in kept.items() if record}
     if done:
@@ -479,16 +486,18 @@ def _write_shards(
     with closing(written):
         for shard in written:
             name, file = shard.shard, work.release / shard.shard
-            if name in plan.equal and not (passes and name in by_hub):
+            if name in plan.equal and (job.keeps_output or name not in by_hub):
                 shutil.copyfile(plan.unlearned.files.path(name), file)
                 plan.unlearned.files.close(name)
             size = file.stat().st_size if file.exists() else 0
             work.keep(name, {**asdict(shard), "bytes": size})
             done[name] = shard
             if upload is not None and name not in by_hub:
-                if passes:
-                    upload.wait()  # so that there are two at a time
-                upload.send({name: file}, then=file.unlink if passes else lambda: None)
+                if job.keeps_output:
+                    upload.send({name: file})
+                    continue
+                upload.wait()  # so that there are two at a time
+                upload.send({name: file}, then=file.unlink)
     for others in ranks.all(done):
         done |= others
     return [done[shard] for shard in plan.unlearned.shards]
@@ -516,7 +525,8 @@ def _statistics_for(
     The forget proxy is taken in if asked for, or if the gain is measured on it.
     """
     if job.statistics is None and not job.ranks.once(path.exists):
-        sets = ("retain", "forget") if forget or job.settings.gain == "match" else ("retain",)
+        measured = forget or job.settings.gain in ("match", "auto")
+        sets = ("retain", "forget") if measured else ("retain",)
         base = job.plan.base
         calibrate(
             base.passing(path.parent / "downloads") if job.settings.low_disk else base,
@@ -530,21 +540,6 @@ def _statistics_for(
         )
     with open_statistics(job.statistics.path() if job.statistics else path) as opened:
         yield opened
-
-
-def _choose_gain(
-    plan: Plan,
-    statistics: Statistics,
-    how: shards.Filter,
-    job: Job,
-    progress: Progress,
-) -> float:
-    if job.settings.gain != "match":
-        return float(job.settings.gain)
-    measured = shards.measure(
-        plan, statistics, how, device=job.settings.device, ranks=job.ranks, progress=progress
-    )
-    return shards.gain_that_matches(measured)
 
 
 class _Clock:

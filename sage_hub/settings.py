@@ -41,7 +41,8 @@ class Settings:
     strength: float = 1.0  # λ ≥ 0; inf is the hard projection
     energy: float = 0.9  # ρ in (0, 1]
     rank: int | None = None  # cap on k
-    gain: float | Literal["match"] = 1.0  # γ
+    gain: float | Literal["match", "auto"] = 1.0  # γ
+    target: float | None = None  # what gain "auto" brings the forget set's level to
     max_tokens: int = 131_072  # of each proxy, in calibration
     max_length: int = 2_048  # of a row, in tokens
     batch_size: int = 8
@@ -69,8 +70,12 @@ class Settings:
             raise UsageError(f"gates must be a list of conditions, not {self.gates!r}.")
         _number(self.strength, "strength", lambda x: x >= 0, "0 or more")
         _number(self.energy, "energy", lambda x: 0 < x <= 1, "above 0 and at most 1")
-        if self.gain != "match":
-            _number(self.gain, "gain", lambda x: 0 < x < math.inf, "above 0, or 'match'")
+        if self.gain not in ("match", "auto"):
+            _number(self.gain, "gain", lambda x: 0 < x < math.inf, "above 0, 'match' or 'auto'")
+        if self.target is not None:
+            _number(self.target, "target", math.isfinite, "a number")
+            if self.gain != "auto":
+                raise UsageError("A target is what gain 'auto' brings the forget set to; set that.")
         for name in ("max_tokens", "max_length", "batch_size"):
             _integer(getattr(self, name), name, least=1)
         _integer(self.seed, "seed", least=0)

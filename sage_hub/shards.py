@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from sage_hub.checkpoint import INDEX, SINGLE, open_shards, read_json
-from sage_hub.errors import NonFiniteError, NothingToDoError
+from sage_hub.errors import NonFiniteError
 from sage_hub.moments import Spectrum
 from sage_hub.plan import Operation, Piece, Plan
 from sage_hub.progress import SILENT, Progress
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.sage import (
     filter_update,
-    matching_gain,
     profile,
     project,
     relative,
@@ -243,22 +242,6 @@ def _measure(
             place = block.operation.shard, linear.name
             found[place] = found[place] + measured if place in found else measured
     return found
-
-
-def gain_that_matches(measured: list[Measurement]) -> float:
-    """The one γ for the model with which the forgetting carrier keeps its size.
-
-    Raises NothingToDoError if the update does nothing on the forget proxy.
-    """
-    source = math.fsum(m.forget or 0.0 for m in measured)
-    filtered = math.fsum(m.forget_filtered or 0.0 for m in measured)
-    try:
-        return matching_gain(source, filtered)
-    except ValueError:
-        raise NothingToDoError(
-            "The filtered update does nothing on the forget proxy, so no gain can match it; "
-            "check that --forget is the data that was unlearned."
-        ) from None
 
 
 def write_shards(

@@ -5,7 +5,7 @@ As a checkpoint stores them, with an adapter in them, or part of the way from ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -32,10 +32,14 @@ def model_of(checkpoint: Checkpoint) -> Checkpoint:
 
 @contextmanager
 def open_weights(
-    checkpoint: Checkpoint, base: Checkpoint | None = None, alpha: float = 1.0
+    checkpoint: Checkpoint,
+    base: Checkpoint | None = None,
+    alpha: float = 1.0,
+    only: Collection[str] | None = None,
 ) -> Iterator[Weights]:
     """The weights W_b + α (W − W_b), W those that `checkpoint` stands for; at α = 1 just W.
 
+    With `only`, so those of these names, and W otherwise; an adapter is all of it.
     Asking for a weight that the model or `base` has not raises ArchitectureError.
     """
     with ExitStack() as stack:
@@ -49,7 +53,13 @@ def open_weights(
             yield stored
         else:
             origin = stack.enter_context(_stored(base))
-            yield lambda name: _blend(origin(name), stored(name), alpha)
+            yield (
+                lambda name: (
+                    stored(name)
+                    if only is not None and name not in only
+                    else _blend(origin(name), stored(name), alpha)
+                )
+            )
 
 
 def loaded_whole(checkpoint: Checkpoint) -> bool:

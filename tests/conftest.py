@@ -23,6 +23,8 @@ os.environ.update(
     HF_UPDATE_DOWNLOAD_COUNTS="0",
     HF_XET_CACHE=f"{_HOME.name}/xet",
 )
+for _name in ("GITHUB_ACTIONS", "GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY"):
+    os.environ.pop(_name, None)  # the tests of a job are not its results
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

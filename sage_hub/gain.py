@@ -1,0 +1,259 @@
+"""Choose the gain γ: in closed form, or by evaluating what a few of them would make.
+
+The release is W_b + γD in the weights that are filtered, which is linear in γ: so the update is
+filtered once, and every γ is evaluated on its way through the model, without being written.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sage_hub import shards
+from sage_hub.adapter import open_unlearned
+from sage_hub.architecture import read_architecture
+from sage_hub.bias import summarize
+from sage_hub.errors import NothingToDoError
+from sage_hub.evaluation import Candidate, evaluate
+from sage_hub.jobs import Job
+from sage_hub.output import carry_files
+from sage_hub.plan import Plan
+from sage_hub.progress import Progress
+from sage_hub.record import Chosen
+from sage_hub.statistics import Statistics
+from sage_hub.weights import model_of
+
+TOKENS = 16_384  # of each set that a gain is chosen by, at most
+LARGEST = 64.0  # γ
+CLOSE = 1.05  # two gains that are as near as this are one
+# How well an answer is known, by the first of these that a set has.
+LEVELS = ("probability", "accuracy", "loss")
+
+
+@dataclass(frozen=True)
+class Level:
+    """How well a model knows both sets; higher is better known."""
+
+    forget: float
+    retain: float
+
+
+def choose_gain(
+    plan: Plan,
+    statistics: Statistics,
+    how: shards.Filter,
+    job: Job,
+    folder: Path,
+    progress: Progress,
+) -> Chosen:
+    """The gain that the settings ask for; the scratch `folder` is used and removed.
+
+    Raises NothingToDoError if the filtered update does nothing on the forget proxy.
+    """
+    settings = job.settings
+    if settings.gain not in ("match", "auto"):
+        return Chosen(float(settings.gain))
+    matching = None
+    if statistics.has("forget"):
+        measured = shards.measure(
+            plan, statistics, how, device=settings.device, ranks=job.ranks, progress=progress
+        )
+        matching = closed_form(measured)
+    if settings.gain == "match":
+        if matching is None:
+            raise NothingToDoError(
+                "The filtered update does nothing on the forget proxy, so no gain can match it; "
+                "check that --forget is the data that was unlearned."
+            )
+        if matching.search and matching.search["held_back"]:
+            progress.note(
+                f"The gain is held at {matching.gain:.3g}: a larger one would disturb retained "
+                "inputs more than the source does."
+            )
+        return matching
+    try:
+        plain = _write_plain(plan, statistics, how, job, folder, progress)
+        return _by_evaluation(plan, plain, job, folder, matching, progress)
+    finally:
+        job.ranks.once(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def closed_form(measured: Sequence[shards.Measurement]) -> Chosen | None:
+    """The γ with which the forgetting carrier keeps its size, Σ B_f(γD) = Σ B_f(Δ).
+
+    Held back where it would make the retention bias larger than the source's, Σ B_r(γD) >
+    Σ B_r(Δ). None where nothing is left of the carrier.
+    """
+    matching = summarize(measured)["model"]["matching_gain"]
+    if matching is None:
+        return None
+    filtered = math.fsum(m.retain_filtered for m in measured)
+    most = math.sqrt(math.fsum(m.retain for m in measured) / filtered) if filtered else math.inf
+    return Chosen(min(matching, most), {"matching": matching, "held_back": matching > most})
+
+
+def search(
+    level: Callable[[float], Level], target: float, source: Level, start: float
+) -> tuple[float, str, dict[float, Level]]:
+    """The smallest γ ≥ 1 that forgets as much as `target`, how it ended, and all that was tried.
+
+    `level` evaluates a γ. One at which retained rows are less known than by the `source` is too
+    large whatever it forgets; where none reaches the target below that, the largest that is not
+    too large is taken ("held back"). "reached" otherwise.
+    """
+    tried: dict[float, Level] = {}
+
+    def at(gain: float) -> Level:
+        if gain not in tried:
+            tried[gain] = level(gain)
+        return tried[gain]
+
+    def harms(gain: float) -> bool:
+        return at(gain).retain < source.retain
+
+    if at(1.0).forget <= target:
+        return 1.0, "reached", tried
+    low, high = 1.0, min(max(start, CLOSE), LARGEST)
+    while at(high).forget > target and not harms(high) and high < LARGEST:
+        low, high = high, min(2 * high, LARGEST)
+    if at(high).forget > target and not harms(high):
+        return high, "held back", tried
+    # Between a gain that is too small and one that is enough, or too much.
+    while high / low > CLOSE:
+        middle = math.sqrt(low * high)
+        if at(middle).forget > target and not harms(middle):
+            low = middle
+        else:
+            high = middle
+    if at(high).forget <= target and not harms(high):
+        return high, "reached", tried
+    return low, "held back", tried
+
+
+def _by_evaluation(
+    plan: Plan, plain: Path, job: Job, scratch: Path, matching: Chosen | None, progress: Progress
+) -> Chosen:
+    filtered = filtered_parameters(plan)
+    sanitized = open_unlearned(str(plain), plan.base)
+    own = replace(
+        job.settings,
+        generate_rows=0,
+        robustness=False,
+        lm_eval=None,
+        max_tokens=min(job.settings.max_tokens, TOKENS),
+    )
+    proxies = {which: job.proxies[which] for which in ("forget", "retain") if which in job.proxies}
+
+    def known(candidate: Candidate, name: str) -> Level:
+        found = evaluate(
+            {name: candidate},
+            proxies,
+            own,
+            scratch,
+            tokens_of=plan.base,
+            ranks=job.ranks,
+            progress=progress,
+        )
+        figures = {(result.set, result.metric): result.value for result in found.results}
+        return Level(_level(figures, "forget"), _level(figures, "retain"))
+
+    source = known(Candidate(plan.unlearned), "unlearned")
+    target, of = source.forget, "the unlearned model's level"
+    if job.reference is not None:
+        reference = known(Candidate(job.reference), "reference").forget
+        if reference > target:
+            target, of = reference, "the reference's level"
+    if job.settings.target is not None:
+        target, of = job.settings.target, "--target"
+    gain, outcome, tried = search(
+        lambda g: known(Candidate(sanitized, plan.base, g, filtered), f"γ = {g:.3g}"),
+        target,
+        source,
+        2.0 if matching is None else matching.gain,
+    )
+    words = {
+        "reached": f"forgets as much as {of}",
+        "held back": f"is as far as it goes without harming retained rows; it misses {of}",
+    }
+    progress.note(f"γ = {gain:.3g} {words[outcome]} ({len(tried)} evaluations).")
+    return Chosen(
+        gain,
+        {
+            "target": target,
+            "of": of,
+            "outcome": outcome,
+            "source": {"forget": source.forget, "retain": _number(source.retain)},
+            "tried": [
+                {"gain": g, "forget": at.forget, "retain": _number(at.retain)}
+                for g, at in sorted(tried.items())
+            ],
+        },
+    )
+
+
+def filtered_parameters(plan: Plan) -> frozenset[str]:
+    """The parameters of the model that the filter changes: in them alone the gain acts."""
+    architecture = read_architecture(model_of(plan.unlearned))
+    places = (
+        architecture.place(operation.tensor, operation.info.shape)
+        for operation in plan.operations
+        if operation.linears
+    )
+    return frozenset(place.parameter for place in places if place is not None)
+
+
+def _write_plain(
+    plan: Plan,
+    statistics: Statistics,
+    how: shards.Filter,
+    job: Job,
+    folder: Path,
+    progress: Progress,
+) -> Path:
+    """The sanitized model at γ = 1, in float32, so that a gain does not turn up rounding."""
+    wide = plan.stored_as("F32")
+    job.ranks.once(lambda: folder.mkdir(parents=True, exist_ok=True))
+    shards_here = job.ranks.mine([s for s in wide.unlearned.shards if s not in wide.equal])
+    _exhaust(
+        shards.write_shards(
+            wide,
+            statistics,
+            how,
+            1.0,
+            folder,
+            shards_here,
+            device=job.settings.device,
+            progress=progress,
+        )
+    )
+
+    def beside() -> Path:
+        for shard in wide.equal:
+            shutil.copyfile(wide.unlearned.files.path(shard), folder / shard)
+        shards.write_index(wide, folder)
+        carry_files(wide, folder, job.settings.out_dtype)
+        return folder
+
+    job.ranks.all(None)
+    return job.ranks.once(beside)
+
+
+def _exhaust(stream: Iterable[object]) -> None:
+    for _ in stream:
+        pass
+
+
+def _level(figures: Mapping[tuple[str, str], float], which: str) -> float:
+    """How well `which` is known; without that set infinitely, so that it holds nothing back."""
+    for metric in LEVELS:
+        if (which, metric) in figures:
+            value = figures[which, metric]
+            return -value if metric == "loss" else value
+    return math.inf
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
