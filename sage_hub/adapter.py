@@ -77,20 +77,19 @@ class Change:
     by: LowRank | str  # or the name of the tensor that replaces them
     transposed: bool = False
 
-    def apply(self, adapter: RowReader, rows: Tensor, first: int, alpha: float = 1.0) -> Tensor:
-        """W_b + αΔ for the base's `rows`, which begin at row `first` of the place.
+    def apply(self, adapter: RowReader, rows: Tensor, first: int) -> Tensor:
+        """W_b + Δ for the base's `rows`, which begin at row `first` of the place.
 
         In float32 at least.
         """
         wide = torch.promote_types(rows.dtype, torch.float32)
         b, last = rows.to(wide), first + len(rows)
         if isinstance(self.by, str):
-            u = adapter.read_rows(self.by, first, last).to(b)
-            return b + alpha * (u - b)
+            return adapter.read_rows(self.by, first, last).to(b)
         left, right = adapter.read(self.by.b).to(b), adapter.read(self.by.a).to(b)
         if self.transposed:
             left, right = right.T, left.T
-        return b + alpha * self.by.scale * (left[first:last] @ right)
+        return b + self.by.scale * (left[first:last] @ right)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from sage_hub.plan import Plan
 from sage_hub.progress import in_bytes
 from sage_hub.release import Release
 from sage_hub.settings import SETS
-from sage_hub.tables import MODELS, metric_table, number, robustness_table
+from sage_hub.tables import MODELS, highlights, metric_table, number, robustness_table
 from sage_hub.verify import Verification
 
 
@@ -43,7 +43,7 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
         (
             "settings",
             f"λ={settings.strength:g} ρ={settings.energy:g} rank={settings.rank or 'any'} "
-            f"γ={settings.gain if settings.gain == 'match' else f'{settings.gain:g}'} "
+            f"γ={settings.gain} "
             f"on {settings.device}",
         ),
         (
@@ -173,10 +173,26 @@ def release_text(release: Release) -> str:
         f"{counts['copied']} copied as they were"
     )
     outcomes = [Outcome(**gate) for gate in report["gates"]]
+    if hint := _hint(report, manifest):
+        parts.append(hint)
     parts += [f"gate {'met' if o.passed else 'NOT met'}: {o.sentence()}" for o in outcomes]
     parts += [f"not run: {x['what']} ({x['reason']})" for x in report["not_run"]]
     parts.append(release.location)
     return "\n".join(parts)
+
+
+def _hint(report: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    """What to try where plain SAGE has weakened forgetting, as it does."""
+    forget = next((line for line in highlights(report) if line["set"] == "forget"), None)
+    gap = forget["difference"] if forget else None
+    if manifest["gain"] != 1 or manifest["settings"]["gain"] != 1 or not gap:
+        return ""
+    if gap["verdict"] != "worse":
+        return ""
+    return (
+        "hint: forgetting is weaker than the source's; --gain auto --strength 10 turns up what "
+        "remains of the update until it is not"
+    )
 
 
 def evaluation_text(report: Mapping[str, Any]) -> str:

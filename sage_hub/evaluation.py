@@ -33,22 +33,18 @@ from sage_hub.scoring import answer, score
 from sage_hub.settings import SETS, Settings
 from sage_hub.spill import Spill
 from sage_hub.suites import ANSWERS, EvaluationSet, Told, metrics_of, prepare
-from sage_hub.weights import Weights, model_of, open_weights
+from sage_hub.weights import Blend, Weights, model_of, open_weights
 
 ROBUST = ("base", "unlearned", "sanitized")  # the models that robustness is measured of
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to evaluate: `side`, or W_base + α (W_side − W_base) if a base is given.
-
-    With `only`, that is so in the parameters of these names, and all others are the side's.
-    """
+    """A model to evaluate: `side`, or what `blend` makes of the base's weights and of its own."""
 
     side: Checkpoint
     base: Checkpoint | None = None
-    alpha: float = 1.0
-    only: frozenset[str] | None = None
+    blend: Blend | None = None
 
 
 @dataclass(frozen=True)
@@ -203,7 +199,7 @@ class _Look:
         """Look at `candidate` as it is and, if wanted, under what brings knowledge back."""
         settings, side = self.settings, candidate.side
         with (
-            open_weights(side, candidate.base, candidate.alpha, candidate.only) as weights,
+            open_weights(side, candidate.base, candidate.blend) as weights,
             open_blocks(model_of(side), weights, settings.device) as model,
             Spill(scratch, settings.memory * GB / 4) as hidden,
         ):

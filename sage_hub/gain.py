@@ -1,30 +1,30 @@
 """Choose the gain γ: in closed form, or by evaluating what a few of them would make.
 
-The release is W_b + γD in the weights that are filtered, which is linear in γ: so the update is
-filtered once, and every γ is evaluated on its way through the model, without being written.
+The release is W_b + γD in the weights that are filtered. A γ is evaluated while the weights are
+on their way into the model, without being written.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from sage_hub import shards
-from sage_hub.adapter import open_unlearned
-from sage_hub.architecture import read_architecture
+from sage_hub.architecture import empty_model, linear_maps, other_maps
 from sage_hub.bias import summarize
 from sage_hub.errors import NothingToDoError
 from sage_hub.evaluation import Candidate, evaluate
 from sage_hub.jobs import Job
-from sage_hub.output import carry_files
 from sage_hub.plan import Plan
 from sage_hub.progress import Progress
 from sage_hub.record import Chosen
+from sage_hub.sage import sanitize_weight
 from sage_hub.statistics import Statistics
-from sage_hub.weights import model_of
+from sage_hub.weights import Blend, as_rows, model_of, widened
 
 TOKENS = 16_384  # of each set that a gain is chosen by, at most
 LARGEST = 64.0  # γ
@@ -49,7 +49,7 @@ def choose_gain(
     folder: Path,
     progress: Progress,
 ) -> Chosen:
-    """The gain that the settings ask for; the scratch `folder` is used and removed.
+    """The gain that the settings ask for; hidden states may wait on disk in `folder`.
 
     Raises NothingToDoError if the filtered update does nothing on the forget proxy.
     """
@@ -74,11 +74,8 @@ def choose_gain(
                 "inputs more than the source does."
             )
         return matching
-    try:
-        plain = _write_plain(plan, statistics, how, job, folder, progress)
-        return _by_evaluation(plan, plain, job, folder, matching, progress)
-    finally:
-        job.ranks.once(lambda: shutil.rmtree(folder, ignore_errors=True))
+    with_gain = turned_up(plan, statistics, how)
+    return _by_evaluation(plan, with_gain, job, folder, matching, progress)
 
 
 def closed_form(measured: Sequence[shards.Measurement]) -> Chosen | None:
@@ -134,10 +131,13 @@ def search(
 
 
 def _by_evaluation(
-    plan: Plan, plain: Path, job: Job, scratch: Path, matching: Chosen | None, progress: Progress
+    plan: Plan,
+    with_gain: Callable[[float], Blend],
+    job: Job,
+    scratch: Path,
+    matching: Chosen | None,
+    progress: Progress,
 ) -> Chosen:
-    filtered = filtered_parameters(plan)
-    sanitized = open_unlearned(str(plain), plan.base)
     own = replace(
         job.settings,
         generate_rows=0,
@@ -169,7 +169,7 @@ def _by_evaluation(
     if job.settings.target is not None:
         target, of = job.settings.target, "--target"
     gain, outcome, tried = search(
-        lambda g: known(Candidate(sanitized, plan.base, g, filtered), f"γ = {g:.3g}"),
+        lambda g: known(Candidate(plan.unlearned, plan.base, with_gain(g)), f"γ = {g:.3g}"),
         target,
         source,
         2.0 if matching is None else matching.gain,
@@ -194,56 +194,35 @@ def _by_evaluation(
     )
 
 
-def filtered_parameters(plan: Plan) -> frozenset[str]:
-    """The parameters of the model that the filter changes: in them alone the gain acts."""
-    architecture = read_architecture(model_of(plan.unlearned))
-    places = (
-        architecture.place(operation.tensor, operation.info.shape)
-        for operation in plan.operations
-        if operation.linears
-    )
-    return frozenset(place.parameter for place in places if place is not None)
+def turned_up(plan: Plan, statistics: Statistics, how: shards.Filter) -> Callable[[float], Blend]:
+    """γ -> W_b + γD in the weights that `plan` filters; all others are the unlearned side's.
 
+    What `shards.write_shards` writes, but weight by weight for a model that is run.
+    """
+    model = empty_model(model_of(plan.base))
+    filtered = {linear.name for op in plan.operations for linear in op.linears}
+    maps = {
+        parameter: [linear for linear in linears if linear.name in filtered]
+        for parameter, linears in {**linear_maps(model), **other_maps(model)}.items()
+    }
+    sites = statistics.site_of
 
-def _write_plain(
-    plan: Plan,
-    statistics: Statistics,
-    how: shards.Filter,
-    job: Job,
-    folder: Path,
-    progress: Progress,
-) -> Path:
-    """The sanitized model at γ = 1, in float32, so that a gain does not turn up rounding."""
-    wide = plan.stored_as("F32")
-    job.ranks.once(lambda: folder.mkdir(parents=True, exist_ok=True))
-    shards_here = job.ranks.mine([s for s in wide.unlearned.shards if s not in wide.equal])
-    _exhaust(
-        shards.write_shards(
-            wide,
-            statistics,
-            how,
-            1.0,
-            folder,
-            shards_here,
-            device=job.settings.device,
-            progress=progress,
-        )
-    )
+    def with_gain(gain: float) -> Blend:
+        def blend(name: str, base: Tensor, unlearned: Tensor) -> Tensor:
+            origin, found = widened(base, unlearned)
+            rows = as_rows(found)
+            for linear in maps.get(name, ()):
+                own = slice(linear.start, linear.stop)
+                spectrum = statistics.spectrum("retain", sites[linear.name])
+                b, u = as_rows(origin)[own], rows[own]
+                b, u = (b.T, u.T) if linear.transposed else (b, u)
+                new = sanitize_weight(b, u, spectrum.basis, how.suppression(spectrum), gain)
+                rows[own] = new.T if linear.transposed else new
+            return found
 
-    def beside() -> Path:
-        for shard in wide.equal:
-            shutil.copyfile(wide.unlearned.files.path(shard), folder / shard)
-        shards.write_index(wide, folder)
-        carry_files(wide, folder, job.settings.out_dtype)
-        return folder
+        return blend
 
-    job.ranks.all(None)
-    return job.ranks.once(beside)
-
-
-def _exhaust(stream: Iterable[object]) -> None:
-    for _ in stream:
-        pass
+    return with_gain
 
 
 def _level(figures: Mapping[tuple[str, str], float], which: str) -> float:

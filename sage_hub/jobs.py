@@ -164,8 +164,7 @@ def survey(
         lambda: check_disk(
             plan,
             target.folder or workspace(target),
-            statistics=(room if ready is None else ready.missing_bytes)
-            + (plan.stored_as("F32").output_bytes if settings.gain == "auto" else 0),
+            statistics=room if ready is None else ready.missing_bytes,
             low_disk=settings.low_disk,
             keep=target.folder is not None or bool(settings.sets.keys() - {"retain"}),
         ),

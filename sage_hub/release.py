@@ -50,6 +50,7 @@ from sage_hub.settings import Settings
 from sage_hub.statistics import Statistics, find_ready, open_statistics
 from sage_hub.target import Publication
 from sage_hub.verify import manifest_of, read_manifest, verify, verify_files
+from sage_hub.weights import part_of_the_way
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ def write_release(
         plan = job.plan.observed(statistics.site_of)
         if job.settings.low_disk:
             plan = plan.passing(work.downloads)
-        chosen = choose_gain(plan, statistics, how, job, work.folder / "plain", progress)
+        chosen = choose_gain(plan, statistics, how, job, work.folder, progress)
         finished = _write_shards(job, plan, statistics, how, chosen.gain, work, progress, upload)
         records = [tensor for shard in finished for tensor in shard.tensors]
         if all(record.action == "identical" for record in records):
@@ -319,7 +320,7 @@ def _evaluate(
     models = {
         "base": Candidate(plan.base),
         "unlearned": Candidate(plan.unlearned),
-        "control": Candidate(plan.unlearned, plan.base, alpha),
+        "control": Candidate(plan.unlearned, plan.base, part_of_the_way(alpha)),
         "sanitized": Candidate(open_unlearned(str(folder), plan.base)),
     }
     if job.reference is not None:

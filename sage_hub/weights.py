@@ -5,8 +5,9 @@ As a checkpoint stores them, with an adapter in them, or part of the way from ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from sage_hub.tensorfile import RowReader, row_count
 
 # Name of a parameter or buffer -> its value on the CPU, in a type of its own.
 Weights = Callable[[str], Tensor]
+# Name, the base's value and another one -> a third, as the control's or one with another gain.
+Blend = Callable[[str, Tensor, Tensor], Tensor]
 
 _OPEN = 2  # shards at a time: a layer may begin in one and end in the next
 
@@ -32,34 +35,42 @@ def model_of(checkpoint: Checkpoint) -> Checkpoint:
 
 @contextmanager
 def open_weights(
-    checkpoint: Checkpoint,
-    base: Checkpoint | None = None,
-    alpha: float = 1.0,
-    only: Collection[str] | None = None,
+    checkpoint: Checkpoint, base: Checkpoint | None = None, blend: Blend | None = None
 ) -> Iterator[Weights]:
-    """The weights W_b + α (W − W_b), W those that `checkpoint` stands for; at α = 1 just W.
+    """The weights that `checkpoint` stands for, or what `blend` makes of the base's and of them.
 
-    With `only`, so those of these names, and W otherwise; an adapter is all of it.
-    Asking for a weight that the model or `base` has not raises ArchitectureError.
+    The base of an adapter is its own. Asking for a weight that the model or `base` has not raises
+    ArchitectureError.
     """
     with ExitStack() as stack:
         stored = stack.enter_context(_stored(model_of(checkpoint)))
+        own, origin = stored, stored
         if isinstance(checkpoint, Merged):
             checkpoint = checkpoint.adapter
         if isinstance(checkpoint, Adapter):
             tensors = stack.enter_context(checkpoint.open_shard(WEIGHTS))
-            yield lambda name: _with_adapter(checkpoint, tensors, stored, name, alpha)
-        elif base is None or alpha == 1:
-            yield stored
-        else:
+            own = partial(_with_adapter, checkpoint, tensors, stored, wide=blend is not None)
+        elif blend is not None and base is not None:
             origin = stack.enter_context(_stored(base))
-            yield (
-                lambda name: (
-                    stored(name)
-                    if only is not None and name not in only
-                    else _blend(origin(name), stored(name), alpha)
-                )
-            )
+        yield own if blend is None else lambda name: blend(name, origin(name), own(name))
+
+
+def widened(*tensors: Tensor) -> list[Tensor]:
+    """All in the widest of their types, in float32 at least."""
+    wide = torch.float32
+    for tensor in tensors:
+        wide = torch.promote_types(wide, tensor.dtype)
+    return [tensor.to(wide) for tensor in tensors]
+
+
+def part_of_the_way(alpha: float) -> Blend:
+    """W_b + α (W − W_b)."""
+
+    def blend(_: str, base: Tensor, weight: Tensor) -> Tensor:
+        b, w = widened(base, weight)
+        return b + alpha * (w - b)
+
+    return blend
 
 
 def loaded_whole(checkpoint: Checkpoint) -> bool:
@@ -124,22 +135,26 @@ def _row_by_row(
 
 
 def _with_adapter(
-    adapter: Adapter, tensors: RowReader, stored: Weights, name: str, alpha: float
+    adapter: Adapter, tensors: RowReader, stored: Weights, name: str, *, wide: bool
 ) -> Tensor:
-    """A weight of the base with α times what the adapter does to it.
+    """A weight of the base with what the adapter does to it, unrounded if `wide`.
 
     PEFT changes one of two weights that are tied, and so does this.
     """
     whole = stored(name)
-    rows = whole.view(-1, whole.shape[-1]) if whole.ndim > 1 else whole.view(-1, 1)
+    if wide:
+        (whole,) = widened(whole)
+    rows = as_rows(whole)
     for change in adapter.changes.values():
         if change.place.parameter == name:
             part = rows[change.place.start : change.place.stop]
-            part.copy_(change.apply(tensors, part, 0, alpha))
+            part.copy_(change.apply(tensors, part, 0))
     return whole
 
 
-def _blend(base: Tensor, unlearned: Tensor, alpha: float) -> Tensor:
-    wide = torch.promote_types(torch.promote_types(base.dtype, unlearned.dtype), torch.float32)
-    b, u = base.to(wide), unlearned.to(wide)
-    return b + alpha * (u - b)
+def as_rows(weight: Tensor) -> Tensor:
+    """A weight as the matrix whose rows maps and places count: a vector is a column, experts stack.
+
+    A view of it.
+    """
+    return weight.view(-1, weight.shape[-1]) if weight.ndim > 1 else weight.view(-1, 1)

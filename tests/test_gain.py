@@ -8,13 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_adapters import make_adapter, sanitize
+from test_architectures import make_model, make_sides, move
 from test_release import load_weights, proxies
 
+from sage_hub.adapter import open_unlearned
+from sage_hub.architecture import empty_model
+from sage_hub.checkpoint import open_checkpoint
 from sage_hub.cli import main
-from sage_hub.gain import CLOSE, LARGEST, Level, closed_form, search
-from sage_hub.shards import STRENGTHS, Measurement
+from sage_hub.collect import collect_statistics
+from sage_hub.gain import CLOSE, LARGEST, Level, closed_form, search, turned_up
+from sage_hub.plan import make_plan
+from sage_hub.settings import Settings
+from sage_hub.shards import STRENGTHS, Filter, Measurement
+from sage_hub.statistics import open_statistics
+from sage_hub.weights import open_weights
 
 SOURCE = Level(forget=0.1, retain=0.5)
 
@@ -70,6 +81,47 @@ def test_and_never_the_bias_of_the_source() -> None:
     assert found.gain == 2  # not 4, with which the bias would be four times the source's
     assert found.search == {"matching": 4, "held_back": True}
     assert closed_form([measurement(1.0, 0.25, 1.0, 0.0)]) is None
+
+
+def check_blend(base: Path, unlearned: Path, release: Path, rows: Path, **options: Any) -> None:
+    """Weights with a gain of 3 on their way into a model are those of the `release` with it."""
+    settings = Settings(retain=str(rows), **options)
+    statistics = release.with_name("statistics.safetensors")
+    collect_statistics(str(base), statistics, settings=settings)
+    first = open_checkpoint(str(base))
+    second, made = (open_unlearned(str(folder), first) for folder in (unlearned, release))
+    with open_statistics(statistics) as opened:
+        plan = make_plan(first, second, settings.parameters).observed(opened.site_of)
+        with_gain = turned_up(plan, opened, Filter(settings.strength, settings.energy, None))
+        with (
+            open_weights(second, first, with_gain(3.0)) as ours,
+            open_weights(made) as written,
+            open_weights(second) as source,
+        ):
+            names = empty_model(first).state_dict()
+            changed = [name for name in names if not torch.equal(written(name), source(name))]
+            assert changed
+            for name in names:
+                torch.testing.assert_close(ours(name), written(name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("parameters", ["linear", "all"])
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Qwen3Moe"])
+def test_on_the_way_into_a_model_weights_are_as_written(
+    name: str, parameters: str, tmp_path: Path
+) -> None:
+    base, unlearned = make_model(name), make_model(name)
+    move(unlearned)
+    words = [*make_sides(tmp_path, base, unlearned), "--gain", "3", "--parameters", parameters]
+    assert main(words) == 0
+    sides = (tmp_path / side for side in ("base", "unlearned", "out"))
+    check_blend(*sides, tmp_path / "retain.jsonl", parameters=parameters)
+
+
+def test_and_those_of_an_adapter(tmp_path: Path) -> None:
+    make_adapter(tmp_path, "Llama")
+    release = sanitize(tmp_path, "--gain", "3")
+    check_blend(tmp_path / "base", tmp_path / "unlearned", release, tmp_path / "retain.jsonl")
 
 
 def run(pair: Path, out: Path, *more: str) -> dict[str, Any]:
