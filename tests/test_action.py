@@ -218,9 +218,11 @@ def test_missing_token(runner: Runner, on_hub: LoopbackHub, pair: Path) -> None:
     assert ("org/unlearned-sage", "model") not in on_hub.repos
 
 
-def test_a_gate_that_fails(runner: Runner, on_hub: LoopbackHub, pair: Path) -> None:
+def test_a_gate_that_fails_with_the_defaults_of_a_runner(
+    runner: Runner, on_hub: LoopbackHub, pair: Path
+) -> None:
     gates = "heldout.probability >= 0\nheldout.probability >= 2\n"
-    assert push(runner, pair, low_disk="false", gates=gates) == 30, runner.log
+    assert push(runner, pair, gates=gates) == 30, runner.log
     outputs = runner.outputs()
     assert (outputs["gates"], outputs["status"]) == ("failed", "30")
     assert Path(outputs["report"]).is_file()
