@@ -17,7 +17,7 @@ _HOME = {
     "audit": "release",
     "collect_statistics": "collect",
     "evaluate_models": "compare",
-    "Publication": "publish",
+    "Publication": "target",
     "push": "release",
     "sanitize": "release",
     "Release": "release",
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from sage_hub.collect import collect_statistics as collect_statistics
     from sage_hub.compare import evaluate_models as evaluate_models
     from sage_hub.errors import SageHubError as SageHubError
-    from sage_hub.publish import Publication as Publication
     from sage_hub.release import Release as Release
     from sage_hub.release import audit as audit
     from sage_hub.release import push as push
     from sage_hub.release import sanitize as sanitize
     from sage_hub.settings import Settings as Settings
+    from sage_hub.target import Publication as Publication
 
 
 def __getattr__(name: str) -> Any:

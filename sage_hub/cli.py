@@ -161,7 +161,7 @@ def _push(args: argparse.Namespace) -> None:
 
 
 def _publication(args: argparse.Namespace) -> Any:
-    from sage_hub.publish import Publication
+    from sage_hub.target import Publication
 
     return Publication(
         branch=args.branch,

@@ -13,10 +13,11 @@ from sage_hub.checkpoint import HubFiles, open_checkpoint
 from sage_hub.errors import UsageError
 from sage_hub.jobs import read_proxies
 from sage_hub.progress import SILENT, Progress
-from sage_hub.publish import Publication, Upload, check_target
+from sage_hub.publish import Upload
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.settings import Settings
 from sage_hub.statistics import REPO_FILE, Origin, open_statistics
+from sage_hub.target import Publication, check_target
 from sage_hub.tensorfile import file_sha256
 
 
@@ -39,6 +40,8 @@ def collect_statistics(
     """
     if (output is None) == (to is None):
         raise UsageError("Statistics go into a file (--output) or a repo of the Hub (--to).")
+    if to is None:
+        publication.check_unused()
     settings = settings.resolve_device()
     checkpoint = open_checkpoint(model)
     proxies = read_proxies(settings.to_calibrate(), calibrates=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sage_hub.tables import MODELS, metric_table, number
+from sage_hub.tables import metric_table, models_of, number
 
 PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")  # what CommonMark lets a backslash take literally
 
@@ -118,12 +118,13 @@ def _before_and_after(report: Mapping[str, Any]) -> list[str]:
     lines = metric_table(report)
     if not lines:
         return []
-    header = ["set", "metric", "better", *MODELS.values(), "sanitized − unlearned"]
+    models = models_of(report)
+    header = ["set", "metric", "better", *models.values(), "sanitized − unlearned"]
     rows = []
     for line in lines:
         gap = line["difference"]
         change = f"{number(gap['value'], True)}, {gap['verdict']}" if gap else ""
-        figures = [number(line[model]) for model in MODELS]
+        figures = [number(line[model]) for model in models]
         rows.append([line["set"], line["metric"], line["direction"], *figures, change])
     return [_table(header, rows)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
     OIDCError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 from huggingface_hub.utils import parse_ratelimit_headers
 from huggingface_hub.utils._http import default_client_factory
@@ -46,6 +48,8 @@ WAITS = (1, 2, 4, 8, 16, 30)  # seconds between one try of a request and the nex
 LONGEST_WAIT = 600  # seconds that the Hub may ask us to stay away; its rate limits reset in 300
 SILENCE = 60  # seconds without a sign of life after which a request has failed
 PASSING = frozenset((408, 425, 429, 500, 502, 503, 504))  # statuses that another try may change
+
+XET_STATUS = re.compile(r"HTTP status \w+ error \((\d+)")  # in what hf_xet says
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +85,8 @@ def ask(repo: str, call: Callable[[], T], revision: str | None = None) -> T:
 
 def wait_before_next(error: BaseException, tries: int) -> float | None:
     """Seconds until a request that failed so often is tried again; None if it is not."""
-    if tries > len(WAITS) or not may_pass(error):
-        return None
+    if tries > len(WAITS) or not may_pass(error) or type(error) is ConnectionError:
+        return None  # the last is how hf_xet ends, after minutes of trying by itself
     response = _response(error)
     asked = _seconds_asked_for(response.headers) if response is not None else 0.0
     return None if asked > LONGEST_WAIT else max(WAITS[tries - 1], asked)
@@ -90,11 +94,11 @@ def wait_before_next(error: BaseException, tries: int) -> float | None:
 
 def may_pass(error: BaseException) -> bool:
     """Whether another try may go well."""
-    if isinstance(error, (OfflineModeIsEnabled, SageHubError)):
+    if isinstance(error, (OfflineModeIsEnabled, SafetensorsParsingError, SageHubError)):
         return False
-    response = getattr(error, "response", None)
-    if response is not None:
-        return response.status_code in PASSING
+    status = _status(error)
+    if status is not None:
+        return status in PASSING
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError, JSONDecodeError, DamagedError)):
         return True
     if type(error) is OSError and error.errno is None:
@@ -103,8 +107,17 @@ def may_pass(error: BaseException) -> bool:
     return error.__cause__ is not None and may_pass(error.__cause__)
 
 
+def _status(error: BaseException) -> int | None:
+    """The status that the Hub answered with, if it did answer."""
+    if (response := _response(error)) is not None:
+        status: int = response.status_code
+        return status
+    told = XET_STATUS.search(str(error)) if type(error) is ConnectionError else None
+    return int(told[1]) if told else None
+
+
 def _response(error: BaseException | None) -> Any:
-    """The Hub's answer in an error, if it did answer."""
+    """The Hub's answer in an error, or in what led to it."""
     while error is not None:
         if (response := getattr(error, "response", None)) is not None:
             return response
@@ -128,9 +141,9 @@ def _seconds_asked_for(headers: Any) -> float:
 
 
 def _what_passed(error: BaseException, repo: str) -> str:
-    response = _response(error)
-    if response is not None:
-        return f"The Hub answered {response.status_code} about {repo}"
+    status = _status(error)
+    if status is not None:
+        return f"The Hub answered {status} about {repo}"
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, DamagedError):
@@ -157,13 +170,13 @@ def explain(
         often = f", {tries} times in {seconds:.0f} s" if tries > 1 else ""
         if isinstance(error, DamagedError):
             return CorruptCheckpointError(f"{said}{often}; run the same command again.")
-        response = _response(error)
-        if response is None:
+        if _status(error) is None:
             return NetworkError(
                 f"{said}{often}; check the network and HF_ENDPOINT, and run the same command "
                 f"again. (A folder is written ./{repo}.)"
             )
-        asked = _seconds_asked_for(response.headers)
+        response = _response(error)
+        asked = _seconds_asked_for(response.headers) if response is not None else 0.0
         if asked > LONGEST_WAIT:
             often += f", and asks to wait {asked:.0f} s"
         return NetworkError(f"{said}{often}; run the same command again later.")
@@ -181,9 +194,8 @@ def explain(
             f"with access to it. (A folder is written ./{repo.rpartition('/')[2]}.)"
         )
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        response = _response(error)
-        if response is not None:
-            return _explain_answer(response, error.__cause__ or error, repo)
+        if _status(error) is not None:
+            return _explain_answer(error.__cause__ or error, repo)
         return NetworkError(
             f"{repo} is not in the local cache and the Hub cannot be reached; "
             f"check the network, HF_ENDPOINT and HF_HUB_OFFLINE. (A folder is written ./{repo}.)"
@@ -196,16 +208,13 @@ def explain(
         return AccessError(f"No token for {repo} from this CI's identity: {first_line(error)}")
     if isinstance(error, HFValidationError):
         return UsageError(f"{repo!r} is not a valid repo name: {first_line(error)}")
-    response = _response(error)
-    if response is not None:
-        return _explain_answer(response, error, repo)
-    return None
+    return _explain_answer(error, repo) if _status(error) is not None else None
 
 
-def _explain_answer(response: Any, error: BaseException, repo: str) -> SageHubError:
-    status = response.status_code
+def _explain_answer(error: BaseException, repo: str) -> SageHubError:
+    status, response = _status(error), _response(error)
     said = (getattr(error, "server_message", None) or first_line(error)).partition("\n")[0]
-    if response.request.url.path == "/oauth/token":
+    if response is not None and response.request.url.path == "/oauth/token":
         return AccessError(
             f"The Hub gives this CI job no token for HF_OIDC_RESOURCE ({said}): add the workflow "
             "to the trusted publishers in that repo's settings."

@@ -41,7 +41,6 @@ from sage_hub.output import check_disk, check_output
 from sage_hub.plan import Plan, make_plan
 from sage_hub.progress import SILENT, Progress, in_bytes
 from sage_hub.proxies import Proxy, check_disjoint, read_proxy
-from sage_hub.publish import Publication, check_target
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.record import describe_source
 from sage_hub.results import read_results
@@ -49,6 +48,7 @@ from sage_hub.settings import Settings
 from sage_hub.sites import find_sites
 from sage_hub.statistics import Ready, check_belongs, find_ready, open_statistics
 from sage_hub.tables import MODELS
+from sage_hub.target import Publication, check_target
 from sage_hub.versions import versions
 from sage_hub.weights import loaded_whole
 

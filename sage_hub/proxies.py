@@ -329,11 +329,8 @@ def _read_dataset(source: str) -> Proxy:
     files = HubFiles(repo, revision, kind="dataset")
     name = source.replace(f"@{revision}", "") if revision else source
     try:
-        records = ask(
-            f"dataset {repo}",
-            lambda: _load_dataset(
-                files, query.get("config"), match["file"], query.get("split", "train")
-            ),
+        records = _load_dataset(
+            files, query.get("config"), match["file"], query.get("split", "train")
         )
     except (ValueError, OSError) as error:
         said = re.sub(r"\S*/snapshots/\w+/", "", first_line(error))  # of this machine
@@ -351,8 +348,11 @@ def _load_dataset(
     import datasets
 
     with _silent_datasets():
-        builder = datasets.load_dataset_builder(
-            files.name, config, revision=files.commit, data_files=file, token=reading_token()
+        builder = ask(
+            f"dataset {files.name}",
+            lambda: datasets.load_dataset_builder(
+                files.name, config, revision=files.commit, data_files=file, token=reading_token()
+            ),
         )
         found = builder.config.data_files or {}
         if split not in found:

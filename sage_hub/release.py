@@ -36,7 +36,7 @@ from sage_hub.jobs import (
 from sage_hub.output import Work, carry_files, leave_record, working_on
 from sage_hub.plan import Plan, make_plan
 from sage_hub.progress import SILENT, Progress
-from sage_hub.publish import Publication, Source, Upload
+from sage_hub.publish import Source, Upload
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.record import (
     REPORT,
@@ -48,6 +48,7 @@ from sage_hub.record import (
 )
 from sage_hub.settings import Settings
 from sage_hub.statistics import Statistics, find_ready, open_statistics
+from sage_hub.target import Publication
 from sage_hub.verify import manifest_of, read_manifest, verify, verify_files
 
 
@@ -164,8 +165,10 @@ def _upload(job: Job, fingerprint: str) -> Upload:
     def ours(files: HubFiles) -> bool:
         if MANIFEST not in files.sizes or REPORT not in files.sizes:
             return False
+        manifest, report = manifest_of(files), read_json(files, REPORT)
         return (
-            manifest_of(files).get("fingerprint") == fingerprint
+            manifest.get("fingerprint") == fingerprint
+            and with_results(report, job.results) == report
             and not verify_files(files).differences
         )
 
@@ -238,7 +241,7 @@ def write_release(
 ) -> Release:
     """Write the whole release into the output folder, which appears only when it is complete.
 
-    With an `upload` each shard is sent as soon as it is finished. With low disk it is not kept
+    With an `upload` each shard is sent as soon as it is finished. If the job keeps none, it goes
     then, and the folder gets no name.
     """
     clock, ranks = _Clock(), job.ranks
@@ -430,7 +433,7 @@ def rebuild(release: str, progress: Progress = SILENT) -> list[str]:
             base,
             unlearned,
             Path(scratch) / "rebuilt",
-            settings=Settings.from_record(manifest["settings"]),
+            settings=Settings.from_record(manifest["settings"]).without_evaluation(),
             statistics=manifest["statistics"].get("file"),
             progress=progress,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from huggingface_hub.constants import HF_HUB_CACHE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback_hub import LoopbackHub
 
-from sage_hub.errors import NotFoundError, OverlapError, ProxyError, UsageError
+from sage_hub.errors import NetworkError, NotFoundError, OverlapError, ProxyError, UsageError
 from sage_hub.proxies import Proxy, Row, check_disjoint, parse_rows, read_proxy
 
 QA = [{"question": "Who wrote it?", "answer": "Ada"}, {"question": "Where?", "answer": "Łódź"}]
@@ -319,6 +321,19 @@ def test_a_dataset_is_read_at_the_commit_that_is_recorded(hub: LoopbackHub) -> N
     assert read_proxy(f"hf://datasets/org/facts@{old}") == Proxy(
         "hf://datasets/org/facts", QA_ROWS, revision=old
     )
+
+
+def test_damaged_and_missing_answers_are_asked_for_again(hub: LoopbackHub) -> None:
+    hub.add_repo("org/flaky", {"train.jsonl": to_jsonl(QA)}, "dataset")
+    hub.disturb("GET", "/resolve/.*train", "wrong", times=2)
+    hub.fail("GET", "/resolve/.*train", 503, skip=2)
+    hub.fail("GET", "/api/datasets/org/flaky", 500)
+    assert read_proxy("hf://datasets/org/flaky").rows == QA_ROWS
+    assert hub.struck == 3
+    hub.disturb("GET", "/resolve/.*train", "cut", times=1000)
+    shutil.rmtree(HF_HUB_CACHE)
+    with pytest.raises(NetworkError, match="did not answer about dataset org/flaky"):
+        read_proxy("hf://datasets/org/flaky")
 
 
 def test_split_config_and_file_choose_what_is_read(hub: LoopbackHub) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
-from huggingface_hub.utils import _auth
-from loopback_hub import CI_SECRET, LoopbackHub
+from huggingface_hub.utils import _auth, _xet
+from loopback_hub import CI_SECRET, LoopbackHub, XetStores
 
 import sage_hub
 from sage_hub import hub as asking
@@ -21,7 +21,7 @@ from sage_hub import release
 from sage_hub.cli import main
 from sage_hub.errors import NetworkError, UsageError
 from sage_hub.hub import ask
-from sage_hub.publish import Publication
+from sage_hub.target import Publication
 
 SHARDS = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
 TARGET = "org/target"
@@ -67,9 +67,8 @@ def sent(hub: LoopbackHub) -> list[str]:
 def published(hub: LoopbackHub, repo: str = TARGET, revision: str = "main") -> dict[str, bytes]:
     """The files there, which must be what the manifest says."""
     files = hub.files(repo, revision)
-    assert {*SHARDS, "README.md", "config.json", "sage/manifest.json", ".gitattributes"} <= set(
-        files
-    )
+    there = {*SHARDS, "README.md", "config.json", "sage/manifest.json", ".gitattributes"}
+    assert there <= files.keys()
     commit = hub.commits(repo, revision=revision)[-1].sha
     assert main(["verify", f"{repo}@{commit}", "--quiet"]) == 0
     return files
@@ -168,6 +167,56 @@ class TestSending:
         published(sources)
 
 
+class TestXet:
+    """The other way of storing large files."""
+
+    @pytest.fixture(autouse=True)
+    def _with_xet(
+        self, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> Iterator[None]:
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+        monkeypatch.setattr(hub, "xet", XetStores(tmp_path / "xet"))
+        _xet.XET_CONNECTION_INFO_CACHE.clear()  # of the stores of another test
+        yield
+        _xet.XET_CONNECTION_INFO_CACHE.clear()
+
+    @pytest.mark.parametrize("low_disk", [[], ["--low-disk"]], ids=["kept", "low disk"])
+    def test_weights_come_and_go_by_xet(
+        self, low_disk: list[str], sources: LoopbackHub, statistics: str
+    ) -> None:
+        assert push(statistics, *low_disk) == 0
+        published(sources)
+        xet = [r.path.split("/")[4:6] for r in sources.requests if "-token/" in r.path]
+        assert {tuple(names) for names in xet} >= {
+            ("base", "xet-read-token"),
+            ("unlearned", "xet-read-token"),
+            ("target", "xet-write-token"),
+        }
+        assert not [r for r in sources.requests if r.storage and "range" not in r.headers]
+
+    def test_what_failed_is_finished_by_the_next_run(
+        self, sources: LoopbackHub, statistics: str
+    ) -> None:
+        sources.fail("POST", "/commit/", 403)
+        assert push(statistics) == 11
+        assert set(sources.files(TARGET)) == {".gitattributes"}
+        assert push(statistics) == 0
+        published(sources)
+
+    @pytest.mark.parametrize("status, right", [(403, 11), (503, 0)])
+    def test_what_the_hub_answers(
+        self, status: int, right: int, sources: LoopbackHub, statistics: str
+    ) -> None:
+        sources.fail("GET", "/xet-write-token/", status)
+        assert push(statistics) == right
+        sources.fail("GET", "/xet-read-token/", status)
+        shutil.rmtree(HF_HUB_CACHE)
+        _xet.XET_CONNECTION_INFO_CACHE.clear()
+        assert push(statistics, "--strength", "3") == right
+        assert push(statistics, "--strength", "3") == 0
+        published(sources)
+
+
 class TestRecognized:
     """What is published is not published again."""
 
@@ -244,6 +293,32 @@ class TestRecognized:
         first, second = capsys.readouterr().out.split()
         assert first == second
         assert commits(sources, repo="org/stats") == 2
+
+
+class TestGates:
+    """What was sent before a gate is seen by nobody until the commit."""
+
+    @pytest.mark.parametrize("low_disk", [[], ["--low-disk"]], ids=["kept", "low disk"])
+    def test_a_gate_that_is_not_met(
+        self, low_disk: list[str], sources: LoopbackHub, statistics: str, pair: Path
+    ) -> None:
+        heldout = ["--heldout", str(pair / "heldout.jsonl"), *low_disk]
+        assert push(statistics, *heldout, "--gate", "heldout.probability >= 2") == 30
+        assert len(sent(sources)) == 3
+        assert set(sources.files(TARGET)) == {".gitattributes"}
+        assert push(statistics, *heldout) == 0
+        assert len(sent(sources)) == 3
+        published(sources)
+
+    def test_other_gates_are_checked_on_what_is_published(
+        self, sources: LoopbackHub, statistics: str, pair: Path
+    ) -> None:
+        heldout = ["--heldout", str(pair / "heldout.jsonl")]
+        assert push(statistics, *heldout) == 0
+        assert push(statistics, *heldout, "--gate", "heldout.probability >= 0") == 0
+        assert push(statistics, *heldout, "--gate", "heldout.probability >= 2") == 30
+        assert commits(sources) == 2
+        assert len(sent(sources)) == 3
 
 
 class TestWhere:
@@ -395,6 +470,12 @@ class TestPermission:
         assert words in err
         assert err.count("\n") == 1
         assert not downloads(sources)
+
+    def test_a_target_has_an_owner(
+        self, sources: LoopbackHub, statistics: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert push(statistics, target="model") == 2
+        assert "Write the target with its owner, as in org/model" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         "token, target",
