@@ -52,7 +52,8 @@ Each command has its own --help. Exit statuses: 0 is done, 1 an internal error,
   sage-hub eval org/base org/unlearned --forget forget.jsonl \\
       --heldout heldout.jsonl
   sage-hub eval ./base ./unlearned ./release --forget forget.jsonl \\
-      --bystander world_facts=facts.jsonl --reference org/retain-only --robustness""",
+      --bystander world_facts=facts.jsonl --reference org/retain-only \\
+      --robustness""",
     "card": """examples:
   sage-hub card ./release
   sage-hub card ./release --card-template short""",

@@ -179,9 +179,8 @@ def test_success(runner: Runner, on_hub: LoopbackHub, pair: Path) -> None:
     assert outputs["commit-url"].endswith(on_hub.commits("org/unlearned-sage")[-1].sha)
     assert (outputs["pr-url"], outputs["gates"], outputs["status"]) == ("", "none", "0")
     report = json.loads(Path(outputs["report"]).read_text())
-    assert float(outputs["heldout-recovered"]) == pytest.approx(
-        report["retain_recovered"]["value"], rel=1e-4
-    )
+    recovered = report["retain_recovered"]  # none where unlearning cost nothing that is certain
+    assert outputs["heldout-recovered"] == (f"{recovered['value']:.6g}" if recovered else "")
     assert 0 < float(outputs["forget-probability-before"]) < 1
     record = Path(outputs["record"])
     published = on_hub.files("org/unlearned-sage")
@@ -218,9 +217,11 @@ def test_missing_token(runner: Runner, on_hub: LoopbackHub, pair: Path) -> None:
     assert ("org/unlearned-sage", "model") not in on_hub.repos
 
 
-def test_a_gate_that_fails(runner: Runner, on_hub: LoopbackHub, pair: Path) -> None:
+def test_a_gate_that_fails_with_the_defaults_of_a_runner(
+    runner: Runner, on_hub: LoopbackHub, pair: Path
+) -> None:
     gates = "heldout.probability >= 0\nheldout.probability >= 2\n"
-    assert push(runner, pair, low_disk="false", gates=gates) == 30, runner.log
+    assert push(runner, pair, gates=gates) == 30, runner.log
     outputs = runner.outputs()
     assert (outputs["gates"], outputs["status"]) == ("failed", "30")
     assert Path(outputs["report"]).is_file()

@@ -109,6 +109,8 @@ def json_commands(pair: Path, scratch: Path) -> dict[str, list[str]]:
         "push": ["org/base", "org/unlearned", *data],
         "push --dry-run": [*both, *data],
         "verify": [release],
+        "card": [release],
+        "eval": [*both, *data[2:]],
         "plan": [*both, *data],
         "plan BASE": [both[0]],
         "audit": [*both, *data[:4]],
