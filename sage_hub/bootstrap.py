@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -65,7 +65,7 @@ def combine(function: Callable[..., np.ndarray], *parts: Estimate) -> Estimate:
         return Estimate(value, rows, np.asarray(function(*drawn)))
 
 
-@cache
+@lru_cache(maxsize=4)
 def _counts(rows: int, seed: int) -> np.ndarray:
     """How often each row is drawn in each replicate, (REPLICATES, rows)."""
     chance = np.random.default_rng([seed, rows])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,14 @@ from sage_hub.pictures import draw
 from sage_hub.plan import Plan
 from sage_hub.record import REPORT, REPORT_VERSION, read_record
 from sage_hub.statistics import Origin
-from sage_hub.tables import highlights, metric_table, number, robustness_table
+from sage_hub.tables import (
+    highlights,
+    main_lines,
+    metric_table,
+    models_of,
+    number,
+    robustness_table,
+)
 
 TEMPLATES = {None: "model_card.md.jinja", "short": "short.md.jinja"}
 # The release only inherits what still holds for it; scores, widgets and the like do not.
@@ -137,6 +145,7 @@ def write_card(
             command=reproduce_command(manifest, about["name"]),
             highlights=list(highlights(report)),
             metrics=metric_table(report),
+            models=models_of(report),
             robustness=robustness_table(report),
             published=about["name"] if "/" in about["name"] else f"./{about['name']}",
             copied=copied_by_reason(manifest),
@@ -244,28 +253,26 @@ def _eval_result(result: Mapping[str, Any], data: Mapping[str, Any] | None) -> E
 
 
 def _write_benchmark_results(folder: Path, report: Mapping[str, Any]) -> None:
-    """A file per dataset that the Hub knows as a benchmark."""
-    entries: dict[str, list[EvalResultEntry]] = {}
-    for result in report["results"]:
-        data = report["data"].get(result["set"], {"name": ""})
-        dataset = _dataset_id(data["name"])
-        as_it_is = result["model"] == "sanitized" and result["condition"] is None
-        if dataset in BENCHMARKS and as_it_is:
-            query = dict(parse_qsl(data["name"].partition("?")[2]))
-            entries.setdefault(dataset, []).append(
-                EvalResultEntry(
-                    dataset,
-                    query.get("config", "default"),
-                    round(result["value"], 6),
-                    dataset_revision=data["revision"],
-                    notes=f"{result['metric']} as the {result['set']} set, "
-                    f"{result['direction']} is better; by sage-hub",
-                )
-            )
-    for dataset, own in entries.items():
+    """A file per dataset that the Hub knows as a benchmark, with the main metric of each set."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for line in main_lines(report):
+        data = report["data"].get(line["set"])
+        dataset = _dataset_id(data["name"]) if data else None
+        if dataset not in BENCHMARKS or line["set"] == "retain" or line["sanitized"] is None:
+            continue
+        query = dict(parse_qsl(data["name"].partition("?")[2]))
+        entry = EvalResultEntry(
+            str(dataset),
+            query.get("config", "default"),
+            round(line["sanitized"], 6),
+            dataset_revision=data["revision"],
+            notes=f"{line['metric']} as the {line['set']} set, {line['direction']} is better; by "
+            "sage-hub",
+        )
         folder.mkdir(exist_ok=True)
-        text = yaml.safe_dump(eval_result_entries_to_yaml(own), sort_keys=False)
-        (folder / f"{dataset.replace('/', '--')}.yaml").write_text(text, encoding="utf-8")
+        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+        name = f"{str(dataset).replace('/', '--')}--{line['set']}.yaml"
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _dataset_id(name: str) -> str | None:

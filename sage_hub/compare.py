@@ -34,6 +34,10 @@ def evaluate_models(
     with `models` that maps each name to its commit. Raises UsageError without any set.
     """
     settings = settings.resolve_device()
+    if len(set(models)) < len(models):
+        raise UsageError("A model is given twice; name each of them once.")
+    if "reference" in models:
+        raise UsageError("A model cannot be called 'reference' here; write ./reference.")
     if not settings.sets:
         raise UsageError("Nothing to evaluate on; give --forget, --retain, --heldout or others.")
     harness.check_available(settings.lm_eval)
@@ -54,6 +58,7 @@ def evaluate_models(
             tokens_of=first,
             compared=[(name, models[0]) for name in sides if name != models[0]],
             robust=list(sides),
+            origin=models[0],
             ranks=ranks,
             progress=progress,
         )

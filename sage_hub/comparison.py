@@ -49,7 +49,8 @@ class Result:
     interval: tuple[float, float] | None
     direction: Direction
     rows: int
-    source: str | None = None  # a file that it was read from, if it was not measured here
+    source: str | None = None  # what measured it, if that was not sage-hub
+    imported: bool = False  # read from the file `source`, not measured in this run
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,7 @@ def figures(
     sets: Sequence[EvaluationSet],
     seen: Views,
     seed: int,
-    *,
-    relearned: bool,
+    origin: str,
 ) -> tuple[dict[Key, Estimate], list[dict[str, str]]]:
     """All figures there are, and why others are not."""
     found: dict[Key, Estimate] = {}
@@ -88,8 +88,9 @@ def figures(
     by_name = {one.name: one for one in sets}
     for model in {model for model, condition in seen if condition is None}:
         found |= _utility(found, model)
-    if relearned and "forget" in by_name:
-        found |= _relearning(seen, choose_taught(len(by_name["forget"].rows), seed), seed)
+    if "forget" in by_name:
+        taught = choose_taught(len(by_name["forget"].rows), seed)
+        found |= _relearning(seen, taught, seed, origin)
     derived, why = _against_reference(seen, by_name)
     return found | derived, absent + why
 
@@ -121,8 +122,9 @@ def _relearning(
     seen: Views,
     taught: Sequence[int],
     seed: int,
+    origin: str,
 ) -> dict[Key, Estimate]:
-    """The part of the way back to the base that relearning some rows goes on the others."""
+    """The part of the way back to `origin` that relearning some rows goes on the others."""
     found: dict[Key, Estimate] = {}
 
     def level(model: str, condition: str | None) -> Estimate | None:
@@ -130,8 +132,11 @@ def _relearning(
         others = rows if condition else [r for i, r in enumerate(rows) if i not in taught]
         return mean_over_rows("probability", others, seed) if others else None
 
-    base = level("base", None)
-    for model in [model for model, condition in seen if condition == "relearned"]:
+    base = level(origin, None)
+    taught_again = [model for model, condition in seen if condition == "relearned"]
+    for model in taught_again:
+        if model == origin:
+            continue
         before, after = level(model, None), level(model, "relearned")
         if base and before and after and base.value > before.value:
             found[Key(model, "forget", "relearning_recovery", "relearned")] = combine(
@@ -192,12 +197,12 @@ def differences(
     for model, other in compared:
         for key, mine in estimates.items():
             theirs = estimates.get(replace(key, model=other)) if key.model == model else None
-            if theirs is None:
+            way = direction(key.metric, key.set)
+            if theirs is None or way not in ("higher", "lower"):
                 continue
             gap = combine(lambda a, b: a - b, mine, theirs)
             if gap.interval is None:
                 continue
-            way = direction(key.metric, key.set)
             found.append(
                 Difference(
                     model,
@@ -243,7 +248,8 @@ def _held(estimates: Mapping[Key, Estimate], metric: str) -> bool:
 def not_finite(estimates: Mapping[Key, Estimate]) -> list[dict[str, str]]:
     return [
         {
-            "what": f"{key.metric} of {key.model} on {key.set}",
+            "what": f"{key.metric} of {key.model} on {key.set}"
+            + (f" ({key.condition})" if key.condition else ""),
             "reason": f"it came out as {found.value}",
         }
         for key, found in estimates.items()

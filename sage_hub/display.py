@@ -35,13 +35,16 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
             lines.append((which, f"{proxy.name}, {len(proxy.rows)} rows"))
         elif which == "retain" and job.statistics is not None:
             lines.append((which, f"ready statistics, {job.statistics.name}"))
+        elif getattr(settings, which) is not None:
+            lines.append((which, "cannot be used; see the problem below"))
         else:
             lines.append((which, f"not given; {which} metrics will not be run"))
     lines += [
         (
             "settings",
             f"λ={settings.strength:g} ρ={settings.energy:g} rank={settings.rank or 'any'} "
-            f"γ={settings.gain} on {settings.device}",
+            f"γ={settings.gain if settings.gain == 'match' else f'{settings.gain:g}'} "
+            f"on {settings.device}",
         ),
         (
             "needs",

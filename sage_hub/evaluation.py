@@ -36,7 +36,6 @@ from sage_hub.suites import ANSWERS, EvaluationSet, Told, metrics_of, prepare
 from sage_hub.weights import Weights, model_of, open_weights
 
 ROBUST = ("base", "unlearned", "sanitized")  # the models that robustness is measured of
-CONDITIONS = (*(f"int{bits}" for bits in BITS), "relearned", "paraphrased")
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,7 @@ def evaluate(
     calibrated: Collection[str] = (),
     compared: Sequence[tuple[str, str]] = (),
     robust: Collection[str] = ROBUST,
+    origin: str = "base",
     ranks: Ranks = ALONE,
     progress: Progress = SILENT,
 ) -> Evaluation:
@@ -85,7 +85,8 @@ def evaluate(
 
     All see the same rows as tokens of `tokens_of`. `calibrated` holds the fingerprints of the
     sets that calibration has seen, `compared` the pairs of models whose difference is of
-    interest, `robust` the models whose robustness is, if that is wanted at all. Hidden states
+    interest, `robust` the models whose robustness is, if that is wanted at all; `origin` is the
+    model that knew all, which relearning leads back to. Hidden states
     that memory has no room for wait in the folder `scratch`. A model
     named "reference" is one that never saw the forget set.
     """
@@ -95,8 +96,13 @@ def evaluate(
         vain = which == "retain" and proxy.fingerprint in calibrated
         own = replace(settings, generate_rows=0) if vain else settings
         sets.append(prepare(which, proxy, tokens_of, own))
+    cut = [one.name for one in sets if not one.rows]
     sets = [one for one in sets if one.rows]
     not_run = [
+        {"what": f"{which} metrics", "reason": "every answer is cut away by --max-length"}
+        for which in cut
+    ]
+    not_run += [
         {"what": f"{which} metrics", "reason": f"no --{which} was given"}
         for which in SETS
         if which not in proxies
@@ -123,7 +129,7 @@ def evaluate(
                 "reason": "--robustness was not given",
             }
         )
-    estimates, absent = figures(sets, seen, settings.seed, relearned=settings.robustness)
+    estimates, absent = figures(sets, seen, settings.seed, origin)
     not_run += [*absent, *not_finite(estimates)]
     estimates = {key: found for key, found in estimates.items() if math.isfinite(found.value)}
     data = {
@@ -151,6 +157,8 @@ def expected_names(
     """The names that the figures of an evaluation will have in gates, if all goes well."""
     for which, proxy in proxies.items():
         metrics = set(metrics_of(proxy.rows, settings.suite))
+        if which == "retain" or not settings.generate_rows:
+            metrics -= ANSWERS.keys()
         if not any(row.perturbed for row in proxy.rows):
             metrics.discard("truth_ratio")
         if which == "forget" and "reference" in models:
@@ -162,7 +170,12 @@ def expected_names(
         if not (settings.robustness and which in ("forget", "heldout")):
             continue
         scored = {metric for metric in metrics if metric in METRICS and metric not in ANSWERS}
-        for condition in CONDITIONS if which == "forget" else CONDITIONS[:2]:
+        conditions = [f"int{bits}" for bits in BITS]
+        if which == "forget" and len(proxy.rows) > 1:
+            conditions.append("relearned")
+        if which == "forget" and any(row.asked_otherwise for row in proxy.rows):
+            conditions.append("paraphrased")
+        for condition in conditions:
             own = scored | ({"relearning_recovery"} if condition == "relearned" else set())
             for metric in own:
                 yield from (f"robustness.{condition}.{name}.{which}.{metric}" for name in ROBUST)
@@ -201,9 +214,8 @@ class _Look:
     def _as_it_is(self, model: BlockModel, weights: Weights, hidden: Spill) -> None:
         asked = [one for one in self.sets if one.answered]
         tasks = self.settings.lm_eval if self.ranks.first else None
-        if not (asked or tasks) or not self._fits(
-            "generated answers", weight_bytes(model.model) + RUNTIME
-        ):
+        what = " and ".join(["generated answers"] * bool(asked) + ["lm-eval"] * bool(tasks))
+        if not what or not self._fits(what, weight_bytes(model.model) + RUNTIME):
             self.views[None] = self._scores(model, weights, hidden, self.sets)
             return
         with model.whole(weights) as whole:

@@ -81,7 +81,10 @@ class Gate:
                 _value(side, self._written_out, facts) for side in (self.left, self.right)
             )
         except KeyError as error:
-            return Outcome(self.text, False, None, None, f"{error.args[0]} was not measured")
+            reason = f"{error.args[0]} was not measured"
+            if error.args[0] == "retain_recovered":
+                reason += ", or nothing was lost"
+            return Outcome(self.text, False, None, None, reason)
         except ZeroDivisionError:
             return Outcome(self.text, False, None, None, "it divides by zero")
         return Outcome(self.text, self.compare(left, right), left, right)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sage_hub.tables import MODELS, metric_table, number
+from sage_hub.tables import metric_table, models_of, number
 
 PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")  # what CommonMark lets a backslash take literally
 
@@ -73,9 +73,8 @@ def outputs(result: Mapping[str, Any]) -> dict[str, str]:
         "gain": result["gain"],
     }
     for which in ("forget", "heldout"):
-        line = _probability(report, which)
-        found[f"{which}-probability-before"] = line.get("unlearned")
-        found[f"{which}-probability-after"] = line.get("sanitized")
+        found[f"{which}-probability-before"] = _probability(report, "unlearned", which)
+        found[f"{which}-probability-after"] = _probability(report, "sanitized", which)
     return {
         name: f"{value:.6g}" if isinstance(value, (int, float)) else str(value or "")
         for name, value in found.items()
@@ -119,12 +118,13 @@ def _before_and_after(report: Mapping[str, Any]) -> list[str]:
     lines = metric_table(report)
     if not lines:
         return []
-    header = ["set", "metric", "better", *MODELS.values(), "sanitized − unlearned"]
+    models = models_of(report)
+    header = ["set", "metric", "better", *models.values(), "sanitized − unlearned"]
     rows = []
     for line in lines:
         gap = line["difference"]
         change = f"{number(gap['value'], True)}, {gap['verdict']}" if gap else ""
-        figures = [number(line[model]) for model in MODELS]
+        figures = [number(line[model]) for model in models]
         rows.append([line["set"], line["metric"], line["direction"], *figures, change])
     return [_table(header, rows)]
 
@@ -148,14 +148,16 @@ def _gates(gates: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"**Gates**: {count}.\n\n{table}"]
 
 
-def _probability(report: Mapping[str, Any], which: str) -> Mapping[str, Any]:
+def _probability(report: Mapping[str, Any], model: str, which: str) -> float | None:
+    """Of the model as it is, not quantized, relearned or asked in other words."""
     return next(
         (
-            line
-            for line in metric_table(report)
-            if (line["set"], line["metric"]) == (which, "probability")
+            result["value"]
+            for result in report["results"]
+            if (result["model"], result["set"], result["metric"]) == (model, which, "probability")
+            and not result.get("condition")
         ),
-        {},
+        None,
     )
 
 

@@ -49,6 +49,7 @@ def run_tasks(
                     tokenizer=load_tokenizer(tokens_of),
                     batch_size=batch_size,
                     device=model.device,
+                    softmax_dtype="float32",  # in bfloat16 it is off by up to a nat per row
                 ),
                 tasks=names,
                 task_manager=manager,

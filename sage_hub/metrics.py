@@ -217,8 +217,9 @@ def model_utility(parts: Sequence[Estimate]) -> Estimate:
 def recovered(base: Estimate, unlearned: Estimate, sanitized: Estimate) -> Estimate | None:
     """The share of the lost retention that came back: (sanitized − unlearned) / (base − unlearned).
 
-    None where nothing was lost.
+    None where nothing was lost, or no more than the noise of the rows.
     """
-    if base.value <= unlearned.value:
+    lost = combine(lambda b, u: b - u, base, unlearned)
+    if lost.value <= 0 or (lost.interval is not None and lost.interval[0] <= 0):
         return None
     return combine(lambda b, u, s: (s - u) / (b - u), base, unlearned, sanitized)

@@ -27,6 +27,8 @@ MAIN = ("probability", "accuracy", "knowmem", "verbmem", "rougeL_recall")
 def draw(folder: Path, manifest: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, str]:
     """Draw what the record has figures for into `folder`: name of a picture -> its file's name."""
     folder.mkdir(exist_ok=True)
+    for earlier in folder.glob("*.png"):
+        earlier.unlink()
     made = {}
     for name, figure in (
         ("tradeoff", tradeoff(report)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +141,9 @@ def make_report(
 
 def with_results(report: Mapping[str, Any], imported: Sequence[Result]) -> dict[str, Any]:
     """The report with results that were made elsewhere, in place of any that it had."""
-    measured = [result for result in report["results"] if result["source"] is None]
-    return {**report, "results": measured + [_plain(result) for result in imported]}
+    measured = [result for result in report["results"] if not result["imported"]]
+    added = [_plain(replace(result, imported=True)) for result in imported]
+    return {**report, "results": measured + added}
 
 
 def _plain(part: Result | Difference) -> dict[str, Any]:

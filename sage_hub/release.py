@@ -433,7 +433,7 @@ def rebuild(release: str, progress: Progress = SILENT) -> list[str]:
             base,
             unlearned,
             Path(scratch) / "rebuilt",
-            settings=Settings.from_record(manifest["settings"]),
+            settings=Settings.from_record(manifest["settings"]).without_evaluation(),
             statistics=manifest["statistics"].get("file"),
             progress=progress,
         )

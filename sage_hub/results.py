@@ -60,24 +60,23 @@ def _find(path: Path) -> Path:
     if path.is_file():
         return path
     patterns = ("results_*.json", "*_EVAL.json", "*_SUMMARY.json")
-    for pattern in patterns:
-        if files := sorted(path.rglob(pattern), key=lambda file: file.stat().st_mtime):
-            return files[-1]
+    files = [file for pattern in patterns for file in path.rglob(pattern)]
+    if files:
+        return max(files, key=lambda file: (file.stat().st_mtime, -len(file.name)))
     what = f"holds none of {', '.join(patterns)}" if path.is_dir() else "does not exist"
     raise NotFoundError(f"The results {path} cannot be read: that {what}.")
 
 
 def from_lm_eval(model: str, content: Mapping[str, Any], source: str) -> Iterator[Result]:
     """The results of lm-eval: a set per task; its interval is 1.96 standard errors each way."""
-    better = content.get("higher_is_better") or {}
-    counts = content.get("n-samples") or {}
+    better, counts = _part(content, "higher_is_better"), _part(content, "n-samples")
     for task, figures in content["results"].items():
         for key, value in figures.items() if isinstance(figures, dict) else ():
             metric, _, how = key.partition(",")
             if not how or metric.endswith("_stderr") or not _is_number(value):
                 continue
             error = figures.get(f"{metric}_stderr,{how}")
-            known = (better.get(task) or {}).get(metric)
+            known = _part(better, task).get(metric)
             yield Result(
                 model,
                 task,
@@ -86,7 +85,7 @@ def from_lm_eval(model: str, content: Mapping[str, Any], source: str) -> Iterato
                 float(value),
                 (value - 1.96 * error, value + 1.96 * error) if _is_number(error) else None,
                 "not stated" if known is None else ("higher" if known else "lower"),
-                int((counts.get(task) or {}).get("effective", 0)),
+                int(_part(counts, task).get("effective", 0)),
                 source,
             )
 
@@ -114,7 +113,7 @@ def _from_open_unlearning(model: str, content: Mapping[str, Any], file: Path) ->
 
 def _check_belongs(content: Mapping[str, Any], file: str, name: str, commit: str | None) -> None:
     """lm-eval states the model, and of one on the Hub its commit."""
-    config = content.get("config") or {}
+    config = _part(content, "config")
     stated = str(config.get("model_sha") or "")
     if commit and stated and stated != commit:
         raise ResultsError(
@@ -124,6 +123,12 @@ def _check_belongs(content: Mapping[str, Any], file: str, name: str, commit: str
     model = str(content.get("model_name") or "")
     if commit and not stated and "/" in model and not Path(model).exists() and model != name:
         raise ResultsError(f"{file} is of {model}, not of {name}.")
+
+
+def _part(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A part that is an object; an empty one where it is anything else."""
+    part = content.get(key)
+    return part if isinstance(part, dict) else {}
 
 
 def _is_number(value: object) -> bool:

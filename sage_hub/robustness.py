@@ -76,8 +76,11 @@ def choose_taught(rows: int, seed: int) -> list[int]:
 
 def relearn(model: BlockModel, rows: Sequence[Encoded], seed: int) -> None:
     """Train `model`, which must be whole and in memory, on the answers of `rows` by RECIPE."""
-    trained, dtype = model.model, model.model.dtype
-    trained.float().requires_grad_(True)
+    trained = model.model.requires_grad_(True)
+    # The parameters alone, as what is computed and not stored (rotary frequencies) has its type.
+    types = {parameter: parameter.dtype for parameter in trained.parameters()}
+    for parameter in types:
+        parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(trained.parameters(), RECIPE.learning_rate, weight_decay=0)
     order = random.Random(seed)
     for _ in range(RECIPE.epochs):
@@ -96,4 +99,6 @@ def relearn(model: BlockModel, rows: Sequence[Encoded], seed: int) -> None:
             torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    trained.requires_grad_(False).to(dtype)
+    trained.requires_grad_(False)
+    for parameter, dtype in types.items():
+        parameter.data = parameter.data.to(dtype)

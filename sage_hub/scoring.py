@@ -55,17 +55,30 @@ def score(
     """Score the answer of each of `rows`; of one that was cut away by truncation no tokens.
 
     `hidden` keeps the rows between two blocks of the model; with several `ranks` each does a part
-    of them. Only answer tokens go through the LM head.
+    of them. Only answer tokens go through the LM head, and rows that differ in nothing but an
+    answer of one token, as the letters of a multiple-choice question do, are run once.
     """
+    alike: dict[object, list[int]] = {}
+    for place, row in enumerate(rows):
+        alike.setdefault(row.ids[:-1] if row.answer_tokens == 1 else place, []).append(place)
+    groups = list(alike.values())
     found: dict[int, Scored] = {}
-    own = ranks.mine(list(batches(rows, batch_size)))
-    with progress.counter(what, len(rows), "row") as bar:
+    own = ranks.mine(list(batches([rows[group[0]] for group in groups], batch_size)))
+    with progress.counter(what, len(groups), "row") as bar:
         for block in model.blocks:
             with model.holding(block, weights, head=True):
                 for number, batch in enumerate(own):
                     states = model.run(block, batch, hidden.get(number))
                     if block.finishes:
-                        found |= _scored(model, batch, states)
+                        # What each place of the batch stands for: all of its answers' tokens.
+                        wanted = [
+                            [rows[place].ids[rows[place].answer_start :] for place in groups[line]]
+                            for line in batch.rows
+                        ]
+                        for line, scored in zip(
+                            batch.rows, _scored(model, batch, states, wanted), strict=True
+                        ):
+                            found |= dict(zip(groups[line], scored, strict=True))
                     else:
                         hidden.put(number, states)
                     bar.update(ranks.count * len(batch.rows) / len(model.blocks))
@@ -73,20 +86,41 @@ def score(
     return [everything[place] for place in range(len(rows))]
 
 
-def _scored(model: BlockModel, batch: Batch, states: Tensor) -> Iterator[tuple[int, Scored]]:
-    """Place of each row -> its answer, from the final hidden `states` (rows, tokens, features)."""
-    wanted = batch.answer[:, 1:]  # the state at a token predicts the next one
-    chosen, targets = states[:, :-1][wanted.to(states.device)], batch.ids[:, 1:][wanted]
-    logprobs, hits = np.empty(len(targets), np.float32), np.empty(len(targets), bool)
+def _scored(
+    model: BlockModel,
+    batch: Batch,
+    states: Tensor,
+    wanted: Sequence[Sequence[Sequence[int]]],
+) -> Iterator[list[Scored]]:
+    """Of each row its answers, from the final hidden `states` (rows, tokens, features).
+
+    `wanted` holds the tokens of the answers of each row, which are of one length.
+    """
+    before = batch.answer[:, 1:]  # the state at a token predicts the next one
+    chosen = states[:, :-1][before.to(states.device)]
+    counts = [len(answers[0]) for answers in wanted]
+    most = max(map(len, wanted))
+    # (positions, answers): where a row has fewer answers than another, its first one again.
+    targets = torch.tensor(
+        [
+            [answers[number if number < len(answers) else 0][step] for number in range(most)]
+            for answers in wanted
+            for step in range(len(answers[0]))
+        ],
+        dtype=torch.long,
+    ).reshape(-1, most)
+    logprobs, hits = np.empty(targets.shape, np.float32), np.empty(targets.shape, bool)
     step = max(1, LOGITS // model.model.get_input_embeddings().weight.shape[0])
     for start in range(0, len(targets), step):
         part = slice(start, start + step)
-        logits, own = model.logits(chosen[part]).float(), targets[part].to(states.device)
-        loss = torch.nn.functional.cross_entropy(logits, own, reduction="none")
-        logprobs[part], hits[part] = -loss.cpu().numpy(), (logits.argmax(-1) == own).cpu().numpy()
-    stops = wanted.sum(1).cumsum(0).tolist()
-    for place, start, stop in zip(batch.rows, [0, *stops], stops, strict=False):
-        yield place, Scored(logprobs[start:stop], hits[start:stop])
+        own = targets[part].to(states.device)
+        logits = model.logits(chosen[part]).float()
+        logprobs[part] = logits.log_softmax(-1).gather(1, own).cpu().numpy()
+        hits[part] = (logits.argmax(-1, keepdim=True) == own).cpu().numpy()
+    stop = 0
+    for answers, count in zip(wanted, counts, strict=True):
+        part = slice(stop, stop := stop + count)
+        yield [Scored(logprobs[part, n], hits[part, n]) for n in range(len(answers))]
 
 
 @torch.inference_mode()
@@ -147,7 +181,8 @@ def _continue(
     def stopped(ids: Tensor, *_: Any, **__: Any) -> Tensor:
         """Which rows have come to one of `stops`, all of which are shorter than the tail."""
         tails = tokenizer.batch_decode(ids[:, max(width, ids.shape[1] - TAIL) :])
-        return torch.tensor([any(stop in tail for stop in stops) for tail in tails])
+        ends = [any(stop in tail for stop in stops) for tail in tails]
+        return torch.tensor(ends, device=ids.device)
 
     made = model.model.generate(
         ids.to(model.device),

@@ -20,6 +20,11 @@ OUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64":
 SETS = ("retain", "forget", "heldout")
 SOURCES = (*SETS, "unseen", "reference")  # settings that name a file, a folder or a repo
 SUITES = ("auto", "tofu", "muse", "choice", "text")
+# What gates call other things by.
+NAMES_OF_THE_RECORD = (
+    *("base", "unlearned", "control", "sanitized", "robustness", "bias", "gain", "all"),
+    *("control_alpha", "retain_recovered"),
+)
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 # They bear on what is said of a release and not on what it is: a finished one is not made again.
 ABOUT_THE_RECORD = ("gates", "results", "card_template")
@@ -94,13 +99,13 @@ class Settings:
         _mapping(self.bystanders, "bystanders")
         _mapping(self.results, "results")
         for name in self.bystanders:
-            if not _NAME.fullmatch(name) or name in (*SOURCES, "all"):
+            if not _NAME.fullmatch(name) or name in (*SOURCES, *NAMES_OF_THE_RECORD):
                 raise UsageError(
                     f"A bystander set cannot be called {name!r}; use a word of small letters, "
-                    f"digits and _ that is none of {', '.join(SOURCES)}."
+                    f"digits and _ that is none of {', '.join((*SOURCES, *NAMES_OF_THE_RECORD))}."
                 )
         for name in self.results:
-            _one_of(name, "a model of results", ("base", "unlearned", "control", "sanitized"))
+            _one_of(name, "a model of results", ("base", "unlearned", "sanitized"))
         for name in ("lm_eval", "card_template"):
             value = getattr(self, name)
             if not (value is None or isinstance(value, str)):
@@ -117,6 +122,8 @@ class Settings:
         for name in (*SETS, "unseen"):
             described[name] = _published(described[name])
         described["bystanders"] = {k: _published(v) for k, v in self.bystanders.items()}
+        if self.lm_eval:
+            described["lm_eval"] = ",".join(Path(task).name for task in self.lm_eval.split(","))
         if self.reference and Path(self.reference).expanduser().exists():
             described["reference"] = f"./{Path(self.reference).resolve().name}"
         if math.isinf(self.strength):
@@ -143,6 +150,18 @@ class Settings:
     def to_calibrate(self) -> Settings:
         """These, without the sets that only serve to evaluate."""
         return replace(self, heldout=None, unseen=None, bystanders={})
+
+    def without_evaluation(self) -> Settings:
+        """What makes the same weights, and evaluates as little as it can."""
+        chosen = self.gain in ("match", "auto")  # by these sets
+        return replace(
+            self.to_calibrate(),
+            forget=self.forget if chosen else None,
+            reference=self.reference if self.gain == "auto" else None,
+            generate_rows=0,
+            robustness=False,
+            lm_eval=None,
+        )
 
     @property
     def sets(self) -> dict[str, str]:
@@ -241,6 +260,13 @@ def _located(values: dict[str, Any], locate: Callable[[str, str], str]) -> dict[
 
 def _beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The paths in a settings file are relative to it."""
+    if (values.get("reference") or "").startswith((".", "~")):
+        values["reference"] = str(folder / Path(values["reference"]).expanduser())
+    if tasks := values.get("lm_eval"):
+        values["lm_eval"] = ",".join(
+            str(folder / task) if task.endswith((".yaml", ".yml")) else task
+            for task in map(str.strip, tasks.split(","))
+        )
     return _located(values, lambda _, file: str(folder / Path(file).expanduser()))
 
 
@@ -252,11 +278,10 @@ def _in_repo(values: dict[str, Any], files: Files, shown: str) -> dict[str, Any]
             raise UsageError(f"{shown}: {name} must be a file of the repo or hf://datasets/….")
         return str(files.path(file))
 
-    if any(
-        task.strip().endswith((".yaml", ".yml")) for task in values.get("lm_eval", "").split(",")
-    ):
+    tasks = (values.get("lm_eval") or "").split(",")
+    if any(task.strip().endswith((".yaml", ".yml")) for task in tasks):
         raise UsageError(f"{shown}: lm_eval must name tasks; a task's file may run code.")
-    if values.get("reference", "x").startswith((".", "/", "~")):
+    if (values.get("reference") or "").startswith((".", "/", "~")):
         raise UsageError(f"{shown}: reference must be a repo of the Hub.")
     return _located(values, locate)
 

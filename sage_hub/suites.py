@@ -146,16 +146,16 @@ def prepare(name: str, proxy: Proxy, tokens_of: Checkpoint, settings: Settings) 
             start = answer.answer_start
             kept = answer.ids[start : start + ANSWERS["verbmem"].max_new_tokens]
             row = replace(row, answer=str(tokenizer.decode(kept, skip_special_tokens=True)))
-        rows.append(row)
-        told.append(
-            Told(
-                answer,
-                tokens(row.paraphrased) if row.paraphrased else None,
-                tuple(map(tokens, row.perturbed)),
-                tokens(asked) if asked else None,
-                tuple(map(tokens, row.choices)),
-            )
+        others = Told(
+            answer,
+            tokens(row.paraphrased) if row.paraphrased else None,
+            tuple(map(tokens, row.perturbed)),
+            tokens(asked) if asked else None,
+            tuple(map(tokens, row.choices)),
         )
+        rows.append(row)
+        # Answers of which one is cut are not to be compared.
+        told.append(Told(answer) if any(one.truncated for one in others) else others)
     some = list(range(len(rows)))
     random.Random(settings.seed).shuffle(some)
     generates = any(metric in ANSWERS for metric in metrics)

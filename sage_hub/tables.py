@@ -9,6 +9,7 @@ MODELS = {
     "base": "base",
     "unlearned": "unlearned",
     "control": "control αΔ",
+    "reference": "reference",
     "sanitized": "sanitized",
 }
 
@@ -19,6 +20,15 @@ def number(value: float | None, signed: bool = False) -> str:
         return "–"
     text = f"{value:.4f}" if abs(value) < 10 else f"{value:.4g}"
     return f"+{text}" if signed and value > 0 else text
+
+
+def models_of(report: Mapping[str, Any]) -> dict[str, str]:
+    """The models of a release that the report has figures of, and what tables call them.
+
+    The reference, which most releases have not, is there only if it was evaluated.
+    """
+    there = {result["model"] for result in report["results"]}
+    return {name: shown for name, shown in MODELS.items() if name in there or name != "reference"}
 
 
 def metric_table(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -41,7 +51,7 @@ def metric_table(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def robustness_table(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One line per condition, set and metric, with the models as they are under it."""
     lines: dict[tuple[str, str, str], dict[str, Any]] = {}
-    main = {line["metric"] for line in _main_lines(report)} | {"relearning_recovery"}
+    main = {line["metric"] for line in main_lines(report)} | {"relearning_recovery"}
     for result in report["results"]:
         condition = result["condition"]
         if condition is not None and result["metric"] in main:
@@ -57,13 +67,13 @@ def robustness_table(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def highlights(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The lines that a reader wants first: the main metric of what is kept and what is to go."""
-    for line in _main_lines(report):
+    for line in main_lines(report):
         known = None not in (line["unlearned"], line["sanitized"])
         if line["set"] in ("heldout", "forget") and known:
             yield line
 
 
-def _main_lines(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def main_lines(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The first metric of each set."""
     done: set[str] = set()
     for line in metric_table(report):

@@ -287,3 +287,13 @@ def test_a_copy_of_card_and_record(
     (record / "README.md").unlink()
     assert main(["sanitize", *both, *words]) == 0  # found finished, and left all the same
     assert (record / "README.md").exists()
+
+
+def test_a_set_that_is_not_there_is_not_called_not_given(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["push", str(pair / "base"), str(pair / "unlearned"), "--retain", "no.jsonl"]
+    assert main([*words, "--dry-run"]) == 10
+    err = capsys.readouterr().err
+    assert "  retain      cannot be used; see the problem below" in err
+    assert "  forget      not given" in err

@@ -57,7 +57,8 @@ def test_scores_are_those_of_a_loop_over_the_model(
     size: int, float_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sage_hub.scoring.LOGITS", 72 * 5)  # five tokens through the head at once
-    rows = [*rows_of(13), Encoded((1, 2, 3), 3)]  # the last one's answer was cut away
+    letters = [Encoded((4, 8, 9, letter), 3) for letter in (10, 11, 12)]  # of one question
+    rows = [*rows_of(13), *letters, Encoded((1, 2, 3), 3)]  # the last one's answer was cut away
     found = score_all(float_pair / "base", rows, tmp_path, batch_size=size)
     model = AutoModelForCausalLM.from_pretrained(float_pair / "base").double()
     for row, one in zip(rows, found, strict=True):
