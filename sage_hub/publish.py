@@ -187,7 +187,7 @@ class Upload:
             self.wait()
         try:
             return self._commit([])
-        except HfHubHTTPError as error:
+        except Exception as error:
             raise self._explain(error) from None
 
     def _commit(self, copies: Sequence[CommitOperationCopy]) -> str:
@@ -245,6 +245,11 @@ class Upload:
             return PublishError(
                 f"{self.repo} changed while the release was made; nothing was published. "
                 "Run the same command again."
+            )
+        if isinstance(error, ValueError) and _status(error) is None:
+            return PublishError(  # the head of a card that a template made, as a rule
+                f"The Hub's client refused the release, and nothing was published: "
+                f"{first_line(error)}"
             )
         return explain(error, self.repo) or error
 

@@ -157,6 +157,21 @@ class TestSending:
         assert sent(sources) == []
         published(sources)
 
+    def test_a_card_that_the_hub_would_refuse(
+        self,
+        sources: LoopbackHub,
+        statistics: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def badly(folder: Path, *_: object) -> None:
+            (folder / "README.md").write_text("---\nlicense: [\n---\n# Model\n")
+
+        monkeypatch.setattr(release.card, "write_card", badly)
+        assert push(statistics) == 24
+        assert "Invalid metadata in README.md" in capsys.readouterr().err
+        assert set(sources.files(TARGET)) == {".gitattributes"}
+
     def test_multipart(
         self, sources: LoopbackHub, statistics: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
