@@ -9,8 +9,6 @@ from functools import cache
 from typing import Any, Literal
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
-from scipy.stats import ks_2samp, mannwhitneyu
 
 from sage_hub.bootstrap import Estimate, combine
 from sage_hub.proxies import Row
@@ -116,7 +114,9 @@ def _rouge(part: str) -> Callable[[Seen], float | None]:
 
 
 @cache
-def _scorer() -> RougeScorer:
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # takes a second, and few commands need it
+
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
@@ -169,6 +169,8 @@ def forget_quality(model: Sequence[Seen], reference: Sequence[Seen]) -> tuple[fl
     Whether the truth ratios R of the forget rows are those of a model that never saw them. None
     where the rows have no wrong answers. With n rows p is no less than 2 / C(2n, n).
     """
+    from scipy.stats import ks_2samp
+
     samples = [[wrong_to_right(seen) for seen in side] for side in (model, reference)]
     if not samples[0] or any(ratio is None for sample in samples for ratio in sample):
         return None
@@ -182,6 +184,8 @@ def membership_auc(forget: Sequence[Seen], unseen: Sequence[Seen]) -> float:
     By Min-K% (Shi et al. 2024, arXiv 2310.16789): the mean negative log-likelihood of the K % of
     tokens that are the least probable; K = 40 as in MUSE.
     """
+    from scipy.stats import mannwhitneyu
+
     surprise = [[_min_k(seen.told.answer) for seen in side] for side in (forget, unseen)]
     found = mannwhitneyu(*surprise).statistic
     return float(found) / (len(forget) * len(unseen))

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment
-from matplotlib.figure import Figure
 
 from sage_hub.pictures import bias_by_layer, bias_by_strength
 
@@ -74,7 +73,7 @@ def audit_page(audit: Mapping[str, Any]) -> str:
     return _PAGE.render(audit=audit, top=TOP, pictures=_embedded(drawn))
 
 
-def _embedded(drawn: Sequence[tuple[str, Figure | None]]) -> list[dict[str, str]]:
+def _embedded(drawn: Sequence[tuple[str, Any]]) -> list[dict[str, str]]:
     pictures = []
     for alt, figure in drawn:
         if figure is not None:

@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+if TYPE_CHECKING:  # it takes a second to import, and few commands need it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Told apart without colour too, by marker and by place.
 COLOURS = {
@@ -88,6 +88,8 @@ def bias_by_layer(manifest: Mapping[str, Any]) -> Figure | None:
             own.append((tensor["bias_before"], tensor["bias_after"]))
     if not kinds:
         return None
+    from matplotlib.ticker import MaxNLocator
+
     figure, (before, after) = _side_by_side(9.0, 3.8)
     for number, (kind, layers) in enumerate(sorted(kinds.items())):
         order = sorted(layers)
@@ -139,6 +141,8 @@ def _reach(result: Mapping[str, Any]) -> list[list[float]] | None:
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     _plain(axes)
@@ -146,6 +150,8 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _side_by_side(width: float, height: float) -> tuple[Figure, tuple[Axes, Axes]]:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes in (left, right):
