@@ -152,9 +152,10 @@ def write_card(
             adapter=about["adapter"],
             pictures=pictures,
         )
-    except TemplateError as error:
+        page = str(ModelCard(text))
+    except (TemplateError, yaml.YAMLError, ValueError) as error:
         raise UsageError(f"The card template {path.name} fails: {first_line(error)}.") from None
-    (folder / "README.md").write_text(str(ModelCard(text)), encoding="utf-8")
+    (folder / "README.md").write_text(page, encoding="utf-8")
     _write_benchmark_results(folder / ".eval_results", report)
 
 

@@ -76,6 +76,7 @@ def test_it_can_be_written_again_from_the_record_alone(release: Path, tmp_path: 
     "template, says",
     [
         ("{% if %}", "is not a Jinja template"),
+        ("---\na: [\n---\n", "fails: while parsing"),
         ("{{ nothing_like_this }}", "fails: 'nothing_like_this' is undefined"),
         ("{{ ''.__class__.__mro__ }}", "fails: access to attribute '__class__'"),
     ],

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,10 +68,26 @@ def test_several_processes_make_the_release_of_one(count: int, pair: Path, tmp_p
     ]
     assert manifests[0] == manifests[1]
     one, several = (found[ranks]["report"]["results"] for ranks in (1, count))
-    assert len(one) == len(several) == 4 * 3 * 2
-    for a, b in zip(one, several, strict=True):
-        assert a | {"value": 0} == b | {"value": 0}
-        assert a["value"] == pytest.approx(b["value"], rel=1e-3)
+    same(one, several)
+    assert len(one) == 4 * (4 + 5 + 5)  # models, metrics of each set
+
+
+def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    """The same figures, but for rounding."""
+    for a, b in zip(one, other, strict=True):
+        assert a | {"value": 0, "interval": 0} == b | {"value": 0, "interval": 0}
+        assert a["value"] == pytest.approx(b["value"], rel=1e-3, abs=1e-6)
+        assert a["interval"] == pytest.approx(b["interval"], rel=1e-2, abs=1e-3)
+
+
+def test_several_processes_evaluate_what_one_does(pair: Path) -> None:
+    models = [str(pair / "base"), str(pair / "unlearned")]
+    words = ["eval", *models, "--forget", str(pair / "forget.jsonl"), "--generate-rows", "5"]
+    found = [json.loads(run([*words, "--robustness", "--json"], ranks)[0]) for ranks in (1, 2)]
+    one, two = (report["results"] for report in found)
+    kinds = {(result["metric"], result["condition"]) for result in one}
+    assert {("rougeL_recall", None), ("probability", "int4"), ("probability", "relearned")} <= kinds
+    same(one, two)
 
 
 @pytest.mark.parametrize("moments", ["exact", "sketch"])

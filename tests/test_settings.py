@@ -163,7 +163,7 @@ WRONG = [
     ("energy", math.nan),
     ("gain", 0),
     ("gain", math.inf),
-    ("gain", "auto"),
+    ("gain", "soon"),
     ("rank", 0),
     ("rank", 2.0),
     ("rank", False),
