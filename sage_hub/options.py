@@ -44,7 +44,7 @@ Each command has its own --help. Exit statuses: 0 is done, 1 an internal error,
     "stats": """examples:
   sage-hub stats org/base --retain retain.jsonl --output base.safetensors
   sage-hub push org/base org/unlearned --stats base.safetensors
-  sage-hub stats org/base --retain kept.jsonl --retain style.jsonl --output stats
+  sage-hub stats org/base --retain one.jsonl --retain two.jsonl --output stats
   sage-hub stats org/base --retain retain.jsonl --to org/base-sage-stats
   sage-hub push org/base org/unlearned --stats org/base-sage-stats""",
     "audit": """example:
