@@ -8,7 +8,17 @@ the same batches:
 - forward: transformers loads the model whole and runs its decoder, nothing else;
 - exact, sketch, rank 64: `sage-hub stats` with exact and sketched second moments, and with
   sketches for 64 directions per site; hashing the weights, decomposing and writing included;
+- llm-compressor (`--peer PYTHON`): the Hessians that its GPTQ collects of every linear layer, by
+  its own sequential pipeline in one pass; nothing is factorized, quantized or written;
 - the import of each alone, to be subtracted.
+
+Seconds are of the wall and of the processors; on a machine that others use too, the latter tell
+more, with one thread (OMP_NUM_THREADS=1).
+
+llm-compressor wants an older transformers, so it gets an environment of its own:
+
+    python3 -m venv /tmp/peer-venv
+    /tmp/peer-venv/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
 
 `--llama GB` builds a random Llama checkpoint of that size in `--folder` and takes that.
 """
@@ -17,12 +27,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from streaming import HERE, Run, in_turn, machine, measure, print_row, profile
 
@@ -32,6 +44,24 @@ OPTIONS = {
     "rank 64": ["--moments", "sketch", "--rank", "64"],
 }
 LENGTH = 512  # of the longest row, in tokens
+PEER = "llm-compressor"
+IMPORTS = {"forward": "import forward", PEER: f"import {PEER}"}  # of all others: sage-hub's
+
+
+@dataclass(frozen=True)
+class Timed(Run):
+    """A measured process, with the seconds that it took of all processors."""
+
+    cpu: float
+
+
+def timed(job: str, tokens: int, command: list[str]) -> Timed:
+    """Run and measure `command`."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds, peak = measure(command)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Timed(job, tokens, seconds, peak, cpu)
 
 
 def main() -> None:
@@ -44,6 +74,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
     parser.add_argument("--memory", type=float, default=8, metavar="GB", help="the budget")
     parser.add_argument("--only", nargs="+", choices=OPTIONS, default=list(OPTIONS))
+    parser.add_argument("--peer", metavar="PYTHON", help=f"a python that has {PEER}")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "sage-llamas"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
     parser.add_argument("--profile", action="store_true", help="only show where the time goes")
@@ -51,7 +82,7 @@ def main() -> None:
     model = args.model or build(args.folder, args.llama)
     stats = ["stats", str(model.resolve()), "--quiet", "--max-length", str(LENGTH)]
     stats += ["--memory", str(args.memory), "--output"]
-    runs: list[Run] = []
+    runs: list[Timed] = []
     with tempfile.TemporaryDirectory(dir=args.folder if args.llama else None) as scratch:
         stats.append(f"{scratch}/statistics.safetensors")
         if args.profile:
@@ -63,17 +94,28 @@ def main() -> None:
             "import forward": [sys.executable, "-c", "from transformers import LlamaForCausalLM"],
             "import sage-hub": [sys.executable, "-c", "import sage_hub.release"],
         }
+        if args.peer:
+            imports[IMPORTS[PEER]] = [
+                args.peer,
+                "-c",
+                "import calibration; calibration.load_peer()",
+            ]
         for job in in_turn(imports, args.repeats):
-            runs.append(Run(job, 0, *measure(imports[job])))
+            runs.append(timed(job, 0, imports[job]))
         for tokens in args.tokens:
             jobs = {
                 job: [*sage_hub, *OPTIONS[job], "--max-tokens", str(tokens)] for job in args.only
             }
-            code = "import sys, calibration; calibration.forward(sys.argv[1], int(sys.argv[2]))"
-            jobs["forward"] = [sys.executable, "-c", code, str(model.resolve()), str(tokens)]
+            rows = f"{scratch}/rows.json"
+            code = "import sys, calibration; calibration.write_rows(*sys.argv[1:])"
+            measure([sys.executable, "-c", code, str(model.resolve()), str(tokens), rows])
+            code = "import sys, calibration; getattr(calibration, sys.argv[1])(*sys.argv[2:])"
+            jobs["forward"] = [sys.executable, "-c", code, "forward", str(model.resolve()), rows]
+            if args.peer:
+                jobs[PEER] = [args.peer, "-c", code, "hessians", str(model.resolve()), rows]
             measure(jobs["forward"])  # warms the page cache
             for job in in_turn(jobs, args.repeats):
-                run = Run(job, tokens, *measure(jobs[job]))
+                run = timed(job, tokens, jobs[job])
                 print(f"{job}: {run.seconds:.2f} s, {run.peak_mb:.0f} MB", file=sys.stderr)
                 runs.append(run)
     print(json.dumps(machine(), indent=2))
@@ -92,55 +134,110 @@ def build(folder: Path, size: float) -> Path:
     return pair / "base"
 
 
-def forward(model: str, tokens: int) -> None:
+def write_rows(model: str, tokens: str, file: str) -> None:
+    """Write the batches that `sage-hub stats` runs into `file`: ids and mask of each."""
+    from sage_hub.checkpoint import open_checkpoint
+    from sage_hub.encoding import batches, take_rows
+    from sage_hub.proxies import read_proxy
+    from sage_hub.settings import Settings
+
+    settings = Settings(max_tokens=int(tokens), max_length=LENGTH)
+    rows, _ = take_rows(read_proxy(None), open_checkpoint(model), settings)
+    made = [
+        (batch.ids.tolist(), batch.mask.tolist()) for batch in batches(rows, settings.batch_size)
+    ]
+    Path(file).write_text(json.dumps(made))
+
+
+def read_rows(file: str) -> list[dict[str, Any]]:
+    """What `write_rows` wrote, as the arguments of a model."""
+    import torch
+
+    names = "input_ids", "attention_mask"
+    batches = json.loads(Path(file).read_text())
+    return [dict(zip(names, map(torch.tensor, batch), strict=True)) for batch in batches]
+
+
+def forward(model: str, rows: str) -> None:
     """Run the decoder of `model` on the rows that `sage-hub stats` takes."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sage_hub.checkpoint import open_checkpoint
-    from sage_hub.encoding import batches, encode, load_tokenizer, row_limit, take_tokens
-    from sage_hub.proxies import read_proxy
-
-    checkpoint = open_checkpoint(model)
-    length = row_limit(checkpoint, LENGTH)
-    rows = encode(
-        read_proxy(None), load_tokenizer(checkpoint), chat_template=True, max_length=length
-    )
-    used = [rows[place] for place in take_tokens(rows, tokens, seed=0)]
     decoder = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval().get_decoder()
     with torch.inference_mode():
-        for batch in batches(used, 8):
-            decoder(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        for batch in read_rows(rows):
+            decoder(**batch, use_cache=False)
 
 
-def print_tables(runs: list[Run], megabytes: float) -> None:
+def load_peer() -> Any:
+    """llm-compressor's GPTQ, which drops the Hessians of a layer instead of using them."""
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from transformers import LlamaForCausalLM  # noqa: F401 - to be counted as import
+
+    class Collect(GPTQModifier):
+        def compress_module_list(self, module_list: list[Any]) -> None:
+            for module in module_list:
+                tokens, hessian = self._num_samples.pop(module), self._hessians.pop(module)
+                assert tokens > 0
+                assert hessian.diagonal().sum() > 0
+
+    return Collect
+
+
+def hessians(model: str, rows: str) -> None:
+    """Collect the Hessians of every linear layer but the head, on the same rows."""
+    collect = load_peer()
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor import oneshot
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForCausalLM
+
+    weights = QuantizationArgs(num_bits=8, strategy="channel")  # any that fits all widths
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    oneshot(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval(),
+        dataset=DataLoader(read_rows(rows), batch_size=None),
+        recipe=[collect(config_groups={"all": scheme}, ignore=["lm_head"])],
+        pipeline="sequential",
+        propagate_error=False,  # or every layer would run twice
+    )
+
+
+def print_tables(runs: list[Timed], megabytes: float) -> None:
     """Medians per number of tokens, against the plain forward pass and the size of the model."""
     middle = {
-        key: (
-            statistics.median(r.seconds for r in runs if (r.job, r.size) == key),
-            statistics.median(r.peak_mb for r in runs if (r.job, r.size) == key),
-        )
+        key: [
+            statistics.median(getattr(run, what) for run in runs if (run.job, run.size) == key)
+            for what in ("seconds", "cpu", "peak_mb")
+        ]
         for key in dict.fromkeys((run.job, run.size) for run in runs)
     }
+
+    def above_import(job: str, tokens: float) -> list[float]:
+        own = middle[IMPORTS.get(job, "import sage-hub"), 0]
+        return [all_in - of for all_in, of in zip(middle[job, tokens], own, strict=True)]
+
     for tokens in sorted({size for _, size in middle}):
         print(f"\n{tokens:.0f} tokens" if tokens else "\nimports")
-        print_row("", "wall s", "− import", "× forward", "peak MB", "− import", "× model")
-        plain = middle.get(("forward", tokens), (0.0, 0.0))[0] - middle["import forward", 0][0]
+        print_row("", "wall s", "× forward", "cpu s", "× forward", "peak MB", "× model")
         for job in (job for job, of in middle if of == tokens):
-            wall, peak = middle[job, tokens]
             if not tokens:
-                print_row(job, f"{wall:.2f}", "", "", f"{peak:.0f}")
+                wall, cpu, peak = middle[job, tokens]
+                print_row(job, f"{wall:.2f}", "", f"{cpu:.2f}", "", f"{peak:.0f}")
                 continue
-            own = middle["import forward" if job == "forward" else "import sage-hub", 0]
+            (wall, cpu, peak), plain = above_import(job, tokens), above_import("forward", tokens)
             print_row(
                 job,
                 f"{wall:.2f}",
-                f"{wall - own[0]:.2f}",
-                f"{(wall - own[0]) / plain:.2f}",
+                f"{wall / plain[0]:.2f}",
+                f"{cpu:.2f}",
+                f"{cpu / plain[1]:.2f}",
                 f"{peak:.0f}",
-                f"{peak - own[1]:.0f}",
-                f"{(peak - own[1]) / megabytes:.2f}",
+                f"{peak / megabytes:.2f}",
             )
+        if tokens and (PEER, tokens) not in middle:
+            print_row(PEER, "not run", "(no --peer)")
+    print("\nImports are taken off from all that is measured with tokens.")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from sage_hub.observe import View, watching
 from sage_hub.progress import Progress
 from sage_hub.proxies import Proxy
 from sage_hub.ranks import ALONE, Ranks
-from sage_hub.settings import Settings
+from sage_hub.settings import SETS, Settings
 from sage_hub.sites import Site, find_sites
 from sage_hub.spill import Spill
 from sage_hub.statistics import STORED_ENERGY, VERSION, Origin, StatisticsWriter, is_whole
@@ -49,6 +50,9 @@ class _Set:
     rows: Sequence[Encoded]
     batches: Sequence[Batch]
     about: dict[str, Any]
+    sketched: frozenset[str] = frozenset()  # the sites whose moment is a sketch
+    starved: list[str] = field(default_factory=list)  # experts that saw too few of its tokens
+    files: list[Path] = field(default_factory=list)  # that what it shows goes into
 
     @property
     def tokens(self) -> int:
@@ -57,39 +61,55 @@ class _Set:
 
 def calibrate(
     checkpoint: Checkpoint,
-    proxies: Mapping[str, Proxy],
+    files: Mapping[Path, Mapping[str, Proxy]],
     settings: Settings,
-    path: Path,
     *,
     weights: str,
     cache: Path | None = None,
     ranks: Ranks = ALONE,
     progress: Progress,
 ) -> None:
-    """Calibrate `checkpoint` on `proxies` (set -> rows) and write the statistics file `path`.
+    """Calibrate `checkpoint` and write statistics files: path -> its proxies (set -> rows).
 
-    `weights` is the checkpoint's fingerprint, which its caller has computed already. The folder
-    `cache` is looked into first, and gets what was made; its files are named by all that they
-    depend on. Raises OutOfMemoryError if `settings.memory` is too little, NonFiniteError with
-    site and row at the first NaN or Inf in an activation. With several `ranks` each takes a part
-    of the rows, and the first writes the file, which all must be able to read.
+    Several files come from one pass over the weights, in which a proxy that is in several of them
+    is run once; each is, byte for byte on a CPU, what it is if it is made alone. `weights` is the
+    checkpoint's fingerprint, which its caller has computed already. The folder `cache` is looked
+    into first, and gets what was made; its files are named by all that they depend on.
+
+    Raises OutOfMemoryError if `settings.memory` is too little, NonFiniteError with site and row
+    at the first NaN or Inf in an activation. With several `ranks` each takes a part of the rows,
+    and the first writes the files, which all must be able to read.
     """
     if cache is None:
-        _calibrate(checkpoint, proxies, settings, path, weights, ranks, progress)
+        _calibrate(checkpoint, files, settings, weights, ranks, progress)
         return
-    kept = cache / f"{_key(checkpoint, proxies, settings, weights)}.safetensors"
-    if ranks.once(lambda: is_whole(kept)):
+    kept = {
+        path: cache / f"{_key(checkpoint, proxies, settings, weights)}.safetensors"
+        for path, proxies in files.items()
+    }
+    missing = {
+        kept[path]: proxies
+        for path, proxies in files.items()
+        if not ranks.once(partial(is_whole, kept[path]))
+    }
+    if not missing:
         progress.note(f"The statistics are in {cache} already; nothing is calibrated.")
-    else:
-        # Under a name of its own, as another run may be at the same.
-        mine = kept.with_name(f"{kept.stem}.{os.getpid()}.safetensors")
-        try:
-            _calibrate(checkpoint, proxies, settings, mine, weights, ranks, progress)
-            if ranks.first:
-                mine.replace(kept)
-        finally:
-            mine.unlink(missing_ok=True)
-    ranks.once(lambda: _link(kept, path))
+    elif len(missing) < len(files):
+        found = len(files) - len(missing)
+        progress.note(f"{found} of {len(files)} statistics files are in {cache} already.")
+    # Under names of their own, as another run may be at the same.
+    mine = {file: file.with_name(f"{file.stem}.{os.getpid()}.safetensors") for file in missing}
+    try:
+        if missing:
+            own = {mine[file]: proxies for file, proxies in missing.items()}
+            _calibrate(checkpoint, own, settings, weights, ranks, progress)
+        for file in missing if ranks.first else ():
+            mine[file].replace(file)
+    finally:
+        for unfinished in mine.values():
+            unfinished.unlink(missing_ok=True)
+    for path in files:
+        ranks.once(partial(_link, kept[path], path))
 
 
 def _link(kept: Path, path: Path) -> None:
@@ -121,98 +141,118 @@ def _key(
 
 def _calibrate(
     checkpoint: Checkpoint,
-    proxies: Mapping[str, Proxy],
+    files: Mapping[Path, Mapping[str, Proxy]],
     settings: Settings,
-    path: Path,
     weights: str,
     ranks: Ranks,
     progress: Progress,
 ) -> None:
     sites = find_sites(empty_model(checkpoint))
-    sets = _read_sets(checkpoint, proxies, settings)
     with ExitStack() as stack:
         reader = stack.enter_context(open_weights(checkpoint))
         model = stack.enter_context(open_blocks(checkpoint, reader, settings.device))
-        budget = plan_memory(
-            model,
-            sites,
-            settings,
-            tokens=sum(batch.ids.numel() for part in sets for batch in part.batches),
-            longest=max(len(row.ids) for part in sets for row in part.rows),
-            held=checkpoint.weight_bytes if loaded_whole(checkpoint) else 0,
-        )
-        budget.check()
-        writer = stack.enter_context(StatisticsWriter(path)) if ranks.first else None
-        hidden = {
-            part.name: stack.enter_context(Spill(path.parent, budget.hidden / len(sets)))
-            for part in sets
+        sets, room = _plan(checkpoint, files, settings, model, sites)
+        writers = {
+            path: stack.enter_context(StatisticsWriter(path)) for path in files if ranks.first
         }
+        folder = next(iter(files)).parent
+        hidden = [stack.enter_context(Spill(folder, room / len(sets))) for _ in sets]
         total = sum(part.tokens for part in sets)
         bar = stack.enter_context(progress.counter("Calibrating", total, "tok"))
-        make = partial(_moment, settings=settings, sketched=budget.sketched)
         place = 0  # of two that each batch has, where its hidden states are
         for block in model.blocks:
             seen = model.sites_of(block, sites)
             places = place, 1 - place if any(site.expert for site in seen) else place
             with model.holding(block, reader):
-                for part in sets:
-                    states = hidden[part.name]
+                for part, states in zip(sets, hidden, strict=True):
+                    make = partial(_moment, settings=settings, sketched=part.sketched)
                     moments, rare = _observe(
                         model, block, seen, part, make, states, places, ranks, bar
                     )
-                    part.about["experts_shown_block_input"] += rare
+                    part.starved.extend(rare)
                     for site, found in _decompose(seen, moments, settings, ranks):
-                        if writer is not None:
-                            writer.add(part.name, site, found)
+                        for path in part.files if ranks.first else ():
+                            writers[path].add(part.name, site, found)
             place = places[1]
             rows = sum(len(part.rows) for part in sets) * bar.n / total
             bar.set_postfix_str(f"{rows / (bar.format_dict['elapsed'] or 1):.3g} row/s")
-        if writer is not None:
-            writer.finish(_origin(checkpoint, weights, sets, settings), sites)
-        ranks.all(None)  # the file is there when the others go on
-    for note in _notes(sets, sites, len(budget.sketched)):
-        progress.note(note)
-
-
-def _read_sets(
-    checkpoint: Checkpoint, proxies: Mapping[str, Proxy], settings: Settings
-) -> list[_Set]:
-    """The proxies as tokens, as many as the settings allow."""
-    sets = []
-    for which, proxy in proxies.items():
-        used, places = take_rows(proxy, checkpoint, settings)
-        about = {
-            **proxy.describe(),
-            "rows_used": len(used),
-            "tokens_used": sum(len(row.ids) for row in used),
-            "rows_truncated": sum(row.truncated for row in used),
-            "experts_shown_block_input": [],
-            "row_hashes": [proxy.rows[place].hash for place in places],
-        }
-        sets.append(_Set(which, used, list(batches(used, settings.batch_size)), about))
-    return sets
-
-
-def _notes(sets: Sequence[_Set], sites: Sequence[Site], sketched: int) -> Iterator[str]:
-    """What a person should know of the statistics."""
+        for path, writer in writers.items():
+            own = [part for part in sets if path in part.files]
+            writer.finish(_origin(checkpoint, weights, own, settings), sites)
+        ranks.all(None)  # the files are there when the others go on
     for part in sets:
-        yield f"Calibrated on {len(part.rows)} rows of {part.name}, {part.tokens} tokens."
-        if cut := part.about["rows_truncated"]:
-            yield f"{cut} rows of the {part.name} proxy are longer than --max-length and were cut."
-        wide = [site for site in sites if not site.diagonal and site.size > part.tokens]
-        if wide:
-            yield (
-                f"The {part.name} proxy has {part.tokens} tokens, fewer than {len(wide)} of the "
-                f"{len(sites)} sites have features: there it protects {part.tokens} directions at "
-                "most. More rows protect more."
-            )
-        if rare := part.about["experts_shown_block_input"]:
-            yield (
-                f"{len(rare)} experts got fewer tokens of the {part.name} proxy than they have "
-                "features and were shown the input of their block; the record names them."
-            )
-    if sketched:
-        yield f"The second moments of {sketched} sites are sketched."
+        for note in _notes(part, sites):
+            progress.note(note)
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    files: Mapping[Path, Mapping[str, Proxy]],
+    settings: Settings,
+    model: BlockModel,
+    sites: Sequence[Site],
+) -> tuple[list[_Set], float]:
+    """What is run for `files`, and how many bytes of its hidden states may stay in memory."""
+    read = {
+        own: _read_set(*own, checkpoint, settings)
+        for proxies in files.values()
+        for own in proxies.items()
+    }
+    held = checkpoint.weight_bytes if loaded_whole(checkpoint) else 0
+    sets: dict[tuple[str, Proxy, frozenset[str]], _Set] = {}
+    room = math.inf
+    for path, proxies in files.items():
+        budget = plan_memory(
+            model,
+            sites,
+            settings,
+            tokens=sum(batch.ids.numel() for part in read.values() for batch in part.batches),
+            longest=max(len(row.ids) for own in proxies.items() for row in read[own].rows),
+            held=held,
+        )
+        budget.check()
+        room = min(room, budget.hidden)
+        for own in proxies.items():
+            # What is sketched is this file's own matter: other files must not change it.
+            part = replace(read[own], sketched=budget.sketched, starved=[], files=[])
+            sets.setdefault((*own, budget.sketched), part).files.append(path)
+    # The order of the sets in every file.
+    return sorted(sets.values(), key=lambda part: SETS.index(part.name)), room
+
+
+def _read_set(which: str, proxy: Proxy, checkpoint: Checkpoint, settings: Settings) -> _Set:
+    """The proxy as tokens, as many as the settings allow."""
+    used, places = take_rows(proxy, checkpoint, settings)
+    about = {
+        **proxy.describe(),
+        "rows_used": len(used),
+        "tokens_used": sum(len(row.ids) for row in used),
+        "rows_truncated": sum(row.truncated for row in used),
+        "row_hashes": [proxy.rows[place].hash for place in places],
+    }
+    return _Set(which, used, list(batches(used, settings.batch_size)), about)
+
+
+def _notes(part: _Set, sites: Sequence[Site]) -> Iterator[str]:
+    """What a person should know of the statistics."""
+    rows, name, tokens = len(part.rows), part.about["name"], part.tokens
+    yield f"Calibrated on {rows} rows of {part.name} ({name}), {tokens} tokens."
+    if cut := part.about["rows_truncated"]:
+        yield f"{cut} rows of the {part.name} proxy are longer than --max-length and were cut."
+    wide = [site for site in sites if not site.diagonal and site.size > tokens]
+    if wide:
+        yield (
+            f"The {part.name} proxy has {tokens} tokens, fewer than {len(wide)} of the "
+            f"{len(sites)} sites have features: there it protects {tokens} directions at "
+            "most. More rows protect more."
+        )
+    if part.starved:
+        yield (
+            f"{len(part.starved)} experts got fewer tokens of the {part.name} proxy than they have "
+            "features and were shown the input of their block; the record names them."
+        )
+    if part.sketched:
+        yield f"The second moments of {len(part.sketched)} sites are sketched."
 
 
 def _origin(
@@ -223,7 +263,7 @@ def _origin(
         commit=checkpoint.commit,
         weights=weights,
         tokenizer=checkpoint.tokenizer_fingerprint(),
-        data={part.name: part.about for part in sets},
+        data={part.name: part.about | {"experts_shown_block_input": part.starved} for part in sets},
         settings={
             "energy": settings.energy,
             "rank": settings.rank,
@@ -296,7 +336,7 @@ def _observe(
     instead, in a second pass; the names of these sites come second. Raises NonFiniteError.
     """
     moments = {site.name: make(site) for site in sites}
-    view = View(part.rows, part.name)
+    view = View(part.rows, f"{part.name} proxy ({part.about['name']})")
 
     def batches_run() -> Iterator[tuple[int, Batch, Tensor]]:
         for number, batch in enumerate(ranks.mine(part.batches)):

@@ -232,11 +232,15 @@ def _show_release(args: argparse.Namespace, done: Any) -> None:
 def _stats(args: argparse.Namespace) -> None:
     from sage_hub.collect import collect_statistics
 
+    several = vars(args).pop("retain", [])
+    if len(several) == 1:
+        args.retain = several.pop()
     result = collect_statistics(
         args.model,
         args.output,
         to=args.to,
         settings=_settings(args, None),
+        retain=several,
         stats_cache=args.stats_cache,
         ranks=_ranks(args),
         publication=_publication(args),
@@ -246,7 +250,8 @@ def _stats(args: argparse.Namespace) -> None:
     if args.json:
         _print_json(result)
     else:
-        print(result.get("location") or args.output)
+        for one in result.get("statistics", [result]):
+            print(one.get("location") or one["file"])
 
 
 def _eval(args: argparse.Namespace) -> None:

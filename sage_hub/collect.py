@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from sage_hub.checkpoint import HubFiles, open_checkpoint
 from sage_hub.errors import UsageError
 from sage_hub.jobs import read_proxies
 from sage_hub.progress import SILENT, Progress
+from sage_hub.proxies import DATASET_SCHEME, Proxy
 from sage_hub.publish import Upload
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.settings import Settings
@@ -27,6 +30,7 @@ def collect_statistics(
     *,
     to: str | None = None,
     settings: Settings = Settings(),  # noqa: B008 - frozen
+    retain: Sequence[str] = (),
     stats_cache: str | Path | None = None,
     ranks: Ranks = ALONE,
     publication: Publication = Publication(),  # noqa: B008 - frozen
@@ -35,44 +39,83 @@ def collect_statistics(
 ) -> dict[str, Any]:
     """Calibrate `model` on the proxies of `settings`: into the file `output`, or the repo `to`.
 
-    Returns what the statistics belong to. The retain proxy defaults to the general-purpose one; a
-    forget proxy is taken in if there is one.
+    The retain proxy defaults to the general-purpose one; a forget proxy is taken in if there is
+    one. With proxies in `retain`, which stand for that of the settings, `output` is a folder: for
+    each it gets a file, named after it, all from one pass over the weights. Returns what the
+    statistics belong to; for a folder a list of that under `statistics`.
     """
     if (output is None) == (to is None):
         raise UsageError("Statistics go into a file (--output) or a repo of the Hub (--to).")
     if to is None:
         publication.check_unused()
+    if retain and output is None:
+        raise UsageError(
+            "A repo of the Hub holds the statistics of one retain proxy; use --output."
+        )
     settings = settings.resolve_device()
     checkpoint = open_checkpoint(model)
-    proxies = read_proxies(settings.to_calibrate(), calibrates=True)
     if to is not None:
         check_target(to, publication, force=force, mark=REPO_FILE)
     with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
         # All ranks read what the first one writes.
         file = ranks.once(lambda: Path(scratch, REPO_FILE)) if output is None else Path(output)
+        if retain:
+            files = _files(retain, file, settings)
+        else:
+            files = {file: read_proxies(settings.to_calibrate(), calibrates=True)}
         calibrate(
             checkpoint,
-            proxies,
+            files,
             settings,
-            file,
             weights=ranks.once(lambda: checkpoint.fingerprint(progress)),
             cache=None if stats_cache is None else Path(stats_cache),
             ranks=ranks,
             progress=progress,
         )
-        with open_statistics(file) as made:
-            origin = made.origin
-        result = {
-            "file": None if output is None else str(output),
-            "model": origin.model,
-            "commit": origin.commit,
-            "data": origin.published_data,
-        }
+        if retain:
+            return {"statistics": [_describe(_origin(made), made) for made in files]}
+        origin = _origin(file)
+        result = _describe(origin, None if output is None else file)
         if to is None:
             return result
         return result | ranks.once(
             lambda: _publish_statistics(to, file, origin, publication, force)
         )
+
+
+def _files(retain: Sequence[str], folder: Path, settings: Settings) -> dict[Path, dict[str, Proxy]]:
+    """The file of each of the `retain` proxies, and all that goes into it.
+
+    Raises UsageError if two would have the same name, or `folder` is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output {folder} is a file; several --retain need a folder.")
+    files: dict[Path, dict[str, Proxy]] = {}
+    for source in retain:
+        own = replace(settings.to_calibrate(), retain=source)
+        proxies = read_proxies(own, calibrates=True)
+        name = proxies["retain"].name
+        stem = name if "://" in name else Path(name).stem
+        stem = re.sub(r"\W+", "-", stem.removeprefix(DATASET_SCHEME)).strip("-")
+        path = folder / f"{stem}.safetensors"
+        if path in files:
+            raise UsageError(f"Two of the retain proxies would be written to {path}; rename one.")
+        files[path] = proxies
+    return files
+
+
+def _origin(file: Path) -> Origin:
+    with open_statistics(file) as made:
+        return made.origin
+
+
+def _describe(origin: Origin, file: Path | None) -> dict[str, Any]:
+    return {
+        "file": None if file is None else str(file),
+        "model": origin.model,
+        "commit": origin.commit,
+        "data": origin.published_data,
+    }
 
 
 def _publish_statistics(

@@ -79,7 +79,7 @@ class View:
         line = int(bad.nonzero()[0]) // self._batch.ids.shape[1]
         row = self._rows[self._batch.rows[line]].number
         return NonFiniteError(
-            f"The inputs of {name} hold NaN or Inf on row {row} of the {self._which} proxy; the "
+            f"The inputs of {name} hold NaN or Inf on row {row} of the {self._which}; the "
             "base model overflows. Check its weights, or store it in bfloat16 or float32 instead "
             "of float16."
         )

@@ -44,6 +44,7 @@ Each command has its own --help. Exit statuses: 0 is done, 1 an internal error,
     "stats": """examples:
   sage-hub stats org/base --retain retain.jsonl --output base.safetensors
   sage-hub push org/base org/unlearned --stats base.safetensors
+  sage-hub stats org/base --retain one.jsonl --retain two.jsonl --output stats
   sage-hub stats org/base --retain retain.jsonl --to org/base-sage-stats
   sage-hub push org/base org/unlearned --stats org/base-sage-stats""",
     "audit": """example:
@@ -228,14 +229,23 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
     )
     stats.add_argument("model", metavar="MODEL", help="Hub repo[@revision] or folder")
     where = stats.add_mutually_exclusive_group(required=True)
-    where.add_argument("--output", type=Path, metavar="FILE", help="write them into this file")
+    where.add_argument(
+        "--output", type=Path, metavar="FILE", help="write them into this file, or folder"
+    )
     where.add_argument("--to", metavar="REPO", help="publish them to this repo of the Hub")
     _add_publication(stats)
     stats.add_argument(
         "--force", action="store_true", help="replace a repo that holds something else"
     )
     _add_stats_cache(stats)
-    _add_data(stats, "retain", "forget")
+    _add_data(stats, "forget").add_argument(
+        "--retain",
+        metavar="PROXY",
+        action="append",
+        default=argparse.SUPPRESS,
+        help="what must be kept (default: a general-purpose proxy); given several times, --output "
+        "is a folder, and each gets a file there, from one pass over the weights",
+    )
     _add_settings(stats, skip=("strength", "gain", "parameters"))
     _add_output_options(stats)
 
@@ -485,7 +495,7 @@ def _add_stats_cache(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_data(command: argparse.ArgumentParser, *sets: str) -> None:
+def _add_data(command: argparse.ArgumentParser, *sets: str) -> argparse._ArgumentGroup:
     group = command.add_argument_group("data")
     group.add_argument(
         "--config", metavar="FILE", help="settings file (default: sage.yaml, see the README)"
@@ -499,6 +509,7 @@ def _add_data(command: argparse.ArgumentParser, *sets: str) -> None:
         group.add_argument(
             f"--{name}", metavar="PROXY", default=argparse.SUPPRESS, help=helps[name]
         )
+    return group
 
 
 def _add_settings(command: argparse.ArgumentParser, *, skip: Sequence[str] = ()) -> None:

@@ -531,9 +531,8 @@ def _statistics_for(
         base = job.plan.base
         calibrate(
             base.passing(path.parent / "downloads") if job.settings.low_disk else base,
-            {which: job.proxies[which] for which in sets if which in job.proxies},
+            {path: {which: job.proxies[which] for which in sets if which in job.proxies}},
             job.settings,
-            path,
             weights=job.fingerprints["base"],
             cache=job.stats_cache,
             ranks=job.ranks,
