@@ -1,0 +1,81 @@
+"""Which repairs are tried: each method's own strengths, and the gains for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+GAINS = (1.0, 1.5, 2.0, 3.0, 4.5, 7.0)
+AROUND_ONE = (0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
+ALPHAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2)
+MAIN = "retain"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One method at one own strength, with the gains that it is tried with."""
+
+    method: str
+    strength: Mapping[str, Any]
+    gains: tuple[float, ...] = GAINS
+    retain: str = MAIN  # which retain statistics
+    others: str = "source"  # what is outside of the linear maps: as in the "source" or the "base"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """All but the gains: what the update is made from."""
+        return {
+            "method": self.method,
+            "strength": dict(self.strength),
+            "retain": self.retain,
+            "others": self.others,
+        }
+
+
+def _sage(strength: float, energy: float, **more: Any) -> Config:
+    return Config("sage", {"strength": strength, "energy": energy}, **more)
+
+
+def _each(method: str, name: str, *values: Any, gains: tuple[float, ...] = GAINS) -> list[Config]:
+    return [Config(method, {name: value}, gains) for value in values]
+
+
+SCALED = Config("scaled", {}, ALPHAS)
+
+CORE = [
+    SCALED,
+    _sage(10, 0.9),
+    *_each("hard", "energy", 0.9),
+    _sage(100, 0.99),
+    _sage(1, 0.9),
+    *_each("hard", "energy", 0.5, 0.99),
+    _sage(10, 0.99),
+    _sage(100, 0.9),
+]
+PEERS = [
+    Config("forget_anchored", {"strength": 10, "anchor": 10}),
+    *_each("ridge", "strength", 10, 100),
+    *_each("sap", "alpha", 1e3, 1e4),
+    *_each("null_space", "threshold", 1.0, 0.1),
+    *_each("regmean", "weight", 1.0, 10.0),
+    Config("sage_to_bias", {"kept": 0.05, "energy": 0.99}),
+    Config("sage_to_bias", {"kept": 0.2, "energy": 0.99}),
+    Config("forget_anchored", {"strength": 100, "anchor": 10}),
+    *_each("lines", "shallow", 0.5, 0.0, gains=AROUND_ONE),
+    *_each("trimmed", "keep", 0.3, 0.1, gains=AROUND_ONE),
+    *_each("dare", "drop", 0.5, 0.9, gains=AROUND_ONE),
+    *_each("low_rank", "rank", 32, 8, gains=AROUND_ONE),
+    _sage(1, 0.99),
+    _sage(1000, 0.99),
+]
+SENSITIVITY = [
+    *(
+        _sage(strength, energy, retain=retain)
+        for retain in ("general", "quarter", "half", "most")
+        for strength, energy in ((10, 0.9),)
+    ),
+    _sage(100, 0.99, retain="general"),
+    _sage(10, 0.9, others="base"),
+]
+STAGES = {"core": CORE, "peers": PEERS, "sensitivity": SENSITIVITY}
