@@ -293,7 +293,7 @@ def test_npo_starts_at_its_value_for_an_unchanged_model() -> None:
     """At π = π_ref the loss is (2/β) log 2, and its gradient that of gradient ascent on log π."""
     model = _tiny_model()
     (batch,) = batches(ROWS, 3)
-    logp, count = evaluate.answer_logp(model, batch)
+    logp, _ = evaluate.answer_logp(model, batch)
     reference = torch.zeros(3)
     reference[list(batch.rows)] = logp.detach()
     loss = train.npo(reference)(model, _step())

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 import train
 from data import Rows, Size, read_rows, tokens
 from evaluate import losses, probabilities
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from sage_hub.architecture import quiet_transformers
 from sage_hub.calibrate import calibrate
 from sage_hub.checkpoint import open_checkpoint

@@ -50,7 +50,7 @@ def dare(delta: Tensor, site: Site, *, drop: float) -> Tensor:
 
 
 def trimmed(delta: Tensor, site: Site, *, keep: float) -> Tensor:
-    """Magnitude pruning, the trim of TIES (2306.01708): the largest share `keep` of entries stays."""
+    """Magnitude pruning, the trim of TIES (2306.01708): the largest share `keep` stays."""
     count = max(1, round(keep * delta.numel()))
     sizes = delta.abs().flatten()
     least = sizes.kthvalue(delta.numel() - count + 1).values
@@ -106,7 +106,7 @@ def null_space(delta: Tensor, site: Site, *, threshold: float) -> Tensor:
 
 
 def sap(delta: Tensor, site: Site, *, alpha: float) -> Tensor:
-    """SAP's complement (2403.08618): Δ(I − UΛUᵀ), Λ = αŝ/((α−1)ŝ + 1), ŝ the share of the energy."""
+    """SAP's complement (2403.08618): Δ(I − UΛUᵀ), Λ = αŝ/((α−1)ŝ + 1), ŝ = s/tr C."""
     share = site.retain.values / site.retain.trace
     return _filter(delta, site, alpha * share / ((alpha - 1) * share + 1))
 

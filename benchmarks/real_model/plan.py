@@ -8,7 +8,7 @@ from typing import Any
 
 GAINS = (1.0, 1.5, 2.0, 3.0, 4.5, 7.0)
 AROUND_ONE = (0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
-ALPHAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2)
+ALPHAS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.2)
 MAIN = "retain"
 
 
@@ -21,6 +21,7 @@ class Config:
     gains: tuple[float, ...] = GAINS
     retain: str = MAIN  # which retain statistics
     others: str = "source"  # what is outside of the linear maps: as in the "source" or the "base"
+    match: bool = False  # the closed-form gain too
 
     @property
     def about(self) -> dict[str, Any]:
@@ -45,29 +46,32 @@ SCALED = Config("scaled", {}, ALPHAS)
 
 CORE = [
     SCALED,
-    _sage(10, 0.9),
+    _sage(10, 0.9, match=True),
     *_each("hard", "energy", 0.9),
-    _sage(100, 0.99),
+    _sage(100, 0.99, match=True),
     _sage(1, 0.9),
+]
+GRID = [
     *_each("hard", "energy", 0.5, 0.99),
+    Config("forget_anchored", {"strength": 10, "anchor": 10}, match=True),
     _sage(10, 0.99),
     _sage(100, 0.9),
+    _sage(1000, 0.99),
+    _sage(1, 0.99),
+    _sage(3, 0.9),
+    Config("sage_to_bias", {"kept": 0.05, "energy": 0.99}),
+    Config("sage_to_bias", {"kept": 0.2, "energy": 0.99}),
 ]
 PEERS = [
-    Config("forget_anchored", {"strength": 10, "anchor": 10}),
     *_each("ridge", "strength", 10, 100),
     *_each("sap", "alpha", 1e3, 1e4),
     *_each("null_space", "threshold", 1.0, 0.1),
     *_each("regmean", "weight", 1.0, 10.0),
-    Config("sage_to_bias", {"kept": 0.05, "energy": 0.99}),
-    Config("sage_to_bias", {"kept": 0.2, "energy": 0.99}),
-    Config("forget_anchored", {"strength": 100, "anchor": 10}),
     *_each("lines", "shallow", 0.5, 0.0, gains=AROUND_ONE),
     *_each("trimmed", "keep", 0.3, 0.1, gains=AROUND_ONE),
     *_each("dare", "drop", 0.5, 0.9, gains=AROUND_ONE),
     *_each("low_rank", "rank", 32, 8, gains=AROUND_ONE),
-    _sage(1, 0.99),
-    _sage(1000, 0.99),
+    Config("forget_anchored", {"strength": 100, "anchor": 10}),
 ]
 SENSITIVITY = [
     *(
@@ -78,4 +82,4 @@ SENSITIVITY = [
     _sage(100, 0.99, retain="general"),
     _sage(10, 0.9, others="base"),
 ]
-STAGES = {"core": CORE, "peers": PEERS, "sensitivity": SENSITIVITY}
+STAGES = {"core": CORE, "grid": GRID, "peers": PEERS, "sensitivity": SENSITIVITY}

@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
-
 from build import LEVELS, METHODS, Workshop
 from data import CPU, FULL
+from filelock import FileLock, Timeout
 from plan import STAGES
 from sweep import Bench
 

@@ -16,14 +16,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import methods
+import torch
 from build import Workshop
 from data import tokens
-from evaluate import choices, losses, probabilities, quantized
+from evaluate import probabilities
 from plan import MAIN, SCALED, Config
+from torch import Tensor
+
 from sage_hub.moments import Spectrum
 from sage_hub.sage import matching_gain
 from sage_hub.statistics import Statistics, open_statistics
@@ -111,13 +111,20 @@ class Bench:
         }
 
     @cached_property
+    def all_linear(self) -> list[str]:
+        """The weights of all linear maps but the head."""
+        statistics, _ = self.statistics[MAIN]
+        sites = statistics.site_of.items()
+        return [f"{module}.weight" for module, site in sites if site.sees == "input"]
+
+    @cached_property
     def linear(self) -> dict[str, Any]:
         """Parameter -> site, of the linear maps that the source has changed."""
         statistics, _ = self.statistics[MAIN]
         return {
-            f"{module}.weight": site
-            for module, site in statistics.site_of.items()
-            if site.sees == "input" and self.delta[f"{module}.weight"].any()
+            name: statistics.site_of[name.removesuffix(".weight")]
+            for name in self.all_linear
+            if self.delta[name].any()
         }
 
     @cached_property
@@ -175,7 +182,7 @@ class Bench:
 
     @torch.no_grad()
     def apply(self, config: Config, update: Mapping[str, Tensor], gain: float) -> None:
-        """Put W_b + γD into the model; αΔ and LiNeS scale all parameters, others the linear maps."""
+        """Put W_b + γD into the model; αΔ and LiNeS scale everything, others linear maps."""
         whole = config.method in ("scaled", "lines")
         for name, weight in self.weights.items():
             base = self.base[name]
@@ -211,27 +218,33 @@ class Bench:
 
     def run(self, config: Config) -> Iterator[dict[str, Any]]:
         """Evaluate `config` at its gains, rising, until it forgets more than the source does."""
-        target = None if config == SCALED else mean(self.unlearned["forget"])
-        update: dict[str, Tensor] | None = None
+        target = None if config.method == "scaled" else mean(self.unlearned["forget"])
+        update: dict[str, Tensor] = {}
         kept: dict[str, Any] = {}
-        for gain in config.gains:
+
+        def point(gain: float) -> dict[str, Any]:
+            nonlocal update, kept
             about = self.about(config, gain)
             row = self.ledger.get(about)
-            if row is None:
-                began = time.perf_counter()
-                if update is None:
-                    update, kept = self.update(config)
-                built = time.perf_counter() - began
-                self.apply(config, update, gain)
-                row = self.ledger.put(
-                    about,
-                    self.core()
-                    | {"kept": kept}
-                    | {"seconds": [round(built, 1), round(time.perf_counter() - began - built, 1)]},
-                )
+            if row is not None:
+                kept = row["kept"]
+                return row
+            began = time.perf_counter()
+            if not update:
+                update, kept = self.update(config)
+            built = time.perf_counter() - began
+            self.apply(config, update, gain)
+            found = self.core()
+            seconds = [round(built, 1), round(time.perf_counter() - began - built, 1)]
+            return self.ledger.put(about, found | {"kept": kept, "seconds": seconds})
+
+        for gain in config.gains:
+            row = point(gain)
             yield row
             if target is not None and mean(row["forget"]) <= target:
-                return
+                break
+        if config.match and kept["match"] is not None:
+            yield point(kept["match"])
 
     @property
     def unlearned(self) -> dict[str, Any]:

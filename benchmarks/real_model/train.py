@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from evaluate import answer_logp
 from torch import Tensor
 from torch.nn.functional import logsigmoid, mse_loss
 
-from evaluate import answer_logp
 from sage_hub.encoding import Batch, Encoded, batches
 
 Step: TypeAlias = Callable[[Any, "Batches"], Tensor]  # (model, batches of a step) -> loss
@@ -180,7 +180,7 @@ class Rmu:
         return steered + self.weight * mse_loss(retain.float(), before.float())
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     pass
 
 
@@ -190,12 +190,12 @@ def _hidden(model: Any, layer: int, batch: Batch) -> Tensor:
 
     def stop(module: Any, args: Any, output: Any) -> None:
         found.append(output[0] if isinstance(output, tuple) else output)
-        raise _Reached
+        raise _ReachedError
 
     hook = model.model.layers[layer].register_forward_hook(stop)
     try:
         model.model(batch.ids.to(model.device), use_cache=False)
-    except _Reached:
+    except _ReachedError:
         pass
     finally:
         hook.remove()
