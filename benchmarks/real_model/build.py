@@ -39,7 +39,8 @@ LEARN = {"epochs": 6, "batch": 8, "rate": 3e-4}
 RATES = {"NPO": 3e-5, "GradDiff": 5e-5, "RMU": 1e-3, "GradAscent": 2e-5, "SimNPO": 5e-5}
 UNLEARN_BATCH = 8
 MONITORED = 40  # held-out rows that say when to stop
-CHECK_EVERY = 2  # steps
+CHECK_EVERY = 4, 2  # steps: at first, and once less than NEAR of the base is left
+NEAR = 0.97
 MOST_STEPS = 80
 
 
@@ -168,7 +169,8 @@ class Workshop:
             some = train.Batches(next(to_forget), next(to_keep) if to_keep else None)
             step(model, some).backward()
             optimizer.step(min(1.0, number / 4))
-            if number % CHECK_EVERY and number < MOST_STEPS:
+            early = curve[-1]["heldout"] > NEAR * before
+            if number % CHECK_EVERY[not early] and number < MOST_STEPS:
                 continue
             curve.append({"step": number, "heldout": _mean(probabilities(model, heldout))})
             self.say(f"{method}: step {number}, held-out {curve[-1]['heldout']:.3f}")

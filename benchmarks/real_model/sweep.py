@@ -217,8 +217,15 @@ class Bench:
         }
 
     def run(self, config: Config) -> Iterator[dict[str, Any]]:
-        """Evaluate `config` at its gains, rising, until it forgets more than the source does."""
-        target = None if config.method == "scaled" else mean(self.unlearned["forget"])
+        """Evaluate `config` at its gains, rising, until it forgets as much as is asked.
+
+        That is as much as the source, or as the retain-only model if the source is below that;
+        with a closed-form gain to compare with, as much as the source in any case.
+        """
+        target = 0.0
+        if config.method != "scaled":
+            levels = [mean(row["forget"]) for row in (self.unlearned, self.plain("reference"))]
+            target = levels[0] if config.match else max(levels)
         update: dict[str, Tensor] = {}
         kept: dict[str, Any] = {}
 
@@ -241,7 +248,7 @@ class Bench:
         for gain in config.gains:
             row = point(gain)
             yield row
-            if target is not None and mean(row["forget"]) <= target:
+            if mean(row["forget"]) <= target:
                 break
         if config.match and kept["match"] is not None:
             yield point(kept["match"])
