@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-GAINS = (1.0, 1.5, 2.0, 3.0, 4.5, 7.0)
+GAINS = (1.0, 2.0, 3.0, 4.5, 7.0)
 AROUND_ONE = (0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
-ALPHAS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.2)
+ALPHAS = (1.0, 0.85, 0.7, 0.55, 0.4)
 MAIN = "retain"
 
 
@@ -47,13 +47,13 @@ SCALED = Config("scaled", {}, ALPHAS)
 CORE = [
     SCALED,
     _sage(10, 0.9, match=True),
-    *_each("hard", "energy", 0.9),
-    _sage(100, 0.99, match=True),
+    _sage(100, 0.99),
+    Config("hard", {"energy": 0.9}),
     _sage(1, 0.9),
 ]
 GRID = [
     *_each("hard", "energy", 0.5, 0.99),
-    Config("forget_anchored", {"strength": 10, "anchor": 10}, match=True),
+    Config("forget_anchored", {"strength": 10, "anchor": 10}),
     _sage(10, 0.99),
     _sage(100, 0.9),
     _sage(1000, 0.99),

@@ -65,6 +65,7 @@ class Bench:
         path = shop.base.parent / "points" / f"{method}-{level}.jsonl"
         self.ledger = Ledger(path)
         self.open = ExitStack()
+        self.files: dict[str, Statistics] = {}
         self.biases: dict[str, tuple[float, float]] = {}  # of Δ: forget, retain
 
     def __enter__(self) -> Bench:
@@ -73,21 +74,20 @@ class Bench:
     def __exit__(self, *error: Any) -> None:
         self.open.close()
 
-    @cached_property
-    def statistics(self) -> dict[str, tuple[Statistics, str]]:
-        """Retain set by the name that the plan has -> the open file, the set's name in it."""
+    def statistics(self, retain: str) -> tuple[Statistics, str]:
+        """The open file that has the retain set of that name in the plan, and its name there."""
         n = self.shop.size.proxy_rows
-        sets = {MAIN: ("main", "retain")}
-        sets |= {"general": ("proxies", "general"), "quarter": ("proxies", f"retain-{n // 4}")}
-        sets |= {
+        file, which = {
+            MAIN: ("main", "retain"),
+            "general": ("proxies", "general"),
+            "quarter": ("proxies", f"retain-{n // 4}"),
             "half": ("proxies", f"retain-{n // 2}"),
             "most": ("proxies", f"retain-{len(self.shop.rows.proxy.rows)}"),
-        }
-        files = {
-            name: self.open.enter_context(open_statistics(self.shop.statistics(name)))
-            for name in ("main", "proxies")
-        }
-        return {name: (files[file], own) for name, (file, own) in sets.items()}
+        }[retain]
+        if file not in self.files:
+            path = self.shop.statistics(file)
+            self.files[file] = self.open.enter_context(open_statistics(path))
+        return self.files[file], which
 
     @cached_property
     def base(self) -> dict[str, Tensor]:
@@ -113,14 +113,14 @@ class Bench:
     @cached_property
     def all_linear(self) -> list[str]:
         """The weights of all linear maps but the head."""
-        statistics, _ = self.statistics[MAIN]
+        statistics, _ = self.statistics(MAIN)
         sites = statistics.site_of.items()
         return [f"{module}.weight" for module, site in sites if site.sees == "input"]
 
     @cached_property
     def linear(self) -> dict[str, Any]:
         """Parameter -> site, of the linear maps that the source has changed."""
-        statistics, _ = self.statistics[MAIN]
+        statistics, _ = self.statistics(MAIN)
         return {
             name: statistics.site_of[name.removesuffix(".weight")]
             for name in self.all_linear
@@ -140,9 +140,9 @@ class Bench:
 
     def site(self, name: str, retain: str) -> methods.Site:
         own = self.linear[name]
-        statistics, which = self.statistics[retain]
+        statistics, which = self.statistics(retain)
         layer = int(name.split(".layers.")[1].split(".")[0])
-        main, _ = self.statistics[MAIN]
+        main, _ = self.statistics(MAIN)
         return methods.Site(
             retain=statistics.spectrum(which, own),
             forget=main.spectrum("forget", own),
