@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-GAINS = (1.0, 2.0, 3.0, 4.5, 7.0)
+GAINS = (1.0, 2.0, 3.0, 4.5, 7.0, 12.0)
+LARGE = (1.0, 4.5, 7.0, 12.0, 20.0, 32.0)  # where a sharp filter leaves little
 AROUND_ONE = (0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
 ALPHAS = (1.0, 0.85, 0.7, 0.55, 0.4)
 MAIN = "retain"
@@ -47,16 +48,17 @@ SCALED = Config("scaled", {}, ALPHAS)
 CORE = [
     SCALED,
     _sage(10, 0.9, match=True),
-    _sage(100, 0.99),
+    _sage(100, 0.99, gains=LARGE),
     Config("hard", {"energy": 0.9}),
     _sage(1, 0.9),
 ]
 GRID = [
-    *_each("hard", "energy", 0.5, 0.99),
+    *_each("hard", "energy", 0.99, gains=LARGE),
+    *_each("hard", "energy", 0.5),
     Config("forget_anchored", {"strength": 10, "anchor": 10}),
     _sage(10, 0.99),
     _sage(100, 0.9),
-    _sage(1000, 0.99),
+    _sage(1000, 0.99, gains=LARGE),
     _sage(1, 0.99),
     _sage(3, 0.9),
     Config("sage_to_bias", {"kept": 0.05, "energy": 0.99}),
