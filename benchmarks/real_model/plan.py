@@ -8,7 +8,7 @@ from typing import Any
 
 GAINS = (1.0, 2.0, 3.0, 4.5, 7.0, 12.0)
 LARGE = (1.0, 4.5, 7.0, 12.0, 20.0, 32.0)  # where a sharp filter leaves little
-AROUND_ONE = (0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
+AROUND_ONE = (0.7, 1.0, 1.5, 2.5)
 ALPHAS = (1.0, 0.85, 0.7, 0.55, 0.4)
 MAIN = "retain"
 
@@ -54,25 +54,35 @@ CORE = [
 ]
 GRID = [
     *_each("hard", "energy", 0.99, gains=LARGE),
-    *_each("hard", "energy", 0.5),
-    Config("forget_anchored", {"strength": 10, "anchor": 10}),
-    _sage(10, 0.99),
-    _sage(100, 0.9),
+    Config("sage_to_bias", {"kept": 0.02, "energy": 0.99}, LARGE),
+    _sage(10, 0.99, gains=LARGE),
     _sage(1000, 0.99, gains=LARGE),
+    Config("forget_anchored", {"strength": 10, "anchor": 10}),
+    *_each("hard", "energy", 0.5),
+    _sage(100, 0.9),
     _sage(1, 0.99),
     _sage(3, 0.9),
-    Config("sage_to_bias", {"kept": 0.05, "energy": 0.99}),
-    Config("sage_to_bias", {"kept": 0.2, "energy": 0.99}),
+    Config("sage_to_bias", {"kept": 0.1, "energy": 0.99}),
 ]
-PEERS = [
-    *_each("ridge", "strength", 10, 100),
-    *_each("sap", "alpha", 1e3, 1e4),
-    *_each("null_space", "threshold", 1.0, 0.1),
-    *_each("regmean", "weight", 1.0, 10.0),
-    *_each("lines", "shallow", 0.5, 0.0, gains=AROUND_ONE),
-    *_each("trimmed", "keep", 0.3, 0.1, gains=AROUND_ONE),
-    *_each("dare", "drop", 0.5, 0.9, gains=AROUND_ONE),
-    *_each("low_rank", "rank", 32, 8, gains=AROUND_ONE),
+PEERS = [  # one strength of each
+    *_each("ridge", "strength", 100, gains=LARGE),
+    *_each("sap", "alpha", 1e3),
+    *_each("null_space", "threshold", 1.0),
+    *_each("regmean", "weight", 1.0),
+    *_each("lines", "shallow", 0.0, gains=AROUND_ONE),
+    *_each("trimmed", "keep", 0.1, gains=AROUND_ONE),
+    *_each("low_rank", "rank", 8, gains=AROUND_ONE),
+    *_each("dare", "drop", 0.9, gains=AROUND_ONE),
+]
+MORE_PEERS = [
+    *_each("ridge", "strength", 10),
+    *_each("sap", "alpha", 1e4),
+    *_each("null_space", "threshold", 0.1, gains=LARGE),
+    *_each("regmean", "weight", 10.0),
+    *_each("lines", "shallow", 0.5, gains=AROUND_ONE),
+    *_each("trimmed", "keep", 0.3, gains=AROUND_ONE),
+    *_each("low_rank", "rank", 32, gains=AROUND_ONE),
+    *_each("dare", "drop", 0.5, gains=AROUND_ONE),
     Config("forget_anchored", {"strength": 100, "anchor": 10}),
 ]
 SENSITIVITY = [
@@ -84,4 +94,10 @@ SENSITIVITY = [
     _sage(100, 0.99, retain="general"),
     _sage(10, 0.9, others="base"),
 ]
-STAGES = {"core": CORE, "grid": GRID, "peers": PEERS, "sensitivity": SENSITIVITY}
+STAGES = {
+    "core": CORE,
+    "peers": PEERS,
+    "grid": GRID,
+    "sensitivity": SENSITIVITY,
+    "more-peers": MORE_PEERS,
+}
