@@ -159,7 +159,7 @@ class Workshop:
         rng = random.Random(self.seed)
         batches = (
             train.endless(rows, UNLEARN_BATCH, rng) if rows else None
-            for rows in (forget, retain if method in ("GradDiff", "SimNPO", "RMU") else None)
+            for rows in (forget, retain if method in ("GradDiff", "RMU") else None)
         )
         to_forget, to_keep = batches
         before = _mean(probabilities(model, heldout))
