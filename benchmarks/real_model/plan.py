@@ -86,13 +86,12 @@ MORE_PEERS = [
     Config("forget_anchored", {"strength": 100, "anchor": 10}),
 ]
 SENSITIVITY = [
-    *(
-        _sage(strength, energy, retain=retain)
-        for retain in ("general", "quarter", "half", "most")
-        for strength, energy in ((10, 0.9),)
-    ),
-    _sage(100, 0.99, retain="general"),
+    _sage(10, 0.9, retain="general", match=True),
+    _sage(10, 0.9, retain="quarter", match=True),
     _sage(10, 0.9, others="base"),
+    _sage(100, 0.99, retain="general", gains=LARGE),
+    _sage(10, 0.9, retain="most"),
+    _sage(10, 0.9, retain="half"),
 ]
 STAGES = {
     "core": CORE,

@@ -64,11 +64,14 @@ def _do(stage: str, bench: Bench, say: Callable[[str], None]) -> None:
     bench.plain("base")
     bench.plain("reference")
     for point in _points(stage, bench):
-        forget, heldout = (sum(point[k]) / len(point[k]) for k in ("forget", "heldout"))
+        means = " ".join(
+            f"{name} {sum(values) / len(values):.3f}"
+            for name, values in point.items()
+            if isinstance(values, list) and name != "seconds"
+        )
         say(
             f"{bench.shop.seed} {bench.method}-{bench.level} {point['what']} {point['method']} "
-            f"{point['strength']} {point['retain']} γ={point['gain']:.3g}: "
-            f"forget {forget:.3f} held-out {heldout:.3f}"
+            f"{point['strength']} {point['retain']} γ={point['gain']:.3g}: {means}"
         )
 
 
