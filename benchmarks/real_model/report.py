@@ -347,23 +347,25 @@ def table_robust(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
                 key = json.dumps([row["method"], row["strength"], row["gain"]])
                 groups.setdefault(key, {})[row["what"]] = row
         for own in groups.values():
-            if "relearned" not in own:
+            if "bystanders" not in own:
                 continue
-            row = own["matched"]
+            row = own["bystanders"]
             label = f"{NAMES[row['method']]} {describe(row['strength'])} γ={row['gain']:.2g}"
             if row["method"] == "scaled":
-                label = "the source" if row["gain"] == 1 else f"αΔ, α={row['gain']:.2f}"
-            by = own["bystanders"]
+                named = {0: "the base", 1: "the source"}
+                label = named.get(row["gain"], f"αΔ, α={row['gain']:.2f}")
             lines.append(
                 [
                     s.name,
                     label,
                     *(
                         f"{_mean(own[w]['forget']):.3f} / {_mean(own[w]['heldout']):.3f}"
+                        if w in own
+                        else ""
                         for w in ("matched", "int8", "int4")
                     ),
-                    _three(_mean(own["relearned"]["forget"])),
-                    *(_three(_mean(by[w])) for w in ("world_facts", "real_authors", "texts")),
+                    _three(_mean(own["relearned"]["forget"])) if "relearned" in own else "",
+                    *(_three(_mean(row[w])) for w in ("world_facts", "real_authors", "texts")),
                 ]
             )
     head = ["source", "repair", "bf16", "int8", "int4", "relearned", "world facts", "real authors"]
