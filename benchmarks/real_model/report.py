@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from frontier import Curve, Point, Recovery, gain_at, recovery
+from plan import STAGES
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
@@ -214,6 +215,20 @@ def settings(sources: Sequence[Source]) -> list[Setting]:
     return found
 
 
+def finished(setting: Setting, rows: Sequence[Row], level: float) -> bool:
+    """Whether `rows` reach the level, or the largest gain that the plan has for the setting."""
+    if setting.gain == "none" or min(_mean(row["forget"]) for row in rows) <= level:
+        return True
+    first = rows[0]
+    planned = [
+        config.gains[-1]
+        for configs in STAGES.values()
+        for config in configs
+        if config.method == first["method"] and dict(config.strength) == first["strength"]
+    ]
+    return rows[-1]["gain"] >= max(planned, default=0)
+
+
 def describe(strength: Mapping[str, Any]) -> str:
     """The method's own strength in symbols."""
     return " ".join(f"{SYMBOLS[name]}={value:g}" for name, value in strength.items())
@@ -253,7 +268,12 @@ def _recovered(level: str, slack: float, limit: str | None) -> Callable[..., str
             cells = []
             for column in columns:
                 own = [s for s in some if (s.name, s.level) == column]
-                found = [s.recovery(rows, level, slack) for s in own if (rows := setting.rows(s))]
+                found = [
+                    s.recovery(rows, level, slack)
+                    for s in own
+                    if (rows := setting.rows(s))
+                    and finished(setting, rows, s.level_of(level) + slack)
+                ]
                 cells.append(pooled(found))
             if all(cell is None for cell in cells):
                 continue
