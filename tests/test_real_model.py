@@ -286,7 +286,7 @@ def _step() -> train.Batches:
 
 
 def test_graddiff_on_equal_rows_cancels() -> None:
-    assert float(train.grad_diff(_tiny_model(), _step())) == pytest.approx(0, abs=1e-6)
+    assert float(train.grad_diff(_tiny_model(), _step()).detach()) == pytest.approx(0, abs=1e-6)
 
 
 def test_npo_starts_at_its_value_for_an_unchanged_model() -> None:
@@ -311,7 +311,7 @@ def test_simnpo_weighs_by_the_mean_over_tokens() -> None:
     logp, count = evaluate.answer_logp(model, step.forget)
     beta = train.SIMNPO_BETA
     expected = (2 / beta * torch.log1p(torch.exp(beta * logp / count))).mean()
-    assert float(train.simnpo(model, step)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(train.simnpo(model, step).detach()) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_rmu_trains_three_projections_and_is_zero_on_what_is_kept() -> None:
@@ -361,3 +361,32 @@ def test_a_point_is_found_again_by_all_that_it_depends_on(tmp_path: Path) -> Non
     assert again.get(dict(reversed(about.items())))["forget"] == [0.5]
     assert again.get({**about, "gain": 2.0}) is None
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 1
+
+
+# The report
+
+
+def test_means_over_sources_count_what_was_not_reached_as_the_source() -> None:
+    import numpy as np
+    import report
+
+    reached = frontier.Recovery(0.8, np.full(report.DRAWS, 0.8))
+    missed = frontier.Recovery(None, np.empty(0))
+    found = report.pooled([reached, missed], zero=True)
+    assert found is not None
+    assert found.value == pytest.approx(0.4)
+    assert found.high == pytest.approx(0.4)
+    nothing = report.pooled([missed])
+    assert nothing is not None
+    assert nothing.value is None
+    assert report.pooled([]) is None
+
+
+def test_a_sweep_that_was_stopped_is_not_taken_for_one_that_fell_short() -> None:
+    import report
+
+    setting = report.Setting("x", "hard", "matched", lambda source: [])
+    row = {"method": "hard", "strength": {"energy": 0.9}, "gain": 2.0, "forget": [0.5]}
+    assert not report.finished(setting, [row], 0.1)
+    assert report.finished(setting, [row], 0.6)
+    assert report.finished(setting, [row, {**row, "gain": 12.0}], 0.1)
