@@ -318,12 +318,41 @@ def pooled(found: Sequence[Recovery], zero: bool = False) -> Recovery | None:
     return Recovery(float(np.mean(values)), np.mean(draws, axis=0))
 
 
+def table_compared(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
+    """SAGE λ=10 ρ=0.9 less each other setting, both with a gain, over the same drawn rows."""
+    columns = list(dict.fromkeys((s.name, s.level) for s in sources))
+    own = {"strength": 10, "energy": 0.9}
+    lines = []
+    for setting in settings(sources):
+        cells = []
+        for column in columns:
+            found = []
+            for s in sources:
+                rows, ours = setting.rows(s), s.points("sage", own)
+                if (s.name, s.level) != column or not rows or not ours or rows == ours:
+                    continue
+                one, other = s.recovery(ours, "reference"), s.recovery(rows, "reference")
+                if one.value is not None and other.value is not None:
+                    found.append(Recovery(one.value - other.value, one.draws - other.draws))
+            cells.append(_interval(pooled(found)))
+        if setting.gain == "matched" and any(cells):
+            lines.append([setting.label, *cells])
+    return _table(["SAGE λ=10 ρ=0.9 less", *(f"{name} {lvl}" for name, lvl in columns)], lines)
+
+
 def table_gain(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
     """The closed-form gain against the one that meets the level."""
     lines = []
     for s in sources:
-        for strength in ({"strength": 10, "energy": 0.9}, {"strength": 100, "energy": 0.99}):
-            rows = s.points("sage", strength)
+        for method, strength in (
+            ("sage", {"strength": 1, "energy": 0.9}),
+            ("sage", {"strength": 10, "energy": 0.9}),
+            ("sage", {"strength": 100, "energy": 0.99}),
+            ("hard", {"energy": 0.9}),
+            ("null_space", {"threshold": 1.0}),
+            ("sap", {"alpha": 1e3}),
+        ):
+            rows = s.points(method, strength)
             if not rows:
                 continue
             kept = rows[0]["kept"]
@@ -334,26 +363,20 @@ def table_gain(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
             ]
             lines.append(
                 [
-                    s.name,
-                    s.level,
-                    str(s.seed),
-                    describe(strength),
+                    f"{s.name} {s.level}",
+                    f"{NAMES[method]} {describe(strength)}",
                     _share(kept["retain"]),
                     _share(kept["forget"]),
-                    f"{kept['match']:.2f}",
-                    f"{kept['match_without_sinks'] or np.nan:.2f}",
-                    f"{kept['match_median']:.2f}",
-                    *("–" if g is None else f"{g:.2f}" for g in wanted),
+                    *(f"{kept[n]:.2f}" for n in ("match", "match_without_sinks", "match_median")),
+                    *("" if g is None else f"{g:.2f}" for g in wanted),
                     *(
-                        _three(_mean(closed[0][which])) if closed else "–"
+                        _three(_mean(closed[0][which])) if closed else ""
                         for which in ("forget", "heldout")
                     ),
-                    *(_three(_mean(s.unlearned[which])) for which in ("forget", "heldout")),
                 ]
             )
-    head = ["source", "level", "seed", "SAGE", "bias kept", "carrier kept", "γ match"]
-    head += ["without sinks", "median", "γ at source's level", "γ at reference level"]
-    head += ["match: forget", "held-out", "source: forget", "held-out"]
+    head = ["source", "repair", "bias kept", "carrier kept", "γ match", "without sinks", "median"]
+    head += ["γ at source's level", "γ at fair level", "at match: forget", "held-out"]
     return _table(head, lines)
 
 
@@ -429,6 +452,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "recovered-mild": _recovered("reference", 0.0, "mild"),
     "recovered-source": _recovered("source", 0.0, None),
     "recovered-slack": _recovered("reference", 0.05, None),
+    "compared": table_compared,
     "gain": table_gain,
     "robustness": table_robust,
     "proxies": table_proxies,
