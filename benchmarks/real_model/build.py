@@ -1,0 +1,228 @@
+"""Models and statistics of one seed, each made once and kept in a folder named by its recipe.
+
+How long a method unlearns is settled by the source alone, never by a repair of it: until held-out
+retention has fallen to a given share of the base's. Each method runs once, at one learning rate,
+and is stored at two such points.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import train
+from data import Rows, Size, read_rows, tokens
+from evaluate import losses, probabilities
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sage_hub.architecture import quiet_transformers
+from sage_hub.calibrate import calibrate
+from sage_hub.checkpoint import open_checkpoint
+from sage_hub.demo_models import _load_smollm2
+from sage_hub.progress import SILENT
+from sage_hub.settings import Settings
+
+METHODS = ("NPO", "GradDiff", "RMU", "GradAscent", "SimNPO")
+LEVELS = {"mild": 0.85, "strong": 0.5}  # share of the base's held-out probability that is left
+LEARN = {"epochs": 6, "batch": 8, "rate": 3e-4}
+RATES = {"NPO": 3e-5, "GradDiff": 5e-5, "RMU": 1e-3, "GradAscent": 2e-5, "SimNPO": 5e-5}
+UNLEARN_BATCH = 8
+MONITORED = 40  # held-out rows that say when to stop
+CHECK_EVERY = 4, 2  # steps: at first, and once less than NEAR of the base is left
+NEAR = 0.97
+MOST_STEPS = 80
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Everything of one seed and size; each part is built when it is first asked for."""
+
+    cache: Path
+    size: Size
+    seed: int
+    tofu: str | None
+    device: str = "cpu"
+    say: Callable[[str], None] = print
+
+    @cached_property
+    def rows(self) -> Rows:
+        return read_rows(self.tofu, self.size, self.seed)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(self.base)
+
+    @property
+    def base(self) -> Path:
+        """The model that knows everything."""
+        return self._learned("base")
+
+    @property
+    def reference(self) -> Path:
+        """The model that never saw the rows to forget."""
+        return self._learned("retain-only")
+
+    def source(self, method: str, level: str) -> Path:
+        """The model that `method` has unlearned, to `level`."""
+        recipe = {
+            "base": self.base.name,
+            "method": method,
+            "rate": RATES[method],
+            "levels": LEVELS,
+            "most": MOST_STEPS,
+            "version": 1,
+        }
+        made = self._made(f"source-{method}", recipe, lambda to: self._unlearn(method, to))
+        return made / level
+
+    def statistics(self, name: str) -> Path:
+        """The file of second moments `name`: "main", with every direction, or "proxies"."""
+        settings = Settings(
+            energy=1.0 if name == "main" else 0.99,
+            max_length=256,
+            batch_size=10,
+            moments="exact",
+            device=self.device,
+            chat_template=False,
+        )
+        rows, n = self.rows, self.size.proxy_rows
+        proxies = {
+            "main": {"retain": rows.part(n), "forget": rows.forget},
+            "proxies": {
+                f"retain-{count}": rows.part(count)
+                for count in (n // 4, n // 2, len(rows.proxy.rows))
+            }
+            | {"general": rows.general},
+        }[name]
+
+        def make(to: Path) -> None:
+            checkpoint = open_checkpoint(str(self.base))
+            file = to / "statistics.safetensors"
+            weights = checkpoint.fingerprint()
+            calibrate(checkpoint, proxies, settings, file, weights=weights, progress=SILENT)
+
+        recipe = {"base": self.base.name, "sets": list(proxies), "version": 1}
+        return self._made(f"statistics-{name}", recipe, make) / "statistics.safetensors"
+
+    def load(self, folder: Path) -> Any:
+        """The model in `folder`, in its stored type."""
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        return model.to(self.device).eval()
+
+    def _learned(self, name: str) -> Path:
+        recipe = {"size": asdict(self.size), "seed": self.seed, **LEARN, "version": 1}
+
+        def make(to: Path) -> None:
+            torch.manual_seed(self.seed)
+            with quiet_transformers():
+                model, tokenizer = _load_smollm2()
+            model = model.to(torch.bfloat16).to(self.device)
+            sets = [self.rows.proxy, self.rows.heldout]
+            if name == "base":
+                sets.append(self.rows.forget)
+            rows = [row for part in sets for row in tokens(part, tokenizer)]
+            for seen in train.learn(model, rows, seed=self.seed, **LEARN):
+                self.say(f"{name}: mean answer probability in training {seen:.3f}")
+            model.save_pretrained(to)
+            tokenizer.save_pretrained(to)
+
+        return self._made(name, recipe, make)
+
+    def _unlearn(self, method: str, to: Path) -> None:
+        """Write the source of `method` at each level, and the curve that led there."""
+        torch.manual_seed(self.seed)
+        model = self.load(self.base)
+        forget, retain, heldout = (
+            tokens(part, self.tokenizer)
+            for part in (self.rows.forget, self.rows.proxy, self.rows.heldout)
+        )
+        heldout = heldout[:: max(1, len(heldout) // MONITORED)][:MONITORED]
+        step, parameters = self._step(method, model, forget)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        optimizer = train.Optimizer(parameters, RATES[method])
+        rng = random.Random(self.seed)
+        batches = (
+            train.endless(rows, UNLEARN_BATCH, rng) if rows else None
+            for rows in (forget, retain if method in ("GradDiff", "RMU") else None)
+        )
+        to_forget, to_keep = batches
+        before = _mean(probabilities(model, heldout))
+        curve = [{"step": 0, "heldout": before}]
+        waiting = dict(LEVELS)
+        for number in range(1, MOST_STEPS + 1):
+            some = train.Batches(next(to_forget), next(to_keep) if to_keep else None)
+            step(model, some).backward()
+            optimizer.step(min(1.0, number / 4))
+            early = curve[-1]["heldout"] > NEAR * before
+            if number % CHECK_EVERY[not early] and number < MOST_STEPS:
+                continue
+            curve.append({"step": number, "heldout": _mean(probabilities(model, heldout))})
+            self.say(f"{method}: step {number}, held-out {curve[-1]['heldout']:.3f}")
+            for level, share in list(waiting.items()):
+                if curve[-1]["heldout"] <= share * before or number == MOST_STEPS:
+                    model.save_pretrained(to / level)
+                    self.tokenizer.save_pretrained(to / level)
+                    about = {"method": method, "level": level, "rate": RATES[method]}
+                    about |= {"steps": number, "reached": curve[-1]["heldout"] / before <= share}
+                    (to / level / "unlearning.json").write_text(
+                        json.dumps(about | {"curve": curve})
+                    )
+                    del waiting[level]
+            if not waiting:
+                break
+
+    def _step(self, method: str, model: Any, forget: Any) -> tuple[train.Step, list[Any]]:
+        """The loss of `method` and what it trains."""
+        everything = list(model.parameters())
+        if method == "GradAscent":
+            return train.ascend, everything
+        if method == "GradDiff":
+            return train.grad_diff, everything
+        if method == "SimNPO":
+            return train.simnpo, everything
+        if method == "NPO":
+            counts = torch.tensor([float(len(row.ids) - row.answer_start) for row in forget])
+            return train.npo(-torch.tensor(losses(model, forget)) * counts), everything
+        rmu = train.Rmu.of(self.load(self.base), forget, self.seed)
+        return rmu, rmu.parameters(model)
+
+    def _made(self, name: str, recipe: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+        """The folder of `name` by `recipe`; `make` fills it if it is not there yet."""
+        text = json.dumps(recipe, sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()[:10]
+        path = self.cache / f"{self.size.name}-{self.seed}" / f"{name}-{key}"
+        if (path / "recipe.json").is_file():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if (path / "recipe.json").is_file():
+                return path
+            self.say(f"Making {path.name} of seed {self.seed}")
+            began = time.perf_counter()
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+            make(path)
+            seconds = round(time.perf_counter() - began, 1)
+            (path / "recipe.json").write_text(json.dumps({**recipe, "seconds": seconds}, indent=1))
+            self.say(f"Made {path.name} in {seconds:.0f} s")
+        return path
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)

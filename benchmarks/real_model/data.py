@@ -1,0 +1,113 @@
+"""The rows of one seed: what is forgotten, kept, held out, and looked at besides. TOFU's authors.
+
+Every author of TOFU has 20 rows in a run, so sets of whole authors share no author. What the model
+learns is forget, proxy and held-out rows; no unlearning method and no repair sees a held-out row.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sage_hub.encoding import Encoded, encode
+from sage_hub.proxies import Proxy, parse_rows, read_proxy
+
+ROWS_PER_AUTHOR = 20
+HUB = "locuslab/TOFU"
+MAX_LENGTH = 256  # tokens; no row is longer
+BYSTANDERS = ("world_facts", "real_authors")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of TOFU is learned and looked at."""
+
+    name: str
+    forget: str  # file of the rows to forget
+    retain: str  # file of the others
+    proxy_authors: int
+    heldout_authors: int
+    proxy_rows: int  # of the proxy authors, what calibration sees
+    evaluated: int  # rows of a set, at most
+    bystanders: int  # questions of each other kind
+
+
+CPU = Size("cpu", "forget01", "retain99", 7, 3, 100, 60, 40)
+FULL = Size("full", "forget10", "retain90", 120, 60, 400, 400, 117)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The sets of one seed; `choices` are questions, each with its candidate answers, right first.
+
+    `texts` are passages of the general-purpose proxy, `general` others of it: a proxy from another
+    domain.
+    """
+
+    forget: Proxy
+    proxy: Proxy
+    heldout: Proxy
+    texts: Proxy
+    general: Proxy
+    choices: Mapping[str, tuple[Proxy, ...]]
+
+    def part(self, rows: int) -> Proxy:
+        """The first `rows` rows of the proxy, which is in random order."""
+        return Proxy(f"proxy-{rows}", self.proxy.rows[:rows])
+
+
+def read_rows(tofu: str | None, size: Size, seed: int) -> Rows:
+    """Draw the sets of `seed` from the folder `tofu`, or from the Hub where it is None."""
+    rng = random.Random(seed)
+    retain = _records(tofu, size.retain)
+    authors = [
+        retain[first : first + ROWS_PER_AUTHOR] for first in range(0, len(retain), ROWS_PER_AUTHOR)
+    ]
+    rng.shuffle(authors)
+    proxy = _join(authors[: size.proxy_authors])
+    heldout = _join(authors[size.proxy_authors :][: size.heldout_authors])
+    rng.shuffle(proxy)
+    general = list(read_proxy(None).rows)
+    rng.shuffle(general)
+    choices = {}
+    for name in BYSTANDERS:
+        records = _records(tofu, f"{name}_perturbed")
+        rng.shuffle(records)
+        choices[name] = tuple(_candidates(record) for record in records[: size.bystanders])
+    return Rows(
+        forget=Proxy("forget", parse_rows(_records(tofu, size.forget), "forget")),
+        proxy=Proxy("proxy", parse_rows(proxy, "proxy")),
+        heldout=Proxy("heldout", parse_rows(heldout, "heldout")),
+        texts=Proxy("texts", tuple(general[: size.bystanders])),
+        general=Proxy("general", tuple(general[-size.proxy_rows :])),
+        choices=choices,
+    )
+
+
+def tokens(proxy: Proxy, tokenizer: Any) -> list[Encoded]:
+    """The rows of `proxy` as tokens, in plain "Question: … Answer: …" form."""
+    return encode(proxy, tokenizer, chat_template=False, max_length=MAX_LENGTH)
+
+
+def _records(tofu: str | None, name: str) -> list[dict[str, Any]]:
+    if tofu is None:
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(HUB, f"{name}.json", repo_type="dataset"))
+    else:
+        path = Path(tofu) / f"{name}.json"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _candidates(record: Mapping[str, Any]) -> Proxy:
+    answers = [record["answer"], *record["perturbed_answer"]]
+    rows = [{"question": record["question"], "answer": answer} for answer in answers]
+    return Proxy("choices", parse_rows(rows, "choices"))
+
+
+def _join(authors: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [record for author in authors for record in author]

@@ -1,0 +1,102 @@
+"""Which repairs are tried: each method's own strengths, and the gains for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+GAINS = (1.0, 2.0, 3.0, 4.5, 7.0, 12.0)
+LARGE = (1.0, 4.5, 7.0, 12.0, 20.0, 32.0)  # where a sharp filter leaves little
+AROUND_ONE = (0.7, 1.0, 1.5, 2.5)
+ALPHAS = (1.0, 0.85, 0.7, 0.55, 0.4)
+MAIN = "retain"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One method at one own strength, with the gains that it is tried with."""
+
+    method: str
+    strength: Mapping[str, Any]
+    gains: tuple[float, ...] = GAINS
+    retain: str = MAIN  # which retain statistics
+    others: str = "source"  # what is outside of the linear maps: as in the "source" or the "base"
+    match: bool = False  # the closed-form gain too
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """All but the gains: what the update is made from."""
+        return {
+            "method": self.method,
+            "strength": dict(self.strength),
+            "retain": self.retain,
+            "others": self.others,
+        }
+
+
+def _sage(strength: float, energy: float, **more: Any) -> Config:
+    return Config("sage", {"strength": strength, "energy": energy}, **more)
+
+
+def _each(method: str, name: str, *values: Any, gains: tuple[float, ...] = GAINS) -> list[Config]:
+    return [Config(method, {name: value}, gains) for value in values]
+
+
+SCALED = Config("scaled", {}, ALPHAS)
+
+CORE = [
+    SCALED,
+    _sage(10, 0.9, match=True),
+    _sage(100, 0.99, gains=LARGE),
+    Config("hard", {"energy": 0.9}),
+    _sage(1, 0.9),
+]
+GRID = [
+    *_each("hard", "energy", 0.99, gains=LARGE),
+    Config("sage_to_bias", {"kept": 0.02, "energy": 0.99}, LARGE),
+    _sage(10, 0.99, gains=LARGE),
+    _sage(1000, 0.99, gains=LARGE),
+    Config("forget_anchored", {"strength": 10, "anchor": 10}),
+    *_each("hard", "energy", 0.5),
+    _sage(100, 0.9),
+    _sage(1, 0.99),
+    _sage(3, 0.9),
+    Config("sage_to_bias", {"kept": 0.1, "energy": 0.99}),
+]
+PEERS = [  # one strength of each
+    *_each("ridge", "strength", 100, gains=LARGE),
+    *_each("sap", "alpha", 1e3),
+    *_each("null_space", "threshold", 1.0),
+    *_each("regmean", "weight", 1.0),
+    *_each("lines", "shallow", 0.0, gains=AROUND_ONE),
+    *_each("trimmed", "keep", 0.1, gains=AROUND_ONE),
+    *_each("low_rank", "rank", 8, gains=AROUND_ONE),
+    *_each("dare", "drop", 0.9, gains=AROUND_ONE),
+]
+MORE_PEERS = [
+    *_each("ridge", "strength", 10),
+    *_each("sap", "alpha", 1e4),
+    *_each("null_space", "threshold", 0.1, gains=LARGE),
+    *_each("regmean", "weight", 10.0),
+    *_each("lines", "shallow", 0.5, gains=AROUND_ONE),
+    *_each("trimmed", "keep", 0.3, gains=AROUND_ONE),
+    *_each("low_rank", "rank", 32, gains=AROUND_ONE),
+    *_each("dare", "drop", 0.5, gains=AROUND_ONE),
+    Config("forget_anchored", {"strength": 100, "anchor": 10}),
+]
+SENSITIVITY = [
+    _sage(10, 0.9, retain="general", match=True),
+    _sage(10, 0.9, retain="quarter", match=True),
+    _sage(10, 0.9, others="base"),
+    _sage(100, 0.99, retain="general", gains=LARGE),
+    _sage(10, 0.9, retain="most"),
+    _sage(10, 0.9, retain="half"),
+]
+STAGES = {
+    "core": CORE,
+    "peers": PEERS,
+    "grid": GRID,
+    "sensitivity": SENSITIVITY,
+    "more-peers": MORE_PEERS,
+}

