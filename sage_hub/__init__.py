@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "audit": "release",
+    "audit": "auditing",
     "collect_statistics": "collect",
     "evaluate_models": "compare",
     "Publication": "target",
@@ -27,11 +27,11 @@ _HOME = {
 __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
+    from sage_hub.auditing import audit as audit
     from sage_hub.collect import collect_statistics as collect_statistics
     from sage_hub.compare import evaluate_models as evaluate_models
     from sage_hub.errors import SageHubError as SageHubError
     from sage_hub.release import Release as Release
-    from sage_hub.release import audit as audit
     from sage_hub.release import push as push
     from sage_hub.release import sanitize as sanitize
     from sage_hub.settings import Settings as Settings

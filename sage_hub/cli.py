@@ -281,10 +281,11 @@ def _card(args: argparse.Namespace) -> None:
 
 
 def _audit(args: argparse.Namespace) -> None:
-    from sage_hub import display, release
+    from sage_hub import display
+    from sage_hub.auditing import audit
     from sage_hub.page import audit_page
 
-    result = release.audit(
+    result = audit(
         args.base,
         args.unlearned,
         settings=_settings(args, args.unlearned),
@@ -326,14 +327,15 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from sage_hub import display, release
+    from sage_hub import display
     from sage_hub.errors import VerificationError
+    from sage_hub.rebuild import rebuild
     from sage_hub.verify import verify
 
     progress = _progress(args)
     found = verify(args.release, progress)
     if args.rebuild:
-        again = release.rebuild(args.release, progress)
+        again = rebuild(args.release, progress)
         found = replace(found, differences=(*found.differences, *again))
     if args.json:
         _print_json(asdict(found))

@@ -1,10 +1,11 @@
-"""Statistics for their own sake: calibrate a model once, into a file or a repo of the Hub."""
+"""Statistics: those of a job, and for their own sake, into files or a repo of the Hub."""
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,40 @@ from sage_hub.calibrate import calibrate
 from sage_hub.card import statistics_card
 from sage_hub.checkpoint import HubFiles, open_checkpoint
 from sage_hub.errors import UsageError
-from sage_hub.jobs import read_proxies
+from sage_hub.jobs import Job, read_proxies
 from sage_hub.progress import SILENT, Progress
 from sage_hub.proxies import DATASET_SCHEME, Proxy
 from sage_hub.publish import Upload
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.settings import Settings
-from sage_hub.statistics import REPO_FILE, Origin, open_statistics
+from sage_hub.statistics import REPO_FILE, Origin, Statistics, open_statistics
 from sage_hub.target import Publication, check_target
 from sage_hub.tensorfile import file_sha256
+
+
+@contextmanager
+def statistics_for(
+    job: Job, path: Path, progress: Progress, *, forget: bool = False
+) -> Iterator[Statistics]:
+    """The given statistics, or new ones of the base model in the file `path`, if not there yet.
+
+    The forget proxy is taken in if asked for, or if the gain is measured on it.
+    """
+    if job.statistics is None and not job.ranks.once(path.exists):
+        measured = forget or job.settings.gain in ("match", "auto")
+        sets = ("retain", "forget") if measured else ("retain",)
+        base = job.plan.base
+        calibrate(
+            base.passing(path.parent / "downloads") if job.settings.low_disk else base,
+            {path: {which: job.proxies[which] for which in sets if which in job.proxies}},
+            job.settings,
+            weights=job.fingerprints["base"],
+            cache=job.stats_cache,
+            ranks=job.ranks,
+            progress=progress,
+        )
+    with open_statistics(job.statistics.path() if job.statistics else path) as opened:
+        yield opened
 
 
 def collect_statistics(

@@ -54,7 +54,7 @@ stay{% endif %}.</p>
 
 
 def audit_page(audit: Mapping[str, Any]) -> str:
-    """The page for what `sage_hub.release.audit` returns."""
+    """The page for what `sage_hub.audit` returns."""
     tensors = [
         {
             "name": f"{module['module']}.weight",

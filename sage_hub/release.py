@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Collection, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import Any
 
 from sage_hub import card, shards
 from sage_hub.adapter import open_unlearned
-from sage_hub.bias import summarize
-from sage_hub.calibrate import calibrate
-from sage_hub.checkpoint import HubFiles, Location, open_checkpoint, read_json
+from sage_hub.checkpoint import HubFiles, Location, read_json
+from sage_hub.collect import statistics_for
 from sage_hub.errors import GateError, SageHubError
 from sage_hub.evaluation import Candidate, Evaluation, evaluate
 from sage_hub.gain import choose_gain
@@ -24,17 +22,15 @@ from sage_hub.gates import Outcome, facts_of
 from sage_hub.hub import MANIFEST
 from sage_hub.jobs import (
     Job,
-    check_given_statistics,
     check_weights,
     choose_target,
     describe_sources,
     nothing_to_do,
-    read_proxies,
     survey,
     workspace,
 )
 from sage_hub.output import Work, carry_files, leave_record, working_on
-from sage_hub.plan import Plan, make_plan
+from sage_hub.plan import Plan
 from sage_hub.progress import SILENT, Progress
 from sage_hub.publish import Source, Upload
 from sage_hub.ranks import ALONE, Ranks
@@ -47,9 +43,9 @@ from sage_hub.record import (
     write_json,
 )
 from sage_hub.settings import Settings
-from sage_hub.statistics import Statistics, find_ready, open_statistics
+from sage_hub.statistics import Statistics
 from sage_hub.target import Publication
-from sage_hub.verify import manifest_of, read_manifest, verify, verify_files
+from sage_hub.verify import manifest_of, verify, verify_files
 from sage_hub.weights import part_of_the_way
 
 
@@ -248,7 +244,7 @@ def write_release(
     clock, ranks = _Clock(), job.ranks
     how = shards.Filter(job.settings.strength, job.settings.energy, job.settings.rank)
     folder = work.release
-    with _statistics_for(job, work.statistics, progress) as statistics:
+    with statistics_for(job, work.statistics, progress) as statistics:
         clock.lap("calibrate")
         plan = job.plan.observed(statistics.site_of)
         if job.settings.low_disk:
@@ -371,86 +367,6 @@ def stop_at_gates(release: Release) -> None:
         )
 
 
-def audit(
-    base: str,
-    unlearned: str,
-    *,
-    settings: Settings = Settings(),  # noqa: B008 - frozen
-    statistics: str | Path | None = None,
-    stats_cache: str | Path | None = None,
-    progress: Progress = SILENT,
-) -> dict[str, Any]:
-    """Activation bias of the update, per module and for the model; writes no weights.
-
-    The result is that of `sage_hub.bias.summarize`, with the sources' names and the settings.
-    """
-    ready = None if statistics is None else find_ready(statistics)
-    settings = settings.resolve_device()
-    base_side = open_checkpoint(base)
-    plan = make_plan(base_side, open_unlearned(unlearned, base_side), settings.parameters)
-    proxies = read_proxies(settings.to_calibrate(), calibrates=ready is None)
-    fingerprints = {
-        "base": plan.base.fingerprint(progress),
-        "tokenizer": plan.base.tokenizer_fingerprint(),
-    }
-    cache = None if stats_cache is None else Path(stats_cache)
-    job = Job(
-        plan,
-        settings,
-        proxies,
-        fingerprints,
-        ready,
-        None,
-        Location(folder=None),
-        stats_cache=cache,
-    )
-    check_given_statistics(job)
-    how = shards.Filter(settings.strength, settings.energy, settings.rank)
-    with (
-        tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch,
-        _statistics_for(
-            job, Path(scratch) / "statistics.safetensors", progress, forget=True
-        ) as opened,
-    ):
-        observed = plan.observed(opened.site_of)
-        measured = shards.measure(observed, opened, how, device=settings.device, progress=progress)
-        model = summarize(measured)
-        names = {"base": plan.base.name, "unlearned": plan.unlearned.name}
-        return {**names, "settings": settings.describe(), **model}
-
-
-def rebuild(release: str, progress: Progress = SILENT) -> list[str]:
-    """Make `release` again from what its manifest states, and compare the hashes of all files.
-
-    Sources on the Hub are taken at the recorded commits, local ones and proxies by their names
-    from the current folder. Returns each difference in one sentence.
-    """
-    manifest = read_manifest(release)
-    base, unlearned = (
-        card.recorded_source(manifest["sources"][side]) for side in ("base", "unlearned")
-    )
-    with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
-        made = sanitize(
-            base,
-            unlearned,
-            Path(scratch) / "rebuilt",
-            settings=Settings.from_record(manifest["settings"]).without_evaluation(),
-            statistics=manifest["statistics"].get("file"),
-            progress=progress,
-        )
-    found = made.manifest["files"]
-    differences = [
-        f"{name} comes out as {found.get(name, 'nothing')}, not {sha256}"
-        for name, sha256 in manifest["files"].items()
-        if found.get(name) != sha256
-    ]
-    ours = made.manifest["versions"]
-    changed = {lib: v for lib, v in manifest["versions"].items() if ours.get(lib) != v}
-    if differences and changed:
-        differences += [f"{lib} was {v} and is {ours.get(lib)}" for lib, v in changed.items()]
-    return differences
-
-
 def _write_shards(
     job: Job,
     plan: Plan,
@@ -515,31 +431,6 @@ def _sent_earlier(plan: Plan, work: Work, upload: Upload) -> dict[str, Any]:
     }
     sent = upload.adopt({s: (note["sha256"], note["bytes"]) for s, note in notes.items()})
     return {shard: note for shard, note in notes.items() if shard in sent}
-
-
-@contextmanager
-def _statistics_for(
-    job: Job, path: Path, progress: Progress, *, forget: bool = False
-) -> Iterator[Statistics]:
-    """The given statistics, or new ones of the base model in the file `path`, if not there yet.
-
-    The forget proxy is taken in if asked for, or if the gain is measured on it.
-    """
-    if job.statistics is None and not job.ranks.once(path.exists):
-        measured = forget or job.settings.gain in ("match", "auto")
-        sets = ("retain", "forget") if measured else ("retain",)
-        base = job.plan.base
-        calibrate(
-            base.passing(path.parent / "downloads") if job.settings.low_disk else base,
-            {path: {which: job.proxies[which] for which in sets if which in job.proxies}},
-            job.settings,
-            weights=job.fingerprints["base"],
-            cache=job.stats_cache,
-            ranks=job.ranks,
-            progress=progress,
-        )
-    with open_statistics(job.statistics.path() if job.statistics else path) as opened:
-        yield opened
 
 
 class _Clock:

@@ -1,0 +1,44 @@
+"""Make a release again from what its manifest states, and compare."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from sage_hub import card
+from sage_hub.progress import SILENT, Progress
+from sage_hub.release import sanitize
+from sage_hub.settings import Settings
+from sage_hub.verify import read_manifest
+
+
+def rebuild(release: str, progress: Progress = SILENT) -> list[str]:
+    """Make `release` again from what its manifest states, and compare the hashes of all files.
+
+    Sources on the Hub are taken at the recorded commits, local ones and proxies by their names
+    from the current folder. Returns each difference in one sentence.
+    """
+    manifest = read_manifest(release)
+    base, unlearned = (
+        card.recorded_source(manifest["sources"][side]) for side in ("base", "unlearned")
+    )
+    with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
+        made = sanitize(
+            base,
+            unlearned,
+            Path(scratch) / "rebuilt",
+            settings=Settings.from_record(manifest["settings"]).without_evaluation(),
+            statistics=manifest["statistics"].get("file"),
+            progress=progress,
+        )
+    found = made.manifest["files"]
+    differences = [
+        f"{name} comes out as {found.get(name, 'nothing')}, not {sha256}"
+        for name, sha256 in manifest["files"].items()
+        if found.get(name) != sha256
+    ]
+    ours = made.manifest["versions"]
+    changed = {lib: v for lib, v in manifest["versions"].items() if ours.get(lib) != v}
+    if differences and changed:
+        differences += [f"{lib} was {v} and is {ours.get(lib)}" for lib, v in changed.items()]
+    return differences
