@@ -121,13 +121,13 @@ def ridge(delta: Tensor, site: Site, *, strength: float) -> Tensor:
 
 def regmean(delta: Tensor, site: Site, *, weight: float) -> Tensor:
     """RegMean (2212.09849): ΔĈ_f(Ĉ_f + wĈ_r)⁻¹; w = 1 is its own form."""
-    forget, retain = normalized_moment(site.forget), normalized_moment(site.retain)
+    forget, retain = (normalized_moment(s).to(delta) for s in (site.forget, site.retain))
     return _solve_right(delta @ forget, forget + weight * retain)
 
 
 def forget_anchored(delta: Tensor, site: Site, *, strength: float, anchor: float) -> Tensor:
     """SAGE held to Δ on forget inputs: Δ(I + μĈ_f)(I + μĈ_f + λĈ_r)⁻¹."""
-    forget, retain = normalized_moment(site.forget), normalized_moment(site.retain)
+    forget, retain = (normalized_moment(s).to(delta) for s in (site.forget, site.retain))
     held = torch.eye(len(forget), dtype=forget.dtype, device=forget.device) + anchor * forget
     return _solve_right(delta @ held, held + strength * retain)
 
