@@ -175,7 +175,7 @@ def _by_evaluation(
         2.0 if matching is None else matching.gain,
     )
     words = {
-        "reached": f"forgets as much as {of}",
+        "reached": f"brings forgetting to {of}",
         "held back": f"is as far as it goes without harming retained rows; it misses {of}",
     }
     progress.note(f"γ = {gain:.3g} {words[outcome]} ({len(tried)} evaluations).")
