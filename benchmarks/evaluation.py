@@ -84,9 +84,9 @@ def main() -> None:
 def write_smollm2(folder: Path, dtype: str) -> Path:
     """SmolLM2 as a checkpoint of that type, from its package."""
     # Private names, because a release has no use for SmolLM2 without fine-tuning.
-    from sage_hub.demo_models import _load_smollm2
+    from sage_hub.demo_models import load_smollm2
 
-    model, tokenizer = _load_smollm2()
+    model, tokenizer = load_smollm2()
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

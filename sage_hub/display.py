@@ -7,15 +7,18 @@ from typing import Any
 
 from sage_hub.budget import GB, Budget
 from sage_hub.checkpoint import Checkpoint
-from sage_hub.estimate import Estimate
+from sage_hub.estimate import SEARCHED, Estimate
+from sage_hub.gain import SOURCE_LEVEL
 from sage_hub.gates import Outcome
 from sage_hub.jobs import Job
 from sage_hub.plan import Plan
 from sage_hub.progress import in_bytes
 from sage_hub.release import Release
-from sage_hub.settings import SETS
+from sage_hub.settings import SETS, Settings
 from sage_hub.tables import MODELS, highlights, metric_table, number, robustness_table
 from sage_hub.verify import Verification
+
+LITTLE = 0.5  # of what was lost: less than that come back is worth a hint
 
 
 def plan_text(job: Job, *, verbose: bool = False) -> str:
@@ -43,8 +46,7 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
         (
             "settings",
             f"λ={settings.strength:g} ρ={settings.energy:g} rank={settings.rank or 'any'} "
-            f"γ={settings.gain} "
-            f"on {settings.device}",
+            f"γ={_gain(settings)} on {settings.device}",
         ),
         (
             "needs",
@@ -131,6 +133,8 @@ def forecast_text(found: Estimate) -> str:
             _table(header, rows),
             f"\nThe pass over the weights: {in_bytes(found.pass_bytes)} read and written, "
             f"{found.pass_flops:.2g} flops, {_duration(found.pass_seconds)}",
+            f"The search for the gain, {SEARCHED} evaluations or so of at most "
+            f"{found.searched_tokens} tokens: {_duration(found.search_seconds)}",
             f"Evaluation of four models on as many tokens: {_duration(found.evaluation_seconds)}",
         ]
     )
@@ -181,17 +185,33 @@ def release_text(release: Release) -> str:
     return "\n".join(parts)
 
 
+def _gain(settings: Settings) -> str:
+    if settings.gain_rule == "search":
+        if settings.target is not None:
+            aim = f"a level of {settings.target:g}"
+        else:
+            aim = "the reference's level" if settings.reference else "the source's level"
+        return f"auto, by evaluating, to {aim}"
+    if settings.gain_rule == "match":
+        return "by the closed form"
+    return "1" if settings.gain == "auto" else f"{settings.gain:g}"
+
+
 def _hint(report: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    """What to try where plain SAGE has weakened forgetting, as it does."""
+    """What to try where forgetting is weaker than it need be, or little has come back."""
+    search, recovered = manifest["gain_search"], report["retain_recovered"]
+    if search and search.get("of") == SOURCE_LEVEL and recovered and recovered["value"] < LITTLE:
+        return (
+            "hint: little of what was lost has come back. The source may have forgotten more than "
+            "a model that never saw the forget set; give such a one with --reference, or a --target"
+        )
     forget = next((line for line in highlights(report) if line["set"] == "forget"), None)
     gap = forget["difference"] if forget else None
-    if manifest["gain"] != 1 or manifest["settings"]["gain"] != 1 or not gap:
-        return ""
-    if gap["verdict"] != "worse":
+    if search or not gap or gap["verdict"] != "worse":
         return ""
     return (
-        "hint: forgetting is weaker than the source's; --gain auto --strength 10 turns up what "
-        "remains of the update until it is not"
+        "hint: forgetting is weaker than the source's; --gain auto turns up what remains of the "
+        "update until it is not"
     )
 
 

@@ -15,7 +15,7 @@ from sage_hub.architecture import linear_maps
 from sage_hub.blocks import BlockModel, cut
 from sage_hub.budget import Budget, plan_memory, statistics_bytes
 from sage_hub.moments import SecondMoment, SketchedMoment, sketch_width
-from sage_hub.settings import Settings
+from sage_hub.settings import SEARCH_TOKENS, Settings
 from sage_hub.sites import Site, find_sites
 
 # The ways to have second moments.
@@ -34,6 +34,8 @@ _EIGEN, _SKETCH = 9, 12
 _USUAL_RANK = 8
 # A layer of SmolLM2 takes as much longer than its products alone: attention, norms, small pieces.
 _BESIDES = 1.6
+# Gains that a search tries, with the source and a reference: so many, or a few more.
+SEARCHED = 8
 _PRODUCTS = 4  # of each weight with the directions: see docs/performance.md
 
 
@@ -74,6 +76,8 @@ class Estimate:
     pass_flops: float  # over the weights
     pass_bytes: float  # read and written
     pass_seconds: float
+    searched_tokens: int  # of both sets together, for each gain that is tried
+    search_seconds: float  # for the gain
     evaluation_seconds: float  # of four models on as many tokens
 
     def describe(self) -> dict[str, Any]:
@@ -88,7 +92,8 @@ def estimate(
     """Estimate a run on `model`, whose weights are on "meta", with proxies of `tokens` tokens."""
     sites, blocks = find_sites(model), cut(model)
     dense = [site for site in sites if not site.diagonal]
-    forward = tokens * _flops_per_token(model, blocks)
+    per_token = _flops_per_token(model, blocks)
+    forward = tokens * per_token
     modes = []
     for name, changes in MODES.items():
         own = replace(settings, **changes)
@@ -109,6 +114,11 @@ def estimate(
     for parameter, maps in linear_maps(model).items():
         rank = min(maps[0].features // _USUAL_RANK, settings.rank or maps[0].features)
         products += _PRODUCTS * 2.0 * state[parameter].numel() * rank
+
+    def evaluated(tokens: int) -> float:
+        return _BESIDES * tokens * per_token / rates.forward + size / rates.hashing
+
+    searched = 2 * min(tokens, SEARCH_TOKENS)
     return Estimate(
         parameters=sum(p.numel() for p in model.parameters()),
         sites=len(dense),
@@ -120,7 +130,9 @@ def estimate(
         pass_bytes=3 * size,
         # Hashing is half of what is done to every byte (docs/performance.md).
         pass_seconds=products / rates.moments + 2 * 3 * size / rates.hashing,
-        evaluation_seconds=4 * (_BESIDES * forward / rates.forward + size / rates.hashing),
+        searched_tokens=searched,
+        search_seconds=SEARCHED * evaluated(searched),
+        evaluation_seconds=4 * evaluated(tokens),
     )
 
 

@@ -23,11 +23,12 @@ from sage_hub.plan import Plan
 from sage_hub.progress import Progress
 from sage_hub.record import Chosen
 from sage_hub.sage import sanitize_weight
+from sage_hub.settings import SEARCH_TOKENS
 from sage_hub.statistics import Statistics
 from sage_hub.weights import Blend, as_rows, model_of, widened
 
-TOKENS = 16_384  # of each set that a gain is chosen by, at most
 LARGEST = 64.0  # γ
+SOURCE_LEVEL = "the unlearned model's level"
 CLOSE = 1.05  # two gains that are as near as this are one
 # How well an answer is known, by the first of these that a set has.
 LEVELS = ("probability", "accuracy", "loss")
@@ -54,15 +55,15 @@ def choose_gain(
     Raises NothingToDoError if the filtered update does nothing on the forget proxy.
     """
     settings = job.settings
-    if settings.gain not in ("match", "auto"):
-        return Chosen(float(settings.gain))
+    if settings.gain_rule == "number":
+        return Chosen(1.0 if settings.gain == "auto" else float(settings.gain))
     matching = None
     if statistics.has("forget"):
         measured = shards.measure(
             plan, statistics, how, device=settings.device, ranks=job.ranks, progress=progress
         )
         matching = closed_form(measured)
-    if settings.gain == "match":
+    if settings.gain_rule == "match":
         if matching is None:
             raise NothingToDoError(
                 "The filtered update does nothing on the forget proxy, so no gain can match it; "
@@ -89,7 +90,8 @@ def closed_form(measured: Sequence[shards.Measurement]) -> Chosen | None:
         return None
     filtered = math.fsum(m.retain_filtered for m in measured)
     most = math.sqrt(math.fsum(m.retain for m in measured) / filtered) if filtered else math.inf
-    return Chosen(min(matching, most), {"matching": matching, "held_back": matching > most})
+    gain = _short(min(matching, most))
+    return Chosen(gain, {"matching": matching, "held_back": matching > most})
 
 
 def search(
@@ -120,7 +122,7 @@ def search(
         return high, "held back", tried
     # Between a gain that is too small and one that is enough, or too much.
     while high / low > CLOSE:
-        middle = math.sqrt(low * high)
+        middle = _short(math.sqrt(low * high))
         if at(middle).forget > target and not harms(middle):
             low = middle
         else:
@@ -143,7 +145,7 @@ def _by_evaluation(
         generate_rows=0,
         robustness=False,
         lm_eval=None,
-        max_tokens=min(job.settings.max_tokens, TOKENS),
+        max_tokens=min(job.settings.max_tokens, SEARCH_TOKENS),
     )
     proxies = {which: job.proxies[which] for which in ("forget", "retain") if which in job.proxies}
 
@@ -161,7 +163,7 @@ def _by_evaluation(
         return Level(_level(figures, "forget"), _level(figures, "retain"))
 
     source = known(Candidate(plan.unlearned), "unlearned")
-    target, of = source.forget, "the unlearned model's level"
+    target, of = source.forget, SOURCE_LEVEL
     if job.reference is not None:
         reference = known(Candidate(job.reference), "reference").forget
         if reference > target:
@@ -223,6 +225,11 @@ def turned_up(plan: Plan, statistics: Statistics, how: shards.Filter) -> Callabl
         return blend
 
     return with_gain
+
+
+def _short(gain: float) -> float:
+    """To four digits, so that it does not depend on the order in which anything was summed."""
+    return float(f"{gain:.4g}")
 
 
 def _level(figures: Mapping[tuple[str, str], float], which: str) -> float:

@@ -154,8 +154,10 @@ def survey(
         proxies.update(read_proxies(settings, calibrates=ready is None))
         if settings.gain == "match" and ready is None and "forget" not in proxies:
             raise UsageError("--gain match is measured on the forget proxy; give --forget.")
-        if settings.gain == "auto" and "forget" not in proxies:
-            raise UsageError("--gain auto is chosen by the forget set; give --forget.")
+        if settings.target is not None and settings.gain_rule != "search":
+            raise UsageError(
+                "--target is reached by evaluating the forget set; give --forget, no --low-disk."
+            )
         read_gates()
 
     checks: list[Callable[[], object]] = [
@@ -203,7 +205,7 @@ def expect_calibration(base: Checkpoint, settings: Settings) -> tuple[Budget, Bu
     allow, at least, if they are a single token, and the bytes on disk at most."""
     model = empty_model(base)
     sites, blocks = find_sites(model), cut(model)
-    sets = 2 if settings.gain in ("match", "auto") else 1
+    sets = 1 if settings.gain_rule == "number" else 2
     most, least = (
         plan_memory(
             blocks,
@@ -355,10 +357,10 @@ def check_given_statistics(job: Job) -> None:
             energy=job.settings.energy,
             rank=job.settings.rank,
         )
-        if job.settings.gain == "match" and not statistics.has("forget"):
+        if job.settings.gain_rule == "match" and not statistics.has("forget"):
             raise StatisticsError(
-                "--gain match is measured on the forget proxy, which the statistics don't have; "
-                "make them anew with `sage-hub stats --forget`."
+                "The gain is measured on the forget proxy, which the statistics don't have; make "
+                "them anew with `sage-hub stats --forget`, or give the --gain."
             )
         seen = statistics.origin.data["retain"]
     others = {
@@ -375,6 +377,11 @@ def _warnings(job: Job) -> Iterator[str]:
         yield (
             "The retain proxy is the general-purpose one that comes with sage-hub. A few hundred "
             "rows of your own domain, given with --retain, protect what you care for better."
+        )
+    if job.settings.gain == "auto" and job.settings.forget is None:
+        yield (
+            "Without --forget no gain can be chosen: what is left of the update is not turned up, "
+            "so the release will forget less than its source, and nothing here shows how much."
         )
     available = machine_memory()
     if available is not None and job.settings.memory * GB > available:

@@ -527,10 +527,10 @@ def _add_settings(command: argparse.ArgumentParser, *, skip: Sequence[str] = ())
                 help=what,
             )
 
-    add("strength", _number, "λ", "how strongly retained directions are protected (default: 1)")
+    add("strength", _number, "λ", "how strongly retained directions are protected (default: 10)")
     add("energy", _number, "ρ", "share of the retain energy that is protected (default: 0.9)")
     add("rank", _whole, "K", "protect at most K directions per site")
-    add("gain", _gain, "γ", "turn up what remains: a number, 'match' or 'auto' (default: 1)")
+    add("gain", _gain, "γ", "turn up what remains: a number, 'match' or 'auto' (default: auto)")
     if "gain" not in skip:
         add("target", _number, "LEVEL", "of the forget set, for 'auto' (default: the source's)")
     add("max_tokens", _whole, "N", "tokens of each proxy to calibrate on (default: 131072)")

@@ -25,6 +25,7 @@ NAMES_OF_THE_RECORD = (
     *("base", "unlearned", "control", "sanitized", "robustness", "bias", "gain", "all"),
     *("control_alpha", "retain_recovered"),
 )
+SEARCH_TOKENS = 16_384  # of each set that a search for the gain evaluates, at most
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 # They bear on what is said of a release and not on what it is: a finished one is not made again.
 ABOUT_THE_RECORD = ("gates", "results", "card_template")
@@ -43,11 +44,11 @@ class Settings:
     unseen: str | None = None  # what no model was trained on, for PrivLeak
     bystanders: Mapping[str, str] = field(default_factory=dict)  # name -> more sets to evaluate on
     reference: str | None = None  # a model that never saw the forget set: repo or folder
-    strength: float = 1.0  # λ ≥ 0; inf is the hard projection
+    strength: float = 10.0  # λ ≥ 0; inf is the hard projection
     energy: float = 0.9  # ρ in (0, 1]
     rank: int | None = None  # cap on k
-    gain: float | Literal["match", "auto"] = 1.0  # γ
-    target: float | None = None  # what gain "auto" brings the forget set's level to
+    gain: float | Literal["match", "auto"] = "auto"  # γ; see `gain_rule`
+    target: float | None = None  # what a search for γ brings the forget set's level to
     max_tokens: int = 131_072  # of each proxy, in calibration
     max_length: int = 2_048  # of a row, in tokens
     batch_size: int = 8
@@ -153,15 +154,27 @@ class Settings:
 
     def without_evaluation(self) -> Settings:
         """What makes the same weights, and evaluates as little as it can."""
-        chosen = self.gain in ("match", "auto")  # by these sets
         return replace(
             self.to_calibrate(),
-            forget=self.forget if chosen else None,
-            reference=self.reference if self.gain == "auto" else None,
+            forget=None if self.gain_rule == "number" else self.forget,
+            reference=self.reference if self.gain_rule == "search" else None,
             generate_rows=0,
             robustness=False,
             lm_eval=None,
         )
+
+    @property
+    def gain_rule(self) -> Literal["number", "match", "search"]:
+        """How γ is found: as given, in closed form, or by evaluating what a few would make.
+
+        "auto" is a search over evaluations. With `low_disk`, where each would download both sides
+        anew, it is the closed form, and without a forget set 1.
+        """
+        if self.gain == "match":
+            return "match"
+        if self.gain != "auto" or self.forget is None:
+            return "number"
+        return "match" if self.low_disk else "search"
 
     @property
     def sets(self) -> dict[str, str]:

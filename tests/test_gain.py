@@ -135,14 +135,12 @@ def run(pair: Path, out: Path, *more: str) -> dict[str, Any]:
 
 
 def test_a_run_reaches_the_level_and_records_how(pair: Path, tmp_path: Path) -> None:
-    plain = run(pair, tmp_path / "plain", "--strength", "10")
+    plain = run(pair, tmp_path / "plain", "--gain", "1")
     own, source = (plain["figures"][m, "forget", "probability"] for m in ("sanitized", "unlearned"))
     target = (own + source) / 2
     if own < source:  # a random update may forget more when it is filtered
         target = own * 0.99
-    found = run(
-        pair, tmp_path / "out", "--strength", "10", "--gain", "auto", "--target", str(target)
-    )
+    found = run(pair, tmp_path / "out", "--target", str(target))
     search_record = found["gain_search"]
     assert search_record["of"] == "--target"
     tried = {entry["gain"]: entry["forget"] for entry in search_record["tried"]}
@@ -155,7 +153,7 @@ def test_a_run_reaches_the_level_and_records_how(pair: Path, tmp_path: Path) -> 
     assert not list(tmp_path.glob(".*partial"))
 
     # And it is the same as to give that gain.
-    again = run(pair, tmp_path / "again", "--strength", "10", "--gain", repr(found["gain"]))
+    again = run(pair, tmp_path / "again", "--gain", repr(found["gain"]))
     assert again["gain_search"] is None
     ours, theirs = load_weights(tmp_path / "out"), load_weights(tmp_path / "again")
     assert all(ours[name].equal(theirs[name]) for name in theirs)
@@ -164,8 +162,8 @@ def test_a_run_reaches_the_level_and_records_how(pair: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "words, says",
     [
-        (["--gain", "auto", "--forget", ""], "forget"),
-        (["--target", "0.1"], "A target is what gain 'auto'"),
+        (["--target", "0.1"], "give --forget"),
+        (["--target", "0.1", "--gain", "3"], "A target is what gain 'auto'"),
         (["--gain", "auto", "--target", "nan"], "target must be a number"),
     ],
 )
@@ -173,7 +171,6 @@ def test_what_makes_no_sense_is_refused(
     words: list[str], says: str, pair: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     both = [str(pair / "base"), str(pair / "unlearned"), "--output", str(pair.parent / "x")]
-    words = [word for word in words if word not in ("--forget", "")]
     retain = ["--retain", str(pair / "retain.jsonl")]
     assert main(["sanitize", *both, *retain, *words]) == 2
     assert says in capsys.readouterr().err

@@ -34,7 +34,7 @@ def proxies(pair: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("gain", ["1", "match"])
+@pytest.mark.parametrize("gain", ["1", "match", "auto"])
 def test_push_from_hub_to_hub(hub: LoopbackHub, pair: Path, gain: str, tmp_path: Path) -> None:
     shas = {side: hub.add_repo(f"org/{side}", pair / side) for side in ("base", "unlearned")}
     status = main(
@@ -57,7 +57,7 @@ def test_push_from_hub_to_hub(hub: LoopbackHub, pair: Path, gain: str, tmp_path:
         pair / "base",
         pair / "unlearned",
         [json.loads(line) for line in (pair / "retain.jsonl").read_text().splitlines()],
-        strength=1.0,
+        strength=10.0,
         energy=0.9,
         gain=manifest["gain"],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -301,3 +302,18 @@ def test_auto_becomes_a_device_that_is_here() -> None:
 def test_a_device_that_cannot_compute_here_is_refused(device: str) -> None:
     with pytest.raises(UsageError, match="not available here; use --device cpu"):
         Settings(device=device).resolve_device()
+
+
+@pytest.mark.parametrize(
+    "given, rule",
+    [
+        ({}, "number"),
+        ({"forget": "f.jsonl"}, "search"),
+        ({"forget": "f.jsonl", "low_disk": True}, "match"),
+        ({"forget": "f.jsonl", "gain": 3}, "number"),
+        ({"forget": "f.jsonl", "gain": "match"}, "match"),
+        ({"gain": "match"}, "match"),
+    ],
+)
+def test_how_the_gain_is_found_goes_by_what_there_is(given: dict[str, Any], rule: str) -> None:
+    assert Settings(**given).gain_rule == rule

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import train
-from data import Rows, Size, read_rows, tokens
+from data import MAIN, Rows, Size, read_rows, tokens
 from evaluate import losses, probabilities
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sage_hub.architecture import quiet_transformers
 from sage_hub.calibrate import calibrate
 from sage_hub.checkpoint import open_checkpoint
-from sage_hub.demo_models import _load_smollm2
+from sage_hub.demo_models import load_smollm2
 from sage_hub.progress import SILENT
 from sage_hub.settings import Settings
 
@@ -87,34 +87,38 @@ class Workshop:
         made = self._made(f"source-{method}", recipe, lambda to: self._unlearn(method, to))
         return made / level
 
-    def statistics(self, name: str) -> Path:
-        """The file of second moments `name`: "main", with every direction, or "proxies"."""
+    def statistics(self, proxy: str) -> Path:
+        """The file with the second moments of a retain proxy of `rows`, by its name there.
+
+        That of the main one has every direction, and those of the forget rows.
+        """
+        rows = self.rows
+        if proxy == MAIN:
+            name, files = "main", {MAIN: {"retain": rows.proxies[MAIN], "forget": rows.forget}}
+        else:
+            name = "proxies"
+            files = {key: {"retain": rows.proxies[key]} for key in rows.proxies if key != MAIN}
         settings = Settings(
-            energy=1.0 if name == "main" else 0.99,
+            energy=1.0 if proxy == MAIN else 0.99,
             max_length=256,
             batch_size=10,
             moments="exact",
             device=self.device,
             chat_template=False,
         )
-        rows, n = self.rows, self.size.proxy_rows
-        proxies = {
-            "main": {"retain": rows.part(n), "forget": rows.forget},
-            "proxies": {
-                f"retain-{count}": rows.part(count)
-                for count in (n // 4, n // 2, len(rows.proxy.rows))
-            }
-            | {"general": rows.general},
-        }[name]
 
         def make(to: Path) -> None:
             checkpoint = open_checkpoint(str(self.base))
-            file = to / "statistics.safetensors"
-            weights = checkpoint.fingerprint()
-            calibrate(checkpoint, proxies, settings, file, weights=weights, progress=SILENT)
+            calibrate(
+                checkpoint,
+                {to / f"{key}.safetensors": sets for key, sets in files.items()},
+                settings,
+                weights=checkpoint.fingerprint(),
+                progress=SILENT,
+            )
 
-        recipe = {"base": self.base.name, "sets": list(proxies), "version": 1}
-        return self._made(f"statistics-{name}", recipe, make) / "statistics.safetensors"
+        recipe = {"base": self.base.name, "files": list(files), "version": 2}
+        return self._made(f"statistics-{name}", recipe, make) / f"{proxy}.safetensors"
 
     def load(self, folder: Path) -> Any:
         """The model in `folder`, in its stored type."""
@@ -128,9 +132,9 @@ class Workshop:
         def make(to: Path) -> None:
             torch.manual_seed(self.seed)
             with quiet_transformers():
-                model, tokenizer = _load_smollm2()
+                model, tokenizer = load_smollm2()
             model = model.to(torch.bfloat16).to(self.device)
-            sets = [self.rows.proxy, self.rows.heldout]
+            sets = [self.rows.keep, self.rows.heldout]
             if name == "base":
                 sets.append(self.rows.forget)
             rows = [row for part in sets for row in tokens(part, tokenizer)]
@@ -147,7 +151,7 @@ class Workshop:
         model = self.load(self.base)
         forget, retain, heldout = (
             tokens(part, self.tokenizer)
-            for part in (self.rows.forget, self.rows.proxy, self.rows.heldout)
+            for part in (self.rows.forget, self.rows.keep, self.rows.heldout)
         )
         heldout = heldout[:: max(1, len(heldout) // MONITORED)][:MONITORED]
         step, parameters = self._step(method, model, forget)

@@ -19,6 +19,7 @@ from sage_hub.proxies import Proxy, parse_rows, read_proxy
 ROWS_PER_AUTHOR = 20
 HUB = "locuslab/TOFU"
 MAX_LENGTH = 256  # tokens; no row is longer
+MAIN = "retain"  # the retain proxy that all but a comparison of proxies is made with
 BYSTANDERS = ("world_facts", "real_authors")
 
 
@@ -44,20 +45,16 @@ FULL = Size("full", "forget10", "retain90", 120, 60, 400, 400, 117)
 class Rows:
     """The sets of one seed; `choices` are questions, each with its candidate answers, right first.
 
-    `texts` are passages of the general-purpose proxy, `general` others of it: a proxy from another
-    domain.
+    `keep` are all rows of the proxy authors, in random order, `texts` passages of the
+    general-purpose proxy.
     """
 
     forget: Proxy
-    proxy: Proxy
+    keep: Proxy
     heldout: Proxy
     texts: Proxy
-    general: Proxy
+    proxies: Mapping[str, Proxy]  # retain proxies: the main one, and others to compare with it
     choices: Mapping[str, tuple[Proxy, ...]]
-
-    def part(self, rows: int) -> Proxy:
-        """The first `rows` rows of the proxy, which is in random order."""
-        return Proxy(f"proxy-{rows}", self.proxy.rows[:rows])
 
 
 def read_rows(tofu: str | None, size: Size, seed: int) -> Rows:
@@ -73,17 +70,26 @@ def read_rows(tofu: str | None, size: Size, seed: int) -> Rows:
     rng.shuffle(proxy)
     general = list(read_proxy(None).rows)
     rng.shuffle(general)
-    choices = {}
+    choices, facts = {}, []
     for name in BYSTANDERS:
         records = _records(tofu, f"{name}_perturbed")
         rng.shuffle(records)
         choices[name] = tuple(_candidates(record) for record in records[: size.bystanders])
+        facts += records[size.bystanders :]
+    keep = parse_rows(proxy, "proxy")
+    parts = {MAIN: size.proxy_rows, "quarter": size.proxy_rows // 4, "half": size.proxy_rows // 2}
+    proxies = {name: Proxy("retain", keep[:rows]) for name, rows in parts.items()}
     return Rows(
         forget=Proxy("forget", parse_rows(_records(tofu, size.forget), "forget")),
-        proxy=Proxy("proxy", parse_rows(proxy, "proxy")),
+        keep=Proxy("keep", keep),
         heldout=Proxy("heldout", parse_rows(heldout, "heldout")),
         texts=Proxy("texts", tuple(general[: size.bystanders])),
-        general=Proxy("general", tuple(general[-size.proxy_rows :])),
+        proxies=proxies
+        | {
+            "most": Proxy("retain", keep),
+            "general": Proxy("retain", tuple(general[-size.proxy_rows :])),
+            "facts": Proxy("retain", parse_rows(facts[: size.proxy_rows], "facts")),
+        },
         choices=choices,
     )
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from data import MAIN
+
 GAINS = (1.0, 2.0, 3.0, 4.5, 7.0, 12.0)
 LARGE = (1.0, 4.5, 7.0, 12.0, 20.0, 32.0)  # where a sharp filter leaves little
 AROUND_ONE = (0.7, 1.0, 1.5, 2.5)
 ALPHAS = (1.0, 0.85, 0.7, 0.55, 0.4)
-MAIN = "retain"
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Config:
     method: str
     strength: Mapping[str, Any]
     gains: tuple[float, ...] = GAINS
-    retain: str = MAIN  # which retain statistics
+    retain: str = MAIN  # which retain proxy
     others: str = "source"  # what is outside of the linear maps: as in the "source" or the "base"
     match: bool = False  # the closed-form gain too
 
@@ -48,9 +49,11 @@ SCALED = Config("scaled", {}, ALPHAS)
 CORE = [
     SCALED,
     _sage(10, 0.9, match=True),
-    _sage(100, 0.99, gains=LARGE),
     Config("hard", {"energy": 0.9}),
+]
+SHARPNESS = [
     _sage(1, 0.9),
+    _sage(100, 0.99, gains=LARGE),
 ]
 GRID = [
     *_each("hard", "energy", 0.99, gains=LARGE),
@@ -87,6 +90,7 @@ MORE_PEERS = [
 ]
 SENSITIVITY = [
     _sage(10, 0.9, retain="general", match=True),
+    _sage(10, 0.9, retain="facts", match=True),
     _sage(10, 0.9, retain="quarter", match=True),
     _sage(10, 0.9, others="base"),
     _sage(100, 0.99, retain="general", gains=LARGE),
@@ -95,6 +99,7 @@ SENSITIVITY = [
 ]
 STAGES = {
     "core": CORE,
+    "sharpness": SHARPNESS,
     "peers": PEERS,
     "grid": GRID,
     "sensitivity": SENSITIVITY,

@@ -19,9 +19,9 @@ from typing import Any
 import methods
 import torch
 from build import Workshop
-from data import tokens
+from data import MAIN, tokens
 from evaluate import probabilities
-from plan import MAIN, SCALED, Config
+from plan import SCALED, Config
 from torch import Tensor
 
 from sage_hub.moments import Spectrum
@@ -74,20 +74,12 @@ class Bench:
     def __exit__(self, *error: Any) -> None:
         self.open.close()
 
-    def statistics(self, retain: str) -> tuple[Statistics, str]:
-        """The open file that has the retain set of that name in the plan, and its name there."""
-        n = self.shop.size.proxy_rows
-        file, which = {
-            MAIN: ("main", "retain"),
-            "general": ("proxies", "general"),
-            "quarter": ("proxies", f"retain-{n // 4}"),
-            "half": ("proxies", f"retain-{n // 2}"),
-            "most": ("proxies", f"retain-{len(self.shop.rows.proxy.rows)}"),
-        }[retain]
-        if file not in self.files:
-            path = self.shop.statistics(file)
-            self.files[file] = self.open.enter_context(open_statistics(path))
-        return self.files[file], which
+    def statistics(self, proxy: str) -> Statistics:
+        """The open file of a retain proxy."""
+        if proxy not in self.files:
+            path = self.shop.statistics(proxy)
+            self.files[proxy] = self.open.enter_context(open_statistics(path))
+        return self.files[proxy]
 
     @cached_property
     def base(self) -> dict[str, Tensor]:
@@ -113,14 +105,14 @@ class Bench:
     @cached_property
     def all_linear(self) -> list[str]:
         """The weights of all linear maps but the head."""
-        statistics, _ = self.statistics(MAIN)
+        statistics = self.statistics(MAIN)
         sites = statistics.site_of.items()
         return [f"{module}.weight" for module, site in sites if site.sees == "input"]
 
     @cached_property
     def linear(self) -> dict[str, Any]:
         """Parameter -> site, of the linear maps that the source has changed."""
-        statistics, _ = self.statistics(MAIN)
+        statistics = self.statistics(MAIN)
         return {
             name: statistics.site_of[name.removesuffix(".weight")]
             for name in self.all_linear
@@ -140,12 +132,10 @@ class Bench:
 
     def site(self, name: str, retain: str) -> methods.Site:
         own = self.linear[name]
-        statistics, which = self.statistics(retain)
         layer = int(name.split(".layers.")[1].split(".")[0])
-        main, _ = self.statistics(MAIN)
         return methods.Site(
-            retain=statistics.spectrum(which, own),
-            forget=main.spectrum("forget", own),
+            retain=self.statistics(retain).spectrum("retain", own),
+            forget=self.statistics(MAIN).spectrum("forget", own),
             depth=layer / (self.model.config.num_hidden_layers - 1),
             name=name,
         )
