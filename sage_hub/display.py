@@ -223,7 +223,8 @@ def evaluation_text(report: Mapping[str, Any]) -> str:
 
 
 def _report_parts(report: Mapping[str, Any]) -> Iterator[str]:
-    """The tables of a report."""
+    """The tables of a report; of any models, each figure with its change against the first."""
+    gaps = {(g["model"], g["condition"], g["set"], g["metric"]): g for g in report["differences"]}
     for lines, first in ((metric_table(report), ""), (robustness_table(report), "treated by")):
         if not lines:
             continue
@@ -237,7 +238,11 @@ def _report_parts(report: Mapping[str, Any]) -> Iterator[str]:
         for line in lines:
             row = [line["set"], line["metric"], line["direction"]]
             row = [line["condition"], *row] if first else row
-            row += [number(line.get(model)) for model in models]
+            for model in models:
+                gap = gaps.get((model, line.get("condition"), line["set"], line["metric"]))
+                row.append(number(line.get(model)))
+                if gap and not change:
+                    row[-1] += f" ({number(gap['value'], True)} {gap['verdict']})"
             rows.append([*row, _change(line)] if change else row)
         if change:
             header.append("change of the last")

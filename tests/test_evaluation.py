@@ -16,6 +16,7 @@ from sage_hub.blocks import open_blocks
 from sage_hub.checkpoint import Checkpoint, open_checkpoint
 from sage_hub.cli import main
 from sage_hub.compare import evaluate_models
+from sage_hub.display import evaluation_text
 from sage_hub.encoding import Encoded
 from sage_hub.robustness import choose_taught, quantized, relearn, round_to_nearest
 from sage_hub.scoring import Scored, answer, score
@@ -245,6 +246,10 @@ def test_eval_compares_models_and_says_what_it_did_not_run(
     conditions = {condition for model, _, _, condition in results if model == models[1]}
     assert conditions == {None, "int8", "int4", "relearned", "paraphrased"}
     assert all(gap["other"] == models[0] for gap in report["differences"])
+    # The terminal shows each figure beside its change.
+    gap = next(g for g in report["differences"] if g["metric"] == "perplexity")
+    shown = next(line for line in evaluation_text(report).splitlines() if "perplexity" in line)
+    assert f"({gap['value']:+.4f} {gap['verdict']})" in shown
     missing = {entry["what"]: entry["reason"] for entry in report["not_run"]}
     assert missing["heldout metrics"] == "no --heldout was given"
 
