@@ -7,10 +7,13 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pico import make_config, make_rows, make_tokenizer, write_rows
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "real_model"
 sys.path.insert(0, str(FOLDER))
@@ -390,3 +393,57 @@ def test_a_sweep_that_was_stopped_is_not_taken_for_one_that_fell_short() -> None
     assert not report.finished(setting, [row], 0.1)
     assert report.finished(setting, [row], 0.6)
     assert report.finished(setting, [row, {**row, "gain": 12.0}], 0.1)
+
+
+# The whole of it, in small
+
+
+def test_the_benchmark_runs_from_rows_to_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import build
+    import data
+    import report
+    from plan import SCALED, Config
+
+    def small_model() -> tuple[Any, Any]:
+        model = LlamaForCausalLM(make_config(num_hidden_layers=3, tie_word_embeddings=True))
+        return model, make_tokenizer()
+
+    tofu = tmp_path / "tofu"
+    tofu.mkdir()
+    for seed, (name, count) in enumerate({"forget01": 20, "retain99": 60}.items()):
+        write_rows(tofu / f"{name}.json", make_rows(count, seed))
+    for name in data.BYSTANDERS:
+        rows = [row | {"perturbed_answer": ["w1", "w2 w3"]} for row in make_rows(6, 9)]
+        write_rows(tofu / f"{name}_perturbed.json", rows)
+    monkeypatch.setattr(build, "load_smollm2", small_model)
+    monkeypatch.setattr(build, "LEARN", {"epochs": 1, "batch": 8, "rate": 1e-2})
+    monkeypatch.setattr(build, "MOST_STEPS", 4)
+    size = data.Size("small", "forget01", "retain99", 2, 1, 16, 10, 3)
+    shop = build.Workshop(tmp_path / "cache", size, 0, str(tofu), say=lambda _: None)
+
+    sage = {"strength": 10, "energy": 0.9}
+    configs = [
+        Config("sage", sage, (1.0, 3.0), match=True),
+        Config("sage", sage, (2.0,), retain="general"),
+        Config("sage", sage, (2.0,), others="base"),
+        Config("sage", sage, (2.0,), others="filtered"),
+        Config("sage", sage, (2.0,), drop=0.5),
+    ]
+    with sweep.Bench(shop, "GradDiff", "strong") as bench:
+        points = [bench.plain("base"), bench.plain("reference"), bench.unlearned]
+        for config in (SCALED, *configs):
+            points += list(bench.run(config))
+        # What stays as it was, and what a repair is made of.
+        source, kept = bench.unlearned, [bench.update(config)[1] for config in configs]
+        bench.apply(SCALED, bench.update(SCALED)[0], 1.0)
+        assert bench.core() == {which: source[which] for which in ("forget", "heldout")}
+        assert kept[-1]["retain"] < kept[0]["retain"]
+    assert {len(point["forget"]) for point in points} == {10}
+    found = report.gather(tmp_path / "cache", "small")
+    (only,) = report.read_sources(found)
+    assert [row["gain"] for row in only.points("sage", sage, retain="general")] == [2.0]
+    assert 1.0 in [row["gain"] for row in only.points("sage", sage)]
+    for table in report.TABLES.values():
+        assert table(found, [only])

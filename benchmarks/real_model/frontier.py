@@ -70,7 +70,7 @@ class Recovery:
         return self._percentile(97.5)
 
     def _percentile(self, q: float) -> float | None:
-        return float(np.percentile(self.draws, q)) if len(self.draws) else None
+        return float(np.nanpercentile(self.draws, q)) if len(self.draws) else None
 
 
 def recovery(
@@ -87,8 +87,8 @@ def recovery(
     """(held-out at the level − source's) / (base's − source's) on the curve through `points`.
 
     `level` "source": the source's mean forget probability (plus `slack`); "reference": that of the
-    `reference` where the source is below it. No value if the curve does not reach the level. In a
-    draw that it just misses, its lowest point stands for it.
+    `reference` where the source is below it. No value if the curve does not reach the level, or if
+    the source has lost nothing. In a draw that it just misses, its lowest point stands for it.
     """
     forget = np.array([point[0] for point in (source, *points)])  # (1 + points, rows)
     heldout = np.array([point[1] for point in (base, source, *points)])
@@ -104,7 +104,8 @@ def recovery(
             aim = max(aim, float(trained @ on_forget))
         curve = Curve.through(means[1:], kept[2:])
         found = curve.at(max(aim, curve.forget[-1]) if clamp else aim)
-        return None if found is None else (found - kept[1]) / (kept[0] - kept[1])
+        lost = float(kept[0] - kept[1])
+        return None if found is None or lost <= 0 else (found - kept[1]) / lost
 
     rows = forget.shape[1], heldout.shape[1]
     even = [np.full(n, 1 / n) for n in rows]

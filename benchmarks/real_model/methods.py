@@ -132,10 +132,14 @@ def forget_anchored(delta: Tensor, site: Site, *, strength: float, anchor: float
     return _solve_right(delta @ held, held + strength * retain)
 
 
+def moment(spectrum: Spectrum) -> Tensor:
+    """C (in, in); what lies outside of the basis is left out."""
+    return (spectrum.basis.T * spectrum.values.to(spectrum.basis)) @ spectrum.basis
+
+
 def normalized_moment(spectrum: Spectrum) -> Tensor:
-    """Ĉ (in, in), with mean eigenvalue 1; what lies outside of the basis is left out."""
-    basis = spectrum.basis
-    return (basis.T * (spectrum.values / spectrum.mean_eigenvalue).to(basis)) @ basis
+    """Ĉ (in, in): C with mean eigenvalue 1."""
+    return moment(spectrum) / spectrum.mean_eigenvalue
 
 
 def bias(update: Tensor, spectrum: Spectrum) -> float:

@@ -22,18 +22,24 @@ class Config:
     strength: Mapping[str, Any]
     gains: tuple[float, ...] = GAINS
     retain: str = MAIN  # which retain proxy
-    others: str = "source"  # what is outside of the linear maps: as in the "source" or the "base"
+    # What is outside of the linear maps: as in the "source" or the "base", or "filtered" as
+    # `--parameters all` does.
+    others: str = "source"
+    drop: float = 0.0  # share of the weights, those with most retain per forget bias, left alone
+    weigh: float = 0.0  # the power of forget per retain bias that each weight's gain goes with
     match: bool = False  # the closed-form gain too
 
     @property
     def about(self) -> dict[str, Any]:
         """All but the gains: what the update is made from."""
-        return {
+        about = {
             "method": self.method,
             "strength": dict(self.strength),
             "retain": self.retain,
             "others": self.others,
         }
+        more = {"drop": self.drop, "weigh": self.weigh}
+        return about | {name: value for name, value in more.items() if value}
 
 
 def _sage(strength: float, energy: float, **more: Any) -> Config:
@@ -92,15 +98,23 @@ SENSITIVITY = [
     _sage(10, 0.9, retain="general", match=True),
     _sage(10, 0.9, retain="facts", match=True),
     _sage(10, 0.9, retain="quarter", match=True),
-    _sage(10, 0.9, others="base"),
     _sage(100, 0.99, retain="general", gains=LARGE),
     _sage(10, 0.9, retain="most"),
     _sage(10, 0.9, retain="half"),
+]
+PARTS = [
+    _sage(10, 0.9, others="base"),
+    _sage(10, 0.9, others="filtered"),
+    _sage(10, 0.9, drop=0.1),
+    _sage(10, 0.9, drop=0.3),
+    _sage(10, 0.9, weigh=0.5),
+    _sage(10, 0.9, weigh=1.0),
 ]
 STAGES = {
     "core": CORE,
     "sharpness": SHARPNESS,
     "peers": PEERS,
+    "parts": PARTS,
     "grid": GRID,
     "sensitivity": SENSITIVITY,
     "more-peers": MORE_PEERS,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from data import MAIN
 from frontier import Curve, Point, Recovery, gain_at, recovery
 from plan import STAGES
 
@@ -51,6 +52,8 @@ SYMBOLS = {
     "drop": "dropped",
     "rank": "rank",
 }
+# What points are taken if nothing else is said.
+USUAL = {"what": "core", "retain": MAIN, "others": "source", "drop": None, "weigh": None}
 ORDER = ("NPO", "GradAscent", "GradDiff", "SimNPO", "RMU")
 
 Row: TypeAlias = Mapping[str, Any]
@@ -98,13 +101,12 @@ class Source:
 
     def points(self, method: str, strength: Mapping[str, Any], **about: Any) -> list[Row]:
         """The points of one setting, by rising gain."""
-        about = {"retain": "retain", "others": "source", "what": "core", **about}
         found = [
             row
             for row in self.rows
             if row["method"] == method
             and row["strength"] == dict(strength)
-            and all(row[name] == value for name, value in about.items())
+            and _is(row, {**USUAL, **about})
         ]
         return sorted(found, key=lambda row: row["gain"])
 
@@ -184,7 +186,7 @@ def settings(sources: Sequence[Source]) -> list[Setting]:
     known: dict[str, tuple[str, dict[str, Any]]] = {}
     for source in sources:
         for row in source.rows:
-            if row["what"] == "core" and row["retain"] == "retain" and row["others"] == "source":
+            if _is(row, USUAL):
                 known.setdefault(
                     f"{row['method']} {json.dumps(row['strength'], sort_keys=True)}",
                     (row["method"], row["strength"]),
@@ -511,6 +513,10 @@ def draw(sources: Sequence[Source], path: Path) -> None:
 
 
 # Words
+
+
+def _is(row: Row, about: Mapping[str, Any]) -> bool:
+    return all(row.get(name) == value for name, value in about.items())
 
 
 def _point(row: Row) -> Point:

@@ -39,20 +39,23 @@ def run(bench: Bench) -> Iterator[dict[str, Any]]:
     """
     yield from _measure(bench, SCALED, 1.0)
     yield from _measure(bench, SCALED, 0.0, ("bystanders",))
-    source, trained = (mean(row["forget"]) for row in (bench.unlearned, bench.plain("reference")))
     for config in CHOSEN:
-        if config == SCALED and source >= trained:
-            continue  # a smaller update forgets less, and at its full size it is the source
-        points = list(bench.run(config))
-        points.sort(key=lambda row: row["gain"])
-        gain = gain_at(
-            [row["gain"] for row in points],
-            [(row["forget"], row["heldout"]) for row in points],
-            max(source, trained),
-        )
-        if gain is not None:
-            yield from _measure(bench, config, round(gain, 3))
+        gain = matched(bench, config)
+        if gain is not None and (config, gain) != (SCALED, 1.0):
+            yield from _measure(bench, config, gain)
     yield from _measure(bench, PLAIN, 1.0)
+
+
+def matched(bench: Bench, config: Config) -> float | None:
+    """The gain with which `config` forgets as much as is asked, if one of the plan's does."""
+    source, trained = (mean(row["forget"]) for row in (bench.unlearned, bench.plain("reference")))
+    points = sorted(bench.run(config), key=lambda row: row["gain"])
+    gain = gain_at(
+        [row["gain"] for row in points],
+        [(row["forget"], row["heldout"]) for row in points],
+        max(source, trained),
+    )
+    return None if gain is None else round(gain, 3)
 
 
 def _measure(

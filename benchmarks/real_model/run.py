@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from plan import STAGES
 from sweep import Bench
 
-STAGE_NAMES = (*STAGES, "robustness")
+STAGE_NAMES = (*STAGES, "robustness", "rounding")
 
 
 def main() -> None:
@@ -81,6 +81,13 @@ def _points(stage: str, bench: Bench) -> Iterator[dict]:
         import robustness
 
         yield from robustness.run(bench)
+        return
+    if stage == "rounding":
+        import robustness
+        import rounding
+
+        gain = robustness.matched(bench, rounding.REPAIR)
+        yield from rounding.run(bench, [1.0] if gain is None else [1.0, gain])
         return
     for config in STAGES[stage]:
         yield from bench.run(config)

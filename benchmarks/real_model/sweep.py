@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -24,9 +24,14 @@ from evaluate import probabilities
 from plan import SCALED, Config
 from torch import Tensor
 
+from sage_hub.checkpoint import open_checkpoint
+from sage_hub.gain import turned_up
 from sage_hub.moments import Spectrum
+from sage_hub.plan import make_plan
 from sage_hub.sage import matching_gain
+from sage_hub.shards import Filter
 from sage_hub.statistics import Statistics, open_statistics
+from sage_hub.weights import Blend
 
 VERSION = 1
 BIAS_ENERGY = 0.99  # directions beyond it count as their mean in a bias, as in the product
@@ -162,6 +167,9 @@ class Bench:
                     "top": float(forget.values[0]) / forget.trace,
                 }
             )
+        for name, row, share in zip(found, table, _shares(config, table), strict=True):
+            found[name] *= share
+            row |= {what: share**2 * row[what] for what in ("norm", "forget", "retain")}
         return found, _kept(table)
 
     def _source_bias(self, name: str, forget: Spectrum, retain: Spectrum) -> tuple[float, float]:
@@ -170,16 +178,26 @@ class Bench:
             self.biases[name] = one, other
         return self.biases[name]
 
+    def product(self, config: Config) -> Callable[[float], Blend]:
+        """What sage-hub itself makes of any parameter with `--parameters all`: γ -> weights."""
+        statistics = self.statistics(config.retain)
+        sides = open_checkpoint(str(self.shop.base)), open_checkpoint(str(self.folder))
+        plan = make_plan(*sides, parameters="all").observed(statistics.site_of)
+        return turned_up(plan, statistics, Filter(**config.strength, rank=None))
+
     @torch.no_grad()
     def apply(self, config: Config, update: Mapping[str, Tensor], gain: float) -> None:
         """Put W_b + γD into the model; αΔ and LiNeS scale everything, others linear maps."""
         whole = config.method in ("scaled", "lines")
+        blend = self.product(config)(gain) if config.others == "filtered" else None
         for name, weight in self.weights.items():
             base = self.base[name]
             if name in update:
                 weight.copy_(base.float().add(update[name], alpha=gain))
             elif config.others == "base":
                 weight.copy_(base)
+            elif blend is not None:
+                weight.copy_(blend(name, base, base.float().add(self.delta[name])))
             else:
                 weight.copy_(base.float().add(self.delta[name], alpha=gain if whole else 1.0))
 
@@ -276,6 +294,14 @@ def truncated(spectrum: Spectrum) -> Spectrum:
     """The directions that hold BIAS_ENERGY, the rest as their mean."""
     k = spectrum.rank_for(BIAS_ENERGY)
     return replace(spectrum, basis=spectrum.basis[:k], values=spectrum.values[:k])
+
+
+def _shares(config: Config, table: Sequence[Mapping[str, float]]) -> list[float]:
+    """What each weight's update is multiplied with, by how much it forgets for what it disturbs."""
+    worth = [row["forget"] / row["retain"] if row["retain"] else 0.0 for row in table]
+    least = sorted(worth)[round(config.drop * len(worth))]
+    typical = sorted(worth)[len(worth) // 2]
+    return [(one / typical) ** config.weigh if one >= least else 0.0 for one in worth]
 
 
 def _kept(table: Sequence[Mapping[str, float]]) -> dict[str, Any]:
