@@ -1,7 +1,8 @@
 """Choose the gain γ: in closed form, or by evaluating what a few of them would make.
 
 The release is W_b + γD in the weights that are filtered. A γ is evaluated while the weights are
-on their way into the model, without being written.
+on their way into the model, without being written; each weight then has its own share of it, by
+how much it forgets for what it disturbs.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from sage_hub import shards
 from sage_hub.architecture import empty_model, linear_maps, other_maps
-from sage_hub.bias import summarize
 from sage_hub.errors import NothingToDoError
 from sage_hub.evaluation import Candidate, evaluate
 from sage_hub.jobs import Job
 from sage_hub.plan import Plan
 from sage_hub.progress import Progress
 from sage_hub.record import Chosen
-from sage_hub.sage import sanitize_weight
+from sage_hub.sage import Gains, gain_shares, matching_gain, sanitize_weight
 from sage_hub.settings import SEARCH_TOKENS
 from sage_hub.statistics import Statistics
 from sage_hub.weights import Blend, as_rows, model_of, widened
@@ -50,20 +51,20 @@ def choose_gain(
     folder: Path,
     progress: Progress,
 ) -> Chosen:
-    """The gain that the settings ask for; hidden states may wait on disk in `folder`.
+    """The gains that the settings ask for; hidden states may wait on disk in `folder`.
 
     Raises NothingToDoError if the filtered update does nothing on the forget proxy.
     """
     settings = job.settings
     if settings.gain_rule == "number":
-        return Chosen(1.0 if settings.gain == "auto" else float(settings.gain))
-    matching = None
+        return Chosen(Gains(1.0 if settings.gain == "auto" else float(settings.gain)))
+    measured = []
     if statistics.has("forget"):
         measured = shards.measure(
             plan, statistics, how, device=settings.device, ranks=job.ranks, progress=progress
         )
-        matching = closed_form(measured)
     if settings.gain_rule == "match":
+        matching = closed_form(measured)
         if matching is None:
             raise NothingToDoError(
                 "The filtered update does nothing on the forget proxy, so no gain can match it; "
@@ -71,27 +72,51 @@ def choose_gain(
             )
         if matching.search and matching.search["held_back"]:
             progress.note(
-                f"The gain is held at {matching.gain:.3g}: a larger one would disturb retained "
-                "inputs more than the source does."
+                f"The gain is held at {matching.gains.model:.3g}: a larger one would disturb "
+                "retained inputs more than the source does."
             )
         return matching
-    with_gain = turned_up(plan, statistics, how)
-    return _by_evaluation(plan, with_gain, job, folder, matching, progress)
+    shares = shares_of(measured)
+    with_gain = turned_up(plan, statistics, how, shares)
+    start = matching_gain_of(measured, shares) or 2.0
+    gain, search_record = _by_evaluation(plan, with_gain, job, folder, start, progress)
+    return Chosen(Gains(gain, shares), search_record)
+
+
+def shares_of(measured: Sequence[shards.Measurement]) -> dict[str, float]:
+    """Each map's share of the model's gain; see `sage_hub.sage.gain_shares`."""
+    known = [m for m in measured if m.forget_filtered is not None]
+    shares = gain_shares(
+        [m.forget_filtered or 0.0 for m in known], [m.retain_filtered for m in known]
+    )
+    return {m.module: _short(share) for m, share in zip(known, shares, strict=True)}
+
+
+def matching_gain_of(
+    measured: Sequence[shards.Measurement], shares: Mapping[str, float]
+) -> float | None:
+    """The γ with which the forgetting carrier keeps its size, Σ B_f(γwD) = Σ B_f(Δ).
+
+    w is the map's share. None where nothing is left of the carrier.
+    """
+    source = math.fsum(m.forget or 0.0 for m in measured)
+    own = math.fsum((m.forget_filtered or 0.0) * shares.get(m.module, 1.0) ** 2 for m in measured)
+    return matching_gain(source, own) if source > 0 and own > 0 else None
 
 
 def closed_form(measured: Sequence[shards.Measurement]) -> Chosen | None:
-    """The γ with which the forgetting carrier keeps its size, Σ B_f(γD) = Σ B_f(Δ).
+    """One γ for all weights, with which the forgetting carrier keeps its size.
 
     Held back where it would make the retention bias larger than the source's, Σ B_r(γD) >
     Σ B_r(Δ). None where nothing is left of the carrier.
     """
-    matching = summarize(measured)["model"]["matching_gain"]
+    matching = matching_gain_of(measured, {})
     if matching is None:
         return None
     filtered = math.fsum(m.retain_filtered for m in measured)
     most = math.sqrt(math.fsum(m.retain for m in measured) / filtered) if filtered else math.inf
     gain = _short(min(matching, most))
-    return Chosen(gain, {"matching": matching, "held_back": matching > most})
+    return Chosen(Gains(gain), {"matching": matching, "held_back": matching > most})
 
 
 def search(
@@ -137,9 +162,10 @@ def _by_evaluation(
     with_gain: Callable[[float], Blend],
     job: Job,
     scratch: Path,
-    matching: Chosen | None,
+    start: float,
     progress: Progress,
-) -> Chosen:
+) -> tuple[float, dict[str, Any]]:
+    """The γ that brings the forget set to its level, and how it was found."""
     own = replace(
         job.settings,
         generate_rows=0,
@@ -174,30 +200,33 @@ def _by_evaluation(
         lambda g: known(Candidate(plan.unlearned, plan.base, with_gain(g)), f"γ = {g:.3g}"),
         target,
         source,
-        2.0 if matching is None else matching.gain,
+        _short(start),
     )
     words = {
         "reached": f"brings forgetting to {of}",
         "held back": f"is as far as it goes without harming retained rows; it misses {of}",
     }
     progress.note(f"γ = {gain:.3g} {words[outcome]} ({len(tried)} evaluations).")
-    return Chosen(
-        gain,
-        {
-            "target": target,
-            "of": of,
-            "outcome": outcome,
-            "source": {"forget": source.forget, "retain": _number(source.retain)},
-            "tried": [
-                {"gain": g, "forget": at.forget, "retain": _number(at.retain)}
-                for g, at in sorted(tried.items())
-            ],
-        },
-    )
+    return gain, {
+        "target": target,
+        "of": of,
+        "outcome": outcome,
+        "source": {"forget": source.forget, "retain": _number(source.retain)},
+        "tried": [
+            {"gain": g, "forget": at.forget, "retain": _number(at.retain)}
+            for g, at in sorted(tried.items())
+        ],
+    }
 
 
-def turned_up(plan: Plan, statistics: Statistics, how: shards.Filter) -> Callable[[float], Blend]:
-    """γ -> W_b + γD in the weights that `plan` filters; all others are the unlearned side's.
+def turned_up(
+    plan: Plan,
+    statistics: Statistics,
+    how: shards.Filter,
+    shares: Mapping[str, float],
+) -> Callable[[float], Blend]:
+    """γ -> W_b + γwD in the weights that `plan` filters, w from `shares`; all others are the
+    unlearned side's.
 
     What `shards.write_shards` writes, but weight by weight for a model that is run.
     """
@@ -210,6 +239,8 @@ def turned_up(plan: Plan, statistics: Statistics, how: shards.Filter) -> Callabl
     sites = statistics.site_of
 
     def with_gain(gain: float) -> Blend:
+        gains = Gains(gain, shares)
+
         def blend(name: str, base: Tensor, unlearned: Tensor) -> Tensor:
             origin, found = widened(base, unlearned)
             rows = as_rows(found)
@@ -218,7 +249,8 @@ def turned_up(plan: Plan, statistics: Statistics, how: shards.Filter) -> Callabl
                 spectrum = statistics.spectrum("retain", sites[linear.name])
                 b, u = as_rows(origin)[own], rows[own]
                 b, u = (b.T, u.T) if linear.transposed else (b, u)
-                new = sanitize_weight(b, u, spectrum.basis, how.suppression(spectrum), gain)
+                g = how.suppression(spectrum)
+                new = sanitize_weight(b, u, spectrum.basis, g, gains.of(linear.name))
                 rows[own] = new.T if linear.transposed else new
             return found
 

@@ -15,7 +15,7 @@ from sage_hub.comparison import Difference, Result
 from sage_hub.evaluation import Evaluation
 from sage_hub.plan import Plan
 from sage_hub.robustness import RECIPE
-from sage_hub.sage import relative
+from sage_hub.sage import Gains, relative
 from sage_hub.settings import Settings
 from sage_hub.shards import TensorRecord
 from sage_hub.statistics import Statistics
@@ -32,9 +32,9 @@ METHOD = (
 
 @dataclass(frozen=True)
 class Chosen:
-    """A gain, and how it was found."""
+    """The gains, and how they were found."""
 
-    gain: float
+    gains: Gains
     search: dict[str, Any] | None = None
 
 
@@ -64,7 +64,7 @@ def make_manifest(
     fingerprint: str,
     sources: Mapping[str, Mapping[str, Any]],
     settings: Settings,
-    gain: Chosen,
+    chosen: Chosen,
     statistics: Statistics,
     records: Sequence[TensorRecord],
     hashes: Mapping[str, str],
@@ -87,8 +87,9 @@ def make_manifest(
         "method": METHOD,
         "sources": dict(sources),
         "settings": settings.describe(),
-        "gain": gain.gain,
-        "gain_search": gain.search,
+        "gain": chosen.gains.model,
+        "gain_shares": dict(chosen.gains.shares),
+        "gain_search": chosen.search,
         "statistics": {
             "fingerprint": statistics.fingerprint,
             "model": statistics.origin.model,

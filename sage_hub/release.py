@@ -42,6 +42,7 @@ from sage_hub.record import (
     with_results,
     write_json,
 )
+from sage_hub.sage import Gains
 from sage_hub.settings import Settings
 from sage_hub.statistics import Statistics
 from sage_hub.target import Publication
@@ -250,7 +251,7 @@ def write_release(
         if job.settings.low_disk:
             plan = plan.passing(work.downloads)
         chosen = choose_gain(plan, statistics, how, job, work.folder, progress)
-        finished = _write_shards(job, plan, statistics, how, chosen.gain, work, progress, upload)
+        finished = _write_shards(job, plan, statistics, how, chosen.gains, work, progress, upload)
         records = [tensor for shard in finished for tensor in shard.tensors]
         if all(record.action == "identical" for record in records):
             raise nothing_to_do(plan)
@@ -372,7 +373,7 @@ def _write_shards(
     plan: Plan,
     statistics: Statistics,
     how: shards.Filter,
-    gain: float,
+    gains: Gains,
     work: Work,
     progress: Progress,
     upload: Upload | None,
@@ -394,7 +395,7 @@ def _write_shards(
         plan,
         statistics,
         how,
-        gain,
+        gains,
         work.release,
         ranks.mine(todo),
         device=job.settings.device,

@@ -16,13 +16,15 @@ diagonal the u_i are axes, `basis` (k,) holds their numbers, and the filter is e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sage_hub.moments import Spectrum
+
+MOST_SHARE = 32.0  # of the median weight's gain
 
 
 def suppression(
@@ -158,6 +160,37 @@ def matching_gain(source: float, filtered: float) -> float:
     if filtered <= 0:
         raise ValueError("the filtered update does nothing on the forget proxy")
     return math.sqrt(source / filtered)
+
+
+def gain_shares(forget: Sequence[float], retain: Sequence[float]) -> list[float]:
+    """What part of the model's gain each weight gets: B_f(D)/B_r(D), the median weight's being 1.
+
+    `forget` and `retain` are the biases of each D, without a gain. Of all gains γ_m with the same
+    Σ γ_m B_f(D_m), which is how much the turned-up updates agree with the filtered ones on forget
+    inputs, those in this proportion have the least retention bias Σ γ_m² B_r(D_m). A weight that
+    hardly acts on retained inputs gets MOST_SHARE at most, one that does nothing at all 1.
+    """
+    worth = [f / r if r > 0 else math.inf for f, r in zip(forget, retain, strict=True)]
+    acting = sorted(w for w, f, r in zip(worth, forget, retain, strict=True) if f > 0 or r > 0)
+    typical = acting[len(acting) // 2] if acting else 0.0
+    if not 0 < typical < math.inf:
+        return [1.0] * len(worth)
+    return [
+        min(w / typical, MOST_SHARE) if f > 0 or r > 0 else 1.0
+        for w, f, r in zip(worth, forget, retain, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Gains:
+    """The gain of each map: γ of the model, times the map's own share of it, 1 if not said."""
+
+    model: float = 1.0
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, module: str) -> float:
+        """γ of the map `module`."""
+        return self.model * self.shares.get(module, 1.0)
 
 
 def relative(part: float | None, whole: float | None) -> float | None:

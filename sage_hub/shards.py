@@ -19,6 +19,7 @@ from sage_hub.plan import Operation, Piece, Plan
 from sage_hub.progress import SILENT, Progress
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.sage import (
+    Gains,
     filter_update,
     profile,
     project,
@@ -248,7 +249,7 @@ def write_shards(
     plan: Plan,
     statistics: Statistics,
     how: Filter,
-    gain: float,
+    gains: Gains,
     folder: Path,
     todo: Sequence[str],
     *,
@@ -280,7 +281,7 @@ def write_shards(
                         spectrum = statistics.spectrum("retain", site) if site else None
                         writer.write(
                             operation.tensor,
-                            _treat(block, plan, spectrum, how, gain, device, tally),
+                            _treat(block, plan, spectrum, how, gains, device, tally),
                         )
                         block = next(stream, None)
                     records.append(tally.record())
@@ -350,7 +351,7 @@ def _treat(
     plan: Plan,
     spectrum: Spectrum | None,
     how: Filter,
-    gain: float,
+    gains: Gains,
     device: str,
     tally: _Tally,
 ) -> Tensor:
@@ -362,7 +363,8 @@ def _treat(
     if not changed:
         return _rounded(unlearned, block)
     tally.differs = True
-    if spectrum is None or base is None:
+    linear = block.piece.linear
+    if spectrum is None or base is None or linear is None:
         if base is not None:
             norm = float(block.update(_wide(unlearned), _wide(base)).square().sum())
             tally.update += norm
@@ -377,6 +379,7 @@ def _treat(
     both = project(torch.cat([update, b]), spectrum.basis)
     along, base_along = both[: len(update)], both[len(update) :]
     known = along if block.outer is None else None
+    gain = gains.of(linear.name)
     stored = sanitize_weight(b, u, spectrum.basis, g, gain, known).to(block.operation.dtype)
     # Measured on what is stored, because rounding to bfloat16 is an update too.
     before = profile(update, spectrum.basis, along)

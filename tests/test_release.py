@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
-from reference import sanitized_reference
+from reference import sanitized_reference, shares_reference
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -53,14 +54,19 @@ def test_push_from_hub_to_hub(hub: LoopbackHub, pair: Path, gain: str, tmp_path:
     # The weights that a user downloads equal the whole-model float64 reference.
     model = AutoModelForCausalLM.from_pretrained("org/unlearned-sage", dtype="auto")
     AutoTokenizer.from_pretrained("org/unlearned-sage")
-    expected = sanitized_reference(
-        pair / "base",
-        pair / "unlearned",
-        [json.loads(line) for line in (pair / "retain.jsonl").read_text().splitlines()],
-        strength=10.0,
-        energy=0.9,
-        gain=manifest["gain"],
+    sides = pair / "base", pair / "unlearned"
+    retain, forget = (
+        [json.loads(line) for line in (pair / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("retain", "forget")
     )
+    shares = manifest["gain_shares"]
+    own: dict[str, Any] = {"strength": 10.0, "energy": 0.9}
+    if gain == "auto":
+        # What lies outside of the statistics' directions counts as their mean.
+        assert shares == pytest.approx(shares_reference(*sides, retain, forget, **own), rel=1e-2)
+    else:
+        assert shares == {}
+    expected = sanitized_reference(*sides, retain, gain=manifest["gain"], shares=shares, **own)
     state = model.state_dict()
     filtered = {t["name"] for t in manifest["tensors"] if t["action"] == "filtered"}
     assert len(filtered) == 14

@@ -6,14 +6,16 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sage_hub.moments import SecondMoment, Spectrum, dominant_rank, spectrum
 from sage_hub.sage import (
+    MOST_SHARE,
     Profile,
     filter_update,
+    gain_shares,
     matching_gain,
     profile,
     removed_part,
@@ -311,6 +313,29 @@ def test_the_matching_gain_gives_the_carrier_its_size_back(seed: int, strength: 
     filtered = filter_update(delta, retain.basis, suppression(retain, strength))
     gain = matching_gain(bias(delta, forget), bias(filtered, forget))
     assert close(bias(gain * filtered, forget), bias(delta, forget))
+
+
+positive = st.floats(1e-6, 1e6)
+
+
+@given(st.lists(st.tuples(positive, positive), min_size=2, max_size=8), st.integers(0, 2**31))
+def test_no_other_gains_agree_as_much_on_forget_inputs_for_less_bias(
+    biases: list[tuple[float, float]], seed: int
+) -> None:
+    forget, retain = (torch.tensor(side).double() for side in zip(*biases, strict=True))
+    shares = torch.tensor(gain_shares(*map(list, zip(*biases, strict=True)))).double()
+    assume(float(shares.max()) < MOST_SHARE)
+    other = torch.rand(len(shares), generator=torch.Generator().manual_seed(seed)).double()
+    assume(float(other @ forget) > 0)
+    other *= (shares @ forget) / (other @ forget)  # the same agreement
+    assert float(shares**2 @ retain) <= float(other**2 @ retain) * (1 + 1e-9)
+
+
+def test_what_acts_on_nothing_kept_has_a_limit_and_what_does_nothing_a_gain_of_its_own() -> None:
+    shares = gain_shares([1.0, 2.0, 3.0, 5.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+    assert shares == [0.5, 1.0, 1.5, MOST_SHARE, 0.0, 1.0]
+    assert gain_shares([1.0, 1.0], [0.0, 0.0]) == [1.0, 1.0]
+    assert gain_shares([], []) == []
 
 
 def test_there_is_no_gain_for_a_carrier_that_is_gone() -> None:

@@ -57,6 +57,10 @@ CORE = [
     _sage(10, 0.9, match=True),
     Config("hard", {"energy": 0.9}),
 ]
+WEIGHED = [
+    _sage(10, 0.9, weigh=1.0, match=True),
+    Config("hard", {"energy": 0.9}, weigh=1.0),
+]
 SHARPNESS = [
     _sage(1, 0.9),
     _sage(100, 0.99, gains=LARGE),
@@ -108,10 +112,14 @@ PARTS = [
     _sage(10, 0.9, drop=0.1),
     _sage(10, 0.9, drop=0.3),
     _sage(10, 0.9, weigh=0.5),
-    _sage(10, 0.9, weigh=1.0),
+    _sage(100, 0.99, weigh=1.0, gains=LARGE),
+    _sage(1, 0.9, weigh=1.0),
+    _sage(10, 0.9, weigh=2.0),
+    _sage(10, 0.9, retain="general", weigh=1.0),
 ]
 STAGES = {
     "core": CORE,
+    "weighed": WEIGHED,
     "sharpness": SHARPNESS,
     "peers": PEERS,
     "parts": PARTS,

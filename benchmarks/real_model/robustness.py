@@ -24,10 +24,10 @@ RELEARNED = 20  # forget rows that come back to the training set
 RELEARN = {"epochs": 2, "batch": 4, "rate": 3e-5}
 
 CHOSEN = (
-    Config("sage", {"strength": 10, "energy": 0.9}),
+    Config("sage", {"strength": 10, "energy": 0.9}, weigh=1.0, match=True),
+    Config("sage", {"strength": 10, "energy": 0.9}, match=True),
     SCALED,
     Config("hard", {"energy": 0.9}),
-    Config("sage", {"strength": 100, "energy": 0.99}),
 )
 PLAIN = Config("sage", {"strength": 1, "energy": 0.9})
 

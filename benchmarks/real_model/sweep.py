@@ -183,7 +183,7 @@ class Bench:
         statistics = self.statistics(config.retain)
         sides = open_checkpoint(str(self.shop.base)), open_checkpoint(str(self.folder))
         plan = make_plan(*sides, parameters="all").observed(statistics.site_of)
-        return turned_up(plan, statistics, Filter(**config.strength, rank=None))
+        return turned_up(plan, statistics, Filter(**config.strength, rank=None), {})
 
     @torch.no_grad()
     def apply(self, config: Config, update: Mapping[str, Tensor], gain: float) -> None:
