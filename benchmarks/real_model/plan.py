@@ -9,7 +9,7 @@ from typing import Any
 from data import MAIN
 
 GAINS = (1.0, 2.0, 3.0, 4.5, 7.0, 12.0)
-LARGE = (1.0, 4.5, 7.0, 12.0, 20.0, 32.0)  # where a sharp filter leaves little
+LARGE = (1.0, 4.5, 7.0, 12.0, 20.0, 32.0, 50.0)  # where a sharp filter leaves little
 AROUND_ONE = (0.7, 1.0, 1.5, 2.5)
 ALPHAS = (1.0, 0.85, 0.7, 0.55, 0.4)
 
@@ -59,7 +59,9 @@ CORE = [
 ]
 WEIGHED = [
     _sage(10, 0.9, weigh=1.0, match=True),
+    _sage(100, 0.99, weigh=1.0, gains=LARGE),
     Config("hard", {"energy": 0.9}, weigh=1.0),
+    Config("hard", {"energy": 0.99}, weigh=1.0, gains=LARGE),
 ]
 SHARPNESS = [
     _sage(1, 0.9),
@@ -112,10 +114,14 @@ PARTS = [
     _sage(10, 0.9, drop=0.1),
     _sage(10, 0.9, drop=0.3),
     _sage(10, 0.9, weigh=0.5),
-    _sage(100, 0.99, weigh=1.0, gains=LARGE),
+    _sage(10, 0.99, weigh=1.0, gains=LARGE),
+    _sage(1000, 0.99, weigh=1.0, gains=LARGE),
     _sage(1, 0.9, weigh=1.0),
     _sage(10, 0.9, weigh=2.0),
+    _sage(100, 0.95, weigh=1.0, gains=LARGE),
     _sage(10, 0.9, retain="general", weigh=1.0),
+    _sage(100, 0.99, retain="general", weigh=1.0, gains=LARGE),
+    _sage(100, 0.99, retain="quarter", weigh=1.0, gains=LARGE),
 ]
 STAGES = {
     "core": CORE,

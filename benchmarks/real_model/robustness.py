@@ -16,7 +16,7 @@ import train
 from data import tokens
 from evaluate import choices, losses, probabilities, quantized
 from frontier import gain_at
-from plan import SCALED, Config
+from plan import LARGE, SCALED, Config
 from sweep import Bench, mean
 from torch import Tensor
 
@@ -24,7 +24,7 @@ RELEARNED = 20  # forget rows that come back to the training set
 RELEARN = {"epochs": 2, "batch": 4, "rate": 3e-5}
 
 CHOSEN = (
-    Config("sage", {"strength": 10, "energy": 0.9}, weigh=1.0, match=True),
+    Config("sage", {"strength": 100, "energy": 0.99}, LARGE, weigh=1.0),
     Config("sage", {"strength": 10, "energy": 0.9}, match=True),
     SCALED,
     Config("hard", {"energy": 0.9}),
