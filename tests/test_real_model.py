@@ -375,20 +375,23 @@ def test_means_over_sources_count_what_was_not_reached_as_the_source() -> None:
 
     reached = frontier.Recovery(0.8, np.full(report.DRAWS, 0.8))
     missed = frontier.Recovery(None, np.empty(0))
-    found = report.pooled([reached, missed], zero=True)
-    assert found is not None
+    found = report.over_methods([reached, missed])
     assert found.value == pytest.approx(0.4)
     assert found.high == pytest.approx(0.4)
-    nothing = report.pooled([missed])
+    # The draws of a mean over seeds draw the seeds as well.
+    found = report.over_seeds([reached, missed])
+    assert found is not None
+    assert (found.value, found.low, found.high) == pytest.approx((0.4, 0.0, 0.8))
+    nothing = report.over_seeds([missed])
     assert nothing is not None
     assert nothing.value is None
-    assert report.pooled([]) is None
+    assert report.over_seeds([]) is None
 
 
 def test_a_sweep_that_was_stopped_is_not_taken_for_one_that_fell_short() -> None:
     import report
 
-    setting = report.Setting("x", "hard", "matched", lambda source: [])
+    setting = report.Setting("x", "hard", "all", lambda source: [])
     row = {"method": "hard", "strength": {"energy": 0.9}, "gain": 2.0, "forget": [0.5]}
     assert not report.finished(setting, [row], 0.1)
     assert report.finished(setting, [row], 0.6)

@@ -54,6 +54,37 @@ SYMBOLS = {
 }
 # What points are taken if nothing else is said.
 USUAL = {"what": "core", "retain": MAIN, "others": "source", "drop": None, "weigh": None}
+_TEN, _SHARP = {"strength": 10, "energy": 0.9}, {"strength": 100, "energy": 0.99}
+_SHARES = {"weigh": 1.0}
+BEST = (_SHARP, 1.0)  # λ and ρ, and the power of the shares
+PROXIES: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = (
+    ("100 rows, λ=10 ρ=0.9", _TEN, {}),
+    ("25 of them", _TEN, {"retain": "quarter"}),
+    ("50 of them", _TEN, {"retain": "half"}),
+    ("all 140 of the proxy authors", _TEN, {"retain": "most"}),
+    ("questions about the world", _TEN, {"retain": "facts"}),
+    ("general-purpose texts", _TEN, {"retain": "general"}),
+    ("100 rows, λ=10 ρ=0.9, shares", _TEN, _SHARES),
+    ("general-purpose texts", _TEN, {"retain": "general", **_SHARES}),
+    ("100 rows, λ=100 ρ=0.99, shares", _SHARP, _SHARES),
+    ("25 of them", _SHARP, {"retain": "quarter", **_SHARES}),
+    ("general-purpose texts", _SHARP, {"retain": "general", **_SHARES}),
+)
+PARTS: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = (
+    ("λ=10 ρ=0.9, one gain", _TEN, {}),
+    ("the other parameters as in the base", _TEN, {"others": "base"}),
+    ("the other parameters filtered", _TEN, {"others": "filtered"}),
+    ("the worst tenth of the weights as in the base", _TEN, {"drop": 0.1}),
+    ("the worst three tenths", _TEN, {"drop": 0.3}),
+    ("shares to the power of ½", _TEN, {"weigh": 0.5}),
+    ("shares", _TEN, _SHARES),
+    ("shares to the power of 2", _TEN, {"weigh": 2.0}),
+    ("λ=1 ρ=0.9, shares", {"strength": 1, "energy": 0.9}, _SHARES),
+    ("λ=10 ρ=0.99, shares", {"strength": 10, "energy": 0.99}, _SHARES),
+    ("λ=100 ρ=0.95, shares", {"strength": 100, "energy": 0.95}, _SHARES),
+    ("λ=100 ρ=0.99, shares", _SHARP, _SHARES),
+    ("λ=1000 ρ=0.99, shares", {"strength": 1000, "energy": 0.99}, _SHARES),
+)
 ORDER = ("NPO", "GradAscent", "GradDiff", "SimNPO", "RMU")
 
 Row: TypeAlias = Mapping[str, Any]
@@ -177,44 +208,49 @@ class Setting:
 
     label: str
     family: str
-    gain: str  # "none": its own strength alone; "matched": one setting, at whatever gain
+    # "none": its own strength alone; at whatever gain: one for "all" weights, or "shares" of it
+    gain: str
     rows: Callable[[Source], list[Row]]
 
 
 def settings(sources: Sequence[Source]) -> list[Setting]:
     """Every setting that any source has points of."""
-    known: dict[str, tuple[str, dict[str, Any]]] = {}
-    for source in sources:
-        for row in source.rows:
-            if _is(row, USUAL):
-                known.setdefault(
-                    f"{row['method']} {json.dumps(row['strength'], sort_keys=True)}",
-                    (row["method"], row["strength"]),
-                )
+    known: dict[str, tuple[str, dict[str, Any], float | None]] = {}
+    for row in (row for source in sources for row in source.rows):
+        weigh = row.get("weigh")
+        if _is(row, {**USUAL, "weigh": weigh}) and weigh in (None, 1.0):
+            name = f"{row['method']} {json.dumps(row['strength'], sort_keys=True)} {weigh}"
+            known.setdefault(name, (row["method"], row["strength"], weigh))
     found = []
-    families: dict[str, list[dict[str, Any]]] = {}
-    for method, strength in known.values():
-        families.setdefault(method, []).append(strength)
-    for method, strengths in families.items():
-        if method == "scaled":
-            found.append(Setting(NAMES[method], method, "none", lambda s: s.points("scaled", {})))
+    for family in dict.fromkeys(method for method, _, _ in known.values()):
+        own = [(strength, weigh) for method, strength, weigh in known.values() if method == family]
+        if family == "scaled":
+            found.append(Setting(NAMES[family], family, "none", lambda s: s.points("scaled", {})))
             continue
 
-        def plain(s: Source, method: str = method, all_: Any = tuple(strengths)) -> list[Row]:
-            rows = [row for one in all_ for row in s.points(method, one) if row["gain"] == 1]
+        def plain(s: Source, family: str = family, own: Any = tuple(own)) -> list[Row]:
+            rows = [
+                row
+                for strength, weigh in own
+                if weigh is None
+                for row in s.points(family, strength)
+                if row["gain"] == 1
+            ]
             return [s.unlearned, *rows] if rows else []
 
-        found.append(Setting(f"{NAMES[method]}, any strength", method, "none", plain))
-        for strength in strengths:
-            found.append(
-                Setting(
-                    f"{NAMES[method]} {describe(strength)}",
-                    method,
-                    "matched",
-                    lambda s, method=method, strength=strength: s.points(method, strength),
-                )
-            )
+        found.append(Setting(f"{NAMES[family]}, any strength", family, "none", plain))
+        found += [_with_gain(family, strength, weigh) for strength, weigh in own]
     return found
+
+
+def _with_gain(method: str, strength: Mapping[str, Any], weigh: float | None) -> Setting:
+    label = f"{NAMES[method]} {describe(strength)}{', shares' if weigh else ''}"
+    return Setting(
+        label,
+        method,
+        "shares" if weigh else "all",
+        lambda s: s.points(method, strength, weigh=weigh),
+    )
 
 
 def finished(setting: Setting, rows: Sequence[Row], level: float) -> bool:
@@ -226,7 +262,8 @@ def finished(setting: Setting, rows: Sequence[Row], level: float) -> bool:
         config.gains[-1]
         for configs in STAGES.values()
         for config in configs
-        if config.method == first["method"] and dict(config.strength) == first["strength"]
+        if (config.method, dict(config.strength), config.weigh or None)
+        == (first["method"], first["strength"], first.get("weigh"))
     ]
     return rows[-1]["gain"] >= max(planned, default=0)
 
@@ -267,7 +304,7 @@ def _recovered(level: str, slack: float, limit: str | None) -> Callable[..., str
         columns = list(dict.fromkeys((s.name, s.level) for s in some))
         lines = []
         for setting in settings(some):
-            cells = []
+            cells, seeds = [], []
             for column in columns:
                 own = [s for s in some if (s.name, s.level) == column]
                 found = [
@@ -276,20 +313,23 @@ def _recovered(level: str, slack: float, limit: str | None) -> Callable[..., str
                     if (rows := setting.rows(s))
                     and finished(setting, rows, s.level_of(level) + slack)
                 ]
-                cells.append(pooled(found))
-            if all(cell is None for cell in cells):
-                continue
+                cells.append(over_seeds(found))
+                seeds.append(len(found))
             whole = [cell for cell in cells if cell is not None]
-            average = (
-                pooled([cell for cell in whole], zero=True) if len(whole) == len(columns) else None
-            )
-            lines.append((setting, cells, average))
+            if whole:
+                average = over_methods(whole) if len(whole) == len(columns) else None
+                lines.append((setting, cells, average, _range([n for n in seeds if n])))
         lines = _best_of_each(lines)
         return _table(
-            ["repair", *(name if limit else f"{name} {lvl}" for name, lvl in columns), "average"],
             [
-                [s.label, *(_interval(c) for c in cells), _interval(average)]
-                for s, cells, average in lines
+                "repair",
+                "seeds",
+                *(name if limit else f"{name} {lvl}" for name, lvl in columns),
+                "average",
+            ],
+            [
+                [s.label, seeds, *(_interval(c) for c in cells), _interval(average)]
+                for s, cells, average, seeds in lines
             ],
         )
 
@@ -309,37 +349,51 @@ def _best_of_each(lines: list[Any], most: int = 2) -> list[Any]:
     return kept
 
 
-def pooled(found: Sequence[Recovery], zero: bool = False) -> Recovery | None:
-    """The mean over seeds or sources. Not reached counts as nothing: that is the source itself."""
-    if not found:
-        return None
-    values = [0.0 if one.value is None else one.value for one in found]
-    if not zero and all(one.value is None for one in found):
-        return Recovery(None, np.empty(0))
+def over_seeds(found: Sequence[Recovery]) -> Recovery | None:
+    """The mean over seeds; its draws draw the seeds too. Not reached by any has no value.
+
+    Not reached by some counts as nothing for these: that is the source itself.
+    """
+    if not found or all(one.value is None for one in found):
+        return Recovery(None, np.empty(0)) if found else None
+    draws = np.array([one.draws if len(one.draws) else np.zeros(DRAWS) for one in found])
+    seeds = np.random.default_rng(0).integers(len(found), size=(len(found), DRAWS))
+    drawn = np.take_along_axis(draws, seeds, axis=0).mean(axis=0)
+    return Recovery(float(np.mean([one.value or 0.0 for one in found])), drawn)
+
+
+def over_methods(found: Sequence[Recovery]) -> Recovery:
+    """The mean over unlearning methods; what is not reached counts as nothing."""
     draws = [one.draws if len(one.draws) else np.zeros(DRAWS) for one in found]
-    return Recovery(float(np.mean(values)), np.mean(draws, axis=0))
+    value = float(np.mean([one.value or 0.0 for one in found]))
+    return Recovery(value, np.mean(draws, axis=0))
 
 
 def table_compared(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
-    """SAGE λ=10 ρ=0.9 less each other setting, both with a gain, over the same drawn rows."""
+    """The best form of SAGE less each other setting, both with a gain, over the same drawn rows."""
     columns = list(dict.fromkeys((s.name, s.level) for s in sources))
-    own = {"strength": 10, "energy": 0.9}
+    best = _with_gain("sage", *BEST)
     lines = []
     for setting in settings(sources):
-        cells = []
+        cells, seeds = [], []
         for column in columns:
             found = []
             for s in sources:
-                rows, ours = setting.rows(s), s.points("sage", own)
+                rows, ours = setting.rows(s), best.rows(s)
                 if (s.name, s.level) != column or not rows or not ours or rows == ours:
+                    continue
+                if not finished(setting, rows, s.level_of("reference")):
                     continue
                 one, other = s.recovery(ours, "reference"), s.recovery(rows, "reference")
                 if one.value is not None and other.value is not None:
                     found.append(Recovery(one.value - other.value, one.draws - other.draws))
-            cells.append(_interval(pooled(found)))
-        if setting.gain == "matched" and any(cells):
-            lines.append([setting.label, *cells])
-    return _table(["SAGE λ=10 ρ=0.9 less", *(f"{name} {lvl}" for name, lvl in columns)], lines)
+            cells.append(_interval(over_seeds(found)))
+            seeds.append(len(found))
+        if setting.gain != "none" and any(cells):
+            lines.append([setting.label, _range([n for n in seeds if n]), *cells])
+    return _table(
+        [f"{best.label} less", "seeds", *(f"{name} {lvl}" for name, lvl in columns)], lines
+    )
 
 
 def table_gain(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
@@ -389,13 +443,18 @@ def table_robust(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
         groups: dict[str, dict[str, Row]] = {}
         for row in s.rows:
             if row["what"] != "core":
-                key = json.dumps([row["method"], row["strength"], row["gain"]])
+                key = json.dumps(
+                    [row[w] for w in ("method", "strength", "gain")] + [row.get("weigh")]
+                )
                 groups.setdefault(key, {})[row["what"]] = row
         for own in groups.values():
             if "bystanders" not in own:
                 continue
             row = own["bystanders"]
-            label = f"{NAMES[row['method']]} {describe(row['strength'])} γ={row['gain']:.2g}"
+            shares = ", shares" if row.get("weigh") else ""
+            label = (
+                f"{NAMES[row['method']]} {describe(row['strength'])}{shares}, γ={row['gain']:.3g}"
+            )
             if row["method"] == "scaled":
                 named = {0: "the base", 1: "the source"}
                 label = named.get(row["gain"], f"αΔ, α={row['gain']:.2f}")
@@ -417,35 +476,55 @@ def table_robust(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
     return _table([*head, "text loss"], lines)
 
 
-def table_proxies(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
-    """Other retain proxies, and what is outside of the linear maps reset to the base."""
+def _variants(
+    lines: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]],
+) -> Callable[..., str]:
+    """A table of forms of SAGE on the sources of the first seed that have more than the usual."""
+
+    def table(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
+        rows = {
+            (s.name, label): s.points("sage", strength, **about)
+            for s in _first_seed(sources)
+            for label, strength, about in lines
+        }
+        unusual = [label for label, _, about in lines if about]
+        names = [s for s in _first_seed(sources) if any(rows[s.name, label] for label in unusual)]
+        return _table(
+            ["", *(head for s in names for head in (s.name, "γ=1: forget / held-out"))],
+            [
+                [
+                    label,
+                    *(cell for s in names for cell in _recovered_and_plain(s, rows[s.name, label])),
+                ]
+                for label, _, _ in lines
+            ],
+        )
+
+    return table
+
+
+def _recovered_and_plain(source: Source, rows: Sequence[Row]) -> tuple[str, str]:
+    plain = next((row for row in rows if row["gain"] == 1), None)
+    return (
+        _interval(source.recovery(rows, "reference")) if rows else "",
+        f"{_mean(plain['forget']):.3f} / {_mean(plain['heldout']):.3f}" if plain else "",
+    )
+
+
+def _first_seed(sources: Sequence[Source]) -> list[Source]:
+    return [s for s in sources if s.level == "strong" and s.seed == min(t.seed for t in sources)]
+
+
+def table_rounding(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
+    """A repair in float32, rounded, and rounded with compensation."""
     lines = []
-    variants = [
-        ("main proxy, λ=10 ρ=0.9", {"strength": 10, "energy": 0.9}, {}),
-        ("a quarter of its rows", {"strength": 10, "energy": 0.9}, {"retain": "quarter"}),
-        ("half of its rows", {"strength": 10, "energy": 0.9}, {"retain": "half"}),
-        ("all rows of the proxy authors", {"strength": 10, "energy": 0.9}, {"retain": "most"}),
-        ("general-purpose proxy", {"strength": 10, "energy": 0.9}, {"retain": "general"}),
-        ("main proxy, λ=100 ρ=0.99", {"strength": 100, "energy": 0.99}, {}),
-        ("general, λ=100 ρ=0.99", {"strength": 100, "energy": 0.99}, {"retain": "general"}),
-        ("other parameters as the base", {"strength": 10, "energy": 0.9}, {"others": "base"}),
-    ]
-    some = [s for s in sources if s.points("sage", variants[4][1], retain="general")]
-    for label, strength, about in variants:
-        cells = []
-        for s in some:
-            rows = s.points("sage", strength, **about)
-            found = pooled([s.recovery(rows, "reference")]) if rows else None
-            plain = next((row for row in rows if row["gain"] == 1), None)
-            cells.append(_interval(found))
-            cells.append(
-                f"{_mean(plain['forget']):.3f} / {_mean(plain['heldout']):.3f}" if plain else ""
-            )
-        lines.append([label, *cells])
-    head = ["proxy"]
-    for s in some:
-        head += [f"{s.name} {s.level}: recovered", "γ=1: forget / held-out"]
-    return _table(head, lines) if some else "Not measured."
+    for s in sources:
+        for row in s.rows:
+            if row["what"] in ("float32", "rounded", "compensated"):
+                figures = [f"{_mean(row[which]):.4f}" for which in ("forget", "heldout")]
+                about = [s.name, describe(row["strength"]), f"{row['gain']:.3g}", row["what"]]
+                lines.append([*about, f"{100 * row['bias']:.2f} %", *figures])
+    return _table(["source", "SAGE", "γ", "stored", "bias", "forget", "held-out"], lines)
 
 
 TABLES: dict[str, Callable[..., str]] = {
@@ -457,7 +536,9 @@ TABLES: dict[str, Callable[..., str]] = {
     "compared": table_compared,
     "gain": table_gain,
     "robustness": table_robust,
-    "proxies": table_proxies,
+    "proxies": _variants(PROXIES),
+    "parts": _variants(PARTS),
+    "rounding": table_rounding,
 }
 
 
@@ -478,18 +559,18 @@ def draw(sources: Sequence[Source], path: Path) -> None:
         len(levels), len(ORDER), figsize=(3 * len(ORDER), 3 * len(levels)), squeeze=False
     )
     styles = [
-        ("αΔ", "scaled", {}, "0.5"),
-        ("SAGE λ=10 ρ=.9, gain", "sage", {"strength": 10, "energy": 0.9}, "C0"),
-        ("SAGE λ=100 ρ=.99, gain", "sage", {"strength": 100, "energy": 0.99}, "C1"),
-        ("hard ρ=.9, gain", "hard", {"energy": 0.9}, "C2"),
+        ("αΔ", "scaled", {}, {}, "0.5"),
+        ("SAGE λ=100 ρ=.99, shares of a gain", "sage", _SHARP, _SHARES, "C0"),
+        ("SAGE λ=10 ρ=.9, a gain", "sage", _TEN, {}, "C1"),
+        ("hard ρ=.9, a gain", "hard", {"energy": 0.9}, {}, "C2"),
     ]
     for axes in grid.flat:
         axes.set_visible(False)
     for s in first:
         axes = grid[levels.index(s.level)][ORDER.index(s.name)]
         axes.set_visible(True)
-        for label, method, strength, colour in styles:
-            rows = s.points(method, strength)
+        for label, method, strength, about, colour in styles:
+            rows = s.points(method, strength, **about)
             if rows:
                 curve = Curve.of([_point(row) for row in rows])
                 axes.plot(curve.forget, curve.heldout, "o-", ms=3, lw=1, color=colour, label=label)
@@ -533,6 +614,11 @@ def _value(found: Recovery | None) -> float:
 
 def _three(value: float) -> str:
     return f"{value:.3f}"
+
+
+def _range(counts: Sequence[int]) -> str:
+    least, most = min(counts), max(counts)
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def _share(value: float) -> str:
