@@ -167,7 +167,7 @@ def build_statistics(pair: str, rank: int) -> None:
     from sage_hub.sites import find_sites
     from sage_hub.statistics import Origin, StatisticsWriter
 
-    base, energy = open_checkpoint(f"{pair}/base"), Settings().energy
+    base, energy = open_checkpoint(f"{pair}/base"), Settings().sharpness[1]
     sites = [site for site in find_sites(empty_model(base)) if site.sees == "input"]
     used = {"rows_used": 0, "tokens_used": 0, "rows_truncated": 0, "row_hashes": []}
     origin = Origin(

@@ -52,7 +52,7 @@ def audit(
         stats_cache=cache,
     )
     check_given_statistics(job)
-    how = shards.Filter(settings.strength, settings.energy, settings.rank)
+    how = shards.Filter(*settings.sharpness, settings.rank)
     with (
         tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch,
         statistics_for(

@@ -125,14 +125,15 @@ def _key(
     checkpoint: Checkpoint, proxies: Mapping[str, Proxy], settings: Settings, weights: str
 ) -> str:
     """A SHA-256 over all that statistics are made from."""
-    own = ("energy", "rank", "max_tokens", "max_length", "batch_size", "seed", "chat_template")
+    own = ("rank", "max_tokens", "max_length", "batch_size", "seed", "chat_template")
     described = settings.describe()
+    kept = {name: described[name] for name in (*own, "moments", "memory", "device")}
     return digest(
         {
             "weights": weights,
             "tokenizer": checkpoint.tokenizer_fingerprint(),
             "proxies": {which: proxy.describe() for which, proxy in proxies.items()},
-            "settings": {name: described[name] for name in (*own, "moments", "memory", "device")},
+            "settings": {"energy": _stored_energy(settings), **kept},
             "format": VERSION,
             "versions": versions(),
         }
@@ -255,6 +256,11 @@ def _notes(part: _Set, sites: Sequence[Site]) -> Iterator[str]:
         yield f"The second moments of {len(part.sketched)} sites are sketched."
 
 
+def _stored_energy(settings: Settings) -> float:
+    """How much of each trace the stored directions hold; the filter may use fewer of them."""
+    return max(settings.sharpness[1], STORED_ENERGY)
+
+
 def _origin(
     checkpoint: Checkpoint, weights: str, sets: Sequence[_Set], settings: Settings
 ) -> Origin:
@@ -265,7 +271,7 @@ def _origin(
         tokenizer=checkpoint.tokenizer_fingerprint(),
         data={part.name: part.about | {"experts_shown_block_input": part.starved} for part in sets},
         settings={
-            "energy": settings.energy,
+            "energy": _stored_energy(settings),
             "rank": settings.rank,
             "max_tokens": settings.max_tokens,
             "max_length": row_limit(checkpoint, settings.max_length),
@@ -283,7 +289,7 @@ def _decompose(
 
     Every rank decomposes every n-th.
     """
-    energy = max(settings.energy, STORED_ENERGY)
+    energy = _stored_energy(settings)
     for start in range(0, len(sites), ranks.count):
         some = sites[start : start + ranks.count]
         own = [moments[site.name] for site in ranks.mine(some)]

@@ -24,7 +24,7 @@ LITTLE = 0.5  # of what was lost: less than that come back is worth a hint
 def plan_text(job: Job, *, verbose: bool = False) -> str:
     """What is going to happen, before it does; tensor by tensor if `verbose`."""
     plan, settings = job.plan, job.settings
-    described = plan.describe()
+    described, (strength, energy) = plan.describe(), settings.sharpness
     lines = [
         ("base", _side(plan.base)),
         ("unlearned", _side(plan.unlearned)),
@@ -45,7 +45,7 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
     lines += [
         (
             "settings",
-            f"λ={settings.strength:g} ρ={settings.energy:g} rank={settings.rank or 'any'} "
+            f"λ={strength:g} ρ={energy:g} rank={settings.rank or 'any'} "
             f"γ={_gain(settings)} on {settings.device}",
         ),
         (

@@ -354,7 +354,7 @@ def check_given_statistics(job: Job) -> None:
             name=job.plan.base.name,
             weights=job.fingerprints["base"],
             tokenizer=job.fingerprints["tokenizer"],
-            energy=job.settings.energy,
+            energy=job.settings.sharpness[1],
             rank=job.settings.rank,
         )
         if job.settings.gain_rule == "match" and not statistics.has("forget"):

@@ -527,8 +527,18 @@ def _add_settings(command: argparse.ArgumentParser, *, skip: Sequence[str] = ())
                 help=what,
             )
 
-    add("strength", _number, "λ", "how strongly retained directions are protected (default: 10)")
-    add("energy", _number, "ρ", "share of the retain energy that is protected (default: 0.9)")
+    add(
+        "strength",
+        _number,
+        "λ",
+        "how strongly retained directions are protected (default: 100; 10 without a search)",
+    )
+    add(
+        "energy",
+        _number,
+        "ρ",
+        "share of the retain energy that is protected (default: 0.99; 0.9 without)",
+    )
     add("rank", _whole, "K", "protect at most K directions per site")
     add("gain", _gain, "γ", "turn up what remains: a number, 'match' or 'auto' (default: auto)")
     if "gain" not in skip:

@@ -243,7 +243,7 @@ def write_release(
     then, and the folder gets no name.
     """
     clock, ranks = _Clock(), job.ranks
-    how = shards.Filter(job.settings.strength, job.settings.energy, job.settings.rank)
+    how = shards.Filter(*job.settings.sharpness, job.settings.rank)
     folder = work.release
     with statistics_for(job, work.statistics, progress) as statistics:
         clock.lap("calibrate")

@@ -44,8 +44,8 @@ class Settings:
     unseen: str | None = None  # what no model was trained on, for PrivLeak
     bystanders: Mapping[str, str] = field(default_factory=dict)  # name -> more sets to evaluate on
     reference: str | None = None  # a model that never saw the forget set: repo or folder
-    strength: float = 10.0  # λ ≥ 0; inf is the hard projection
-    energy: float = 0.9  # ρ in (0, 1]
+    strength: float | None = None  # λ ≥ 0; inf is the hard projection; see `sharpness`
+    energy: float | None = None  # ρ in (0, 1]; see `sharpness`
     rank: int | None = None  # cap on k
     gain: float | Literal["match", "auto"] = "auto"  # γ; see `gain_rule`
     target: float | None = None  # what a search for γ brings the forget set's level to
@@ -74,8 +74,9 @@ class Settings:
             object.__setattr__(self, "gates", tuple(self.gates))
         if not isinstance(self.gates, tuple) or not all(isinstance(g, str) for g in self.gates):
             raise UsageError(f"gates must be a list of conditions, not {self.gates!r}.")
-        _number(self.strength, "strength", lambda x: x >= 0, "0 or more")
-        _number(self.energy, "energy", lambda x: 0 < x <= 1, "above 0 and at most 1")
+        strength, energy = self.sharpness
+        _number(strength, "strength", lambda x: x >= 0, "0 or more")
+        _number(energy, "energy", lambda x: 0 < x <= 1, "above 0 and at most 1")
         if self.gain not in ("match", "auto"):
             _number(self.gain, "gain", lambda x: 0 < x < math.inf, "above 0, 'match' or 'auto'")
         if self.target is not None:
@@ -117,7 +118,8 @@ class Settings:
 
     def describe(self) -> dict[str, Any]:
         """The settings for the record, without local paths."""
-        described = asdict(self)
+        strength, energy = self.sharpness
+        described = asdict(self) | {"strength": strength, "energy": energy}
         for name in ABOUT_THE_RECORD:
             del described[name]
         for name in (*SETS, "unseen"):
@@ -127,7 +129,7 @@ class Settings:
             described["lm_eval"] = ",".join(Path(task).name for task in self.lm_eval.split(","))
         if self.reference and Path(self.reference).expanduser().exists():
             described["reference"] = f"./{Path(self.reference).resolve().name}"
-        if math.isinf(self.strength):
+        if math.isinf(strength):
             described["strength"] = "inf"  # JSON has no infinity
         return described
 
@@ -175,6 +177,15 @@ class Settings:
         if self.gain != "auto" or self.forget is None:
             return "number"
         return "match" if self.low_disk else "search"
+
+    @property
+    def sharpness(self) -> tuple[float, float]:
+        """λ and ρ: as given, else what suits the way the gain is found (docs/results.md)."""
+        strength, energy = (100.0, 0.99) if self.gain_rule == "search" else (10.0, 0.9)
+        return (
+            strength if self.strength is None else self.strength,
+            energy if self.energy is None else self.energy,
+        )
 
     @property
     def sets(self) -> dict[str, str]:

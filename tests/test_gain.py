@@ -92,7 +92,7 @@ def check_blend(base: Path, unlearned: Path, release: Path, rows: Path, **option
     second, made = (open_unlearned(str(folder), first) for folder in (unlearned, release))
     with open_statistics(statistics) as opened:
         plan = make_plan(first, second, settings.parameters).observed(opened.site_of)
-        how = Filter(settings.strength, settings.energy, None)
+        how = Filter(*settings.sharpness, None)
         # Twice of half the gain for every map is the gain.
         twice = {map_.name: 2.0 for op in plan.operations for map_ in op.linears}
         with_gain = turned_up(plan, opened, how, twice)

@@ -51,7 +51,7 @@ def test_a_second_release_of_the_same_base_takes_the_first_ones_statistics(
     assert main(words(pair, tmp_path / "plain")) == 0
     assert main(words(pair, tmp_path / "one", *cache)) == 0
     assert len(calibrated) == 2
-    assert main(words(pair, tmp_path / "two", *cache, "--strength", "1")) == 0
+    assert main(words(pair, tmp_path / "two", *cache, "--strength", "10")) == 0
     assert main(words(pair, tmp_path / "stronger", *cache, "--strength", "9")) == 0
     assert len(calibrated) == 2
     assert shards(tmp_path / "plain") == shards(tmp_path / "one") == shards(tmp_path / "two")

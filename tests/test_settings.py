@@ -158,7 +158,6 @@ WRONG = [
     ("strength", math.nan),
     ("strength", "1"),
     ("strength", True),
-    ("strength", None),
     ("energy", 0),
     ("energy", 1.01),
     ("energy", math.nan),
@@ -284,7 +283,7 @@ def test_the_record_has_no_local_path_and_is_json() -> None:
 
 
 def test_the_recorded_settings_can_be_given_again() -> None:
-    made = Settings(retain="retain.jsonl", strength=math.inf, rank=7, gain=2.5)
+    made = Settings(retain="retain.jsonl", strength=math.inf, energy=0.8, rank=7, gain=2.5)
     text = yaml.safe_dump(made.describe())
     assert load(text) == made
 
@@ -317,3 +316,14 @@ def test_a_device_that_cannot_compute_here_is_refused(device: str) -> None:
 )
 def test_how_the_gain_is_found_goes_by_what_there_is(given: dict[str, Any], rule: str) -> None:
     assert Settings(**given).gain_rule == rule
+
+
+def test_how_sharp_the_filter_is_goes_by_how_the_gain_is_found() -> None:
+    assert Settings().sharpness == Settings(gain=3).sharpness == (10, 0.9)
+    searched = Settings(forget="f.jsonl")
+    assert searched.sharpness == (100, 0.99)
+    assert Settings(forget="f.jsonl", strength=1).sharpness == (1, 0.99)
+    # The record has what was used, which does not depend on what is left out later.
+    described = searched.describe()
+    again = Settings.from_record(described | {"forget": None})
+    assert again.sharpness == (100, 0.99)
