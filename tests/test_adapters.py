@@ -123,9 +123,10 @@ def test_merge_writes_the_whole_model(name: str, tmp_path: Path) -> None:
         assert torch.allclose(found[parameter].double(), tensor, rtol=1e-4, atol=1e-5), parameter
 
 
-def test_bias_and_metrics_are_those_of_the_merged_models(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gain", ["match", "auto"])
+def test_bias_and_metrics_are_those_of_the_merged_models(gain: str, tmp_path: Path) -> None:
     make_adapter(tmp_path, "Llama")
-    both = ["--forget", str(tmp_path / "forget.jsonl"), "--gain", "match"]
+    both = ["--forget", str(tmp_path / "forget.jsonl"), "--gain", gain]
     records = {}
     for kind in ("adapter", "merged"):
         if kind == "merged":
@@ -138,6 +139,8 @@ def test_bias_and_metrics_are_those_of_the_merged_models(tmp_path: Path) -> None
         shutil.rmtree(out)
     (adapter, adapter_report), (merged, merged_report) = records["adapter"], records["merged"]
     assert adapter["gain"] == pytest.approx(merged["gain"], rel=1e-4)
+    assert adapter["gain_shares"] == pytest.approx(merged["gain_shares"], rel=1e-3)
+    assert bool(adapter["gain_shares"]) == (gain == "auto")
     kept = merged["bias"]["after"] / merged["bias"]["before"]
     assert adapter["bias"] == {"before": None, "after": None, "kept": pytest.approx(kept, rel=1e-4)}
     assert adapter_report["control_alpha"] == pytest.approx(
