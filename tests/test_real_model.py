@@ -391,11 +391,11 @@ def test_means_over_sources_count_what_was_not_reached_as_the_source() -> None:
 def test_a_sweep_that_was_stopped_is_not_taken_for_one_that_fell_short() -> None:
     import report
 
-    setting = report.Setting("x", "hard", "all", lambda source: [])
-    row = {"method": "hard", "strength": {"energy": 0.9}, "gain": 2.0, "forget": [0.5]}
-    assert not report.finished(setting, [row], 0.1)
-    assert report.finished(setting, [row], 0.6)
-    assert report.finished(setting, [row, {**row, "gain": 12.0}], 0.1)
+    about = {"method": "hard", "strength": {"energy": 0.9}, "retain": "retain", "others": "source"}
+    row = {**about, "gain": 2.0, "forget": [0.5]}
+    assert not report.finished([row], 0.1)
+    assert report.finished([row], 0.6)
+    assert report.finished([row, {**row, "gain": 12.0}], 0.1)
 
 
 # The whole of it, in small

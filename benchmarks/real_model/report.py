@@ -85,6 +85,7 @@ PARTS: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = (
     ("λ=100 ρ=0.99, shares", _SHARP, _SHARES),
     ("λ=1000 ρ=0.99, shares", {"strength": 1000, "energy": 0.99}, _SHARES),
 )
+ABOUT = ("method", "strength", "retain", "others", "drop", "weigh")  # what a point's update is of
 ORDER = ("NPO", "GradAscent", "GradDiff", "SimNPO", "RMU")
 
 Row: TypeAlias = Mapping[str, Any]
@@ -253,19 +254,14 @@ def _with_gain(method: str, strength: Mapping[str, Any], weigh: float | None) ->
     )
 
 
-def finished(setting: Setting, rows: Sequence[Row], level: float) -> bool:
-    """Whether `rows` reach the level, or the largest gain that the plan has for the setting."""
-    if setting.gain == "none" or min(_mean(row["forget"]) for row in rows) <= level:
+def finished(rows: Sequence[Row], level: float) -> bool:
+    """Whether `rows`, of one setting by rising gain, reach the level or the plan's largest gain."""
+    if min(_mean(row["forget"]) for row in rows) <= level:
         return True
-    first = rows[0]
-    planned = [
-        config.gains[-1]
-        for configs in STAGES.values()
-        for config in configs
-        if (config.method, dict(config.strength), config.weigh or None)
-        == (first["method"], first["strength"], first.get("weigh"))
-    ]
-    return rows[-1]["gain"] >= max(planned, default=0)
+    about = {name: rows[0][name] for name in ABOUT if name in rows[0]}
+    configs = (config for stage in STAGES.values() for config in stage)
+    planned = [config.gains[-1] for config in configs if config.about == about]
+    return bool(rows[-1]["gain"] >= max(planned, default=0))
 
 
 def describe(strength: Mapping[str, Any]) -> str:
@@ -311,7 +307,7 @@ def _recovered(level: str, slack: float, limit: str | None) -> Callable[..., str
                     s.recovery(rows, level, slack)
                     for s in own
                     if (rows := setting.rows(s))
-                    and finished(setting, rows, s.level_of(level) + slack)
+                    and (setting.gain == "none" or finished(rows, s.level_of(level) + slack))
                 ]
                 cells.append(over_seeds(found))
                 seeds.append(len(found))
@@ -382,7 +378,7 @@ def table_compared(results: Mapping[str, Any], sources: Sequence[Source]) -> str
                 rows, ours = setting.rows(s), best.rows(s)
                 if (s.name, s.level) != column or not rows or not ours or rows == ours:
                     continue
-                if not finished(setting, rows, s.level_of("reference")):
+                if setting.gain != "none" and not finished(rows, s.level_of("reference")):
                     continue
                 one, other = s.recovery(ours, "reference"), s.recovery(rows, "reference")
                 if one.value is not None and other.value is not None:
@@ -482,21 +478,23 @@ def _variants(
     """A table of forms of SAGE on the sources of the first seed that have more than the usual."""
 
     def table(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
-        rows = {
-            (s.name, label): s.points("sage", strength, **about)
+        some = [
+            s
             for s in _first_seed(sources)
-            for label, strength, about in lines
-        }
-        unusual = [label for label, _, about in lines if about]
-        names = [s for s in _first_seed(sources) if any(rows[s.name, label] for label in unusual)]
+            if any(s.points("sage", strength, **about) for _, strength, about in lines[1:])
+        ]
         return _table(
-            ["", *(head for s in names for head in (s.name, "γ=1: forget / held-out"))],
+            ["", *(head for s in some for head in (s.name, "γ=1: forget / held-out"))],
             [
                 [
                     label,
-                    *(cell for s in names for cell in _recovered_and_plain(s, rows[s.name, label])),
+                    *(
+                        cell
+                        for s in some
+                        for cell in _recovered_and_plain(s, s.points("sage", strength, **about))
+                    ),
                 ]
-                for label, _, _ in lines
+                for label, strength, about in lines
             ],
         )
 
@@ -506,7 +504,9 @@ def _variants(
 def _recovered_and_plain(source: Source, rows: Sequence[Row]) -> tuple[str, str]:
     plain = next((row for row in rows if row["gain"] == 1), None)
     return (
-        _interval(source.recovery(rows, "reference")) if rows else "",
+        _interval(source.recovery(rows, "reference"))
+        if rows and finished(rows, source.level_of("reference"))
+        else "",
         f"{_mean(plain['forget']):.3f} / {_mean(plain['heldout']):.3f}" if plain else "",
     )
 
