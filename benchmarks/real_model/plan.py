@@ -57,11 +57,13 @@ CORE = [
     _sage(10, 0.9, match=True),
     Config("hard", {"energy": 0.9}),
 ]
+BEST = [
+    _sage(100, 0.99, weigh=1.0, gains=LARGE),
+    Config("hard", {"energy": 0.99}, weigh=1.0, gains=LARGE),
+]
 WEIGHED = [
     _sage(10, 0.9, weigh=1.0, match=True),
-    _sage(100, 0.99, weigh=1.0, gains=LARGE),
     Config("hard", {"energy": 0.9}, weigh=1.0),
-    Config("hard", {"energy": 0.99}, weigh=1.0, gains=LARGE),
 ]
 SHARPNESS = [
     _sage(1, 0.9),
@@ -125,6 +127,7 @@ PARTS = [
 ]
 STAGES = {
     "core": CORE,
+    "best": BEST,
     "weighed": WEIGHED,
     "sharpness": SHARPNESS,
     "peers": PEERS,
