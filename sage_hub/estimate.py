@@ -35,7 +35,7 @@ _USUAL_RANK = 8
 # A layer of SmolLM2 takes as much longer than its products alone: attention, norms, small pieces.
 _BESIDES = 1.6
 # Gains that a search tries, with the source and a reference: so many, or a few more.
-SEARCHED = 8
+SEARCHED = 15
 _PRODUCTS = 4  # of each weight with the directions: see docs/performance.md
 
 

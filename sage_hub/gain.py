@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -76,11 +75,11 @@ def choose_gain(
                 "retained inputs more than the source does."
             )
         return matching
-    shares = shares_of(measured)
-    with_gain = turned_up(plan, statistics, how, shares)
-    start = matching_gain_of(measured, shares) or 2.0
-    gain, search_record = _by_evaluation(plan, with_gain, job, folder, start, progress)
-    return Chosen(Gains(gain, shares), search_record)
+    ways = [
+        _Way(shares, turned_up(plan, statistics, how, shares), matching_gain_of(measured, shares))
+        for shares in ([shares_of(measured), {}] if measured else [{}])
+    ]
+    return _by_evaluation(plan, ways, job, folder, progress)
 
 
 def shares_of(measured: Sequence[shards.Measurement]) -> dict[str, float]:
@@ -157,15 +156,34 @@ def search(
     return low, "held back", tried
 
 
+@dataclass(frozen=True)
+class _Way:
+    """A way to turn the update up, with each map's share or evenly."""
+
+    shares: Mapping[str, float]
+    with_gain: Callable[[float], Blend]
+    start: float | None  # the γ to begin with
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Where the search ended in one way, and all that it tried."""
+
+    way: _Way
+    gain: float
+    outcome: str
+    tried: Mapping[float, Level]
+
+    @property
+    def merit(self) -> tuple[bool, float]:
+        """What the ways are compared by: the target first, then what is kept."""
+        return self.outcome == "reached", self.tried[self.gain].retain
+
+
 def _by_evaluation(
-    plan: Plan,
-    with_gain: Callable[[float], Blend],
-    job: Job,
-    scratch: Path,
-    start: float,
-    progress: Progress,
-) -> tuple[float, dict[str, Any]]:
-    """The γ that brings the forget set to its level, and how it was found."""
+    plan: Plan, ways: Sequence[_Way], job: Job, scratch: Path, progress: Progress
+) -> Chosen:
+    """The γ that brings the forget set to its level, in the way that keeps the retain set best."""
     own = replace(
         job.settings,
         generate_rows=0,
@@ -196,27 +214,43 @@ def _by_evaluation(
             target, of = reference, "the reference's level"
     if job.settings.target is not None:
         target, of = job.settings.target, "--target"
-    gain, outcome, tried = search(
-        lambda g: known(Candidate(plan.unlearned, plan.base, with_gain(g)), f"γ = {g:.3g}"),
-        target,
-        source,
-        _short(start),
-    )
+
+    def searched(way: _Way) -> _Found:
+        def level(gain: float) -> Level:
+            blend = way.with_gain(gain)
+            return known(Candidate(plan.unlearned, plan.base, blend), f"γ = {gain:.3g}")
+
+        return _Found(way, *search(level, target, source, _short(way.start or 2.0)))
+
+    found = [searched(way) for way in ways]
+    best = max(found, key=lambda one: one.merit)  # the first of equals
     words = {
         "reached": f"brings forgetting to {of}",
         "held back": f"is as far as it goes without harming retained rows; it misses {of}",
     }
-    progress.note(f"γ = {gain:.3g} {words[outcome]} ({len(tried)} evaluations).")
-    return gain, {
-        "target": target,
-        "of": of,
-        "outcome": outcome,
-        "source": {"forget": source.forget, "retain": _number(source.retain)},
-        "tried": [
-            {"gain": g, "forget": at.forget, "retain": _number(at.retain)}
-            for g, at in sorted(tried.items())
-        ],
-    }
+    spread = ", by each weight's share," if best.way.shares else ""
+    count = sum(len(one.tried) for one in found)
+    progress.note(f"γ = {best.gain:.3g}{spread} {words[best.outcome]} ({count} evaluations).")
+    tried = [
+        {
+            "shares": bool(one.way.shares),
+            "gain": gain,
+            "forget": at.forget,
+            "retain": _number(at.retain),
+        }
+        for one in found
+        for gain, at in sorted(one.tried.items())
+    ]
+    return Chosen(
+        Gains(best.gain, best.way.shares),
+        {
+            "target": target,
+            "of": of,
+            "outcome": best.outcome,
+            "source": {"forget": source.forget, "retain": _number(source.retain)},
+            "tried": tried,
+        },
+    )
 
 
 def turned_up(

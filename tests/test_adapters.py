@@ -140,7 +140,6 @@ def test_bias_and_metrics_are_those_of_the_merged_models(gain: str, tmp_path: Pa
     (adapter, adapter_report), (merged, merged_report) = records["adapter"], records["merged"]
     assert adapter["gain"] == pytest.approx(merged["gain"], rel=1e-4)
     assert adapter["gain_shares"] == pytest.approx(merged["gain_shares"], rel=1e-3)
-    assert bool(adapter["gain_shares"]) == (gain == "auto")
     kept = merged["bias"]["after"] / merged["bias"]["before"]
     assert adapter["bias"] == {"before": None, "after": None, "kept": pytest.approx(kept, rel=1e-4)}
     assert adapter_report["control_alpha"] == pytest.approx(

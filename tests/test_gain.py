@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import shares_reference
 from test_adapters import make_adapter, sanitize
 from test_architectures import make_model, make_sides, move
 from test_release import proxies
@@ -20,10 +22,22 @@ from sage_hub.architecture import empty_model
 from sage_hub.checkpoint import open_checkpoint
 from sage_hub.cli import main
 from sage_hub.collect import collect_statistics
-from sage_hub.gain import CLOSE, LARGEST, Level, closed_form, search, turned_up
+from sage_hub.gain import (
+    CLOSE,
+    LARGEST,
+    Level,
+    _by_evaluation,
+    _Way,
+    closed_form,
+    search,
+    shares_of,
+    turned_up,
+)
 from sage_hub.plan import make_plan
+from sage_hub.progress import SILENT
+from sage_hub.ranks import ALONE
 from sage_hub.settings import Settings
-from sage_hub.shards import STRENGTHS, Filter, Measurement
+from sage_hub.shards import STRENGTHS, Filter, Measurement, measure
 from sage_hub.statistics import open_statistics
 from sage_hub.weights import open_weights
 
@@ -81,6 +95,53 @@ def test_and_never_the_bias_of_the_source() -> None:
     assert found.gains.model == 2  # not 4, with which the bias would be four times the source's
     assert found.search == {"matching": 4, "held_back": True}
     assert closed_form([measurement(1.0, 0.25, 1.0, 0.0)]) is None
+
+
+def test_shares_are_those_of_the_whole_model_in_float64(pair: Path, tmp_path: Path) -> None:
+    sets = {name: str(pair / f"{name}.jsonl") for name in ("retain", "forget")}
+    settings = Settings(**sets, strength=3.0, energy=0.8)
+    collect_statistics(str(pair / "base"), tmp_path / "statistics", settings=settings)
+    base, unlearned = (open_checkpoint(str(pair / side)) for side in ("base", "unlearned"))
+    with open_statistics(tmp_path / "statistics") as opened:
+        plan = make_plan(base, unlearned).observed(opened.site_of)
+        found = shares_of(measure(plan, opened, Filter(3.0, 0.8, None), device="cpu"))
+    rows = [
+        [json.loads(line) for line in Path(file).read_text().splitlines()] for file in sets.values()
+    ]
+    expected = shares_reference(pair / "base", pair / "unlearned", *rows, strength=3.0, energy=0.8)
+    # What lies outside of the stored directions counts as their mean.
+    assert found == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("better", ["shares", "even"])
+def test_the_way_that_keeps_more_is_taken(better: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluated(models: dict[str, Any], *_: Any, **__: Any) -> Any:
+        (candidate,) = models.values()
+        forget, retain = 0.1, 0.5
+        if candidate.blend is not None:
+            way, gain = candidate.blend
+            forget, retain = 0.8 / gain, 0.9 if way == better else 0.8
+        figures = {"forget": forget, "retain": retain}
+        results = [
+            SimpleNamespace(set=name, metric="probability", value=value)
+            for name, value in figures.items()
+        ]
+        return SimpleNamespace(results=results)
+
+    monkeypatch.setattr("sage_hub.gain.evaluate", evaluated)
+    sides: Any = SimpleNamespace(base=None, unlearned=None)
+    job: Any = SimpleNamespace(
+        settings=Settings(forget="f"), proxies={}, reference=None, ranks=ALONE
+    )
+    ways: Any = [
+        _Way({"module": 2.0}, lambda gain: ("shares", gain), None),
+        _Way({}, lambda gain: ("even", gain), 5.0),
+    ]
+    chosen = _by_evaluation(sides, ways, job, Path(), SILENT)
+    assert chosen.gains.shares == ({"module": 2.0} if better == "shares" else {})
+    assert 8 <= chosen.gains.model <= 8 * CLOSE
+    assert chosen.search is not None
+    assert {entry["shares"] for entry in chosen.search["tried"]} == {True, False}
 
 
 def check_blend(base: Path, unlearned: Path, release: Path, rows: Path, **options: Any) -> None:
@@ -146,7 +207,11 @@ def test_a_run_reaches_the_level_and_records_how(pair: Path, tmp_path: Path) -> 
     found = run(pair, tmp_path / "out", "--target", str(target))
     search_record = found["gain_search"]
     assert search_record["of"] == "--target"
-    tried = {entry["gain"]: entry["forget"] for entry in search_record["tried"]}
+    tried = {
+        entry["gain"]: entry["forget"]
+        for entry in search_record["tried"]
+        if entry["shares"] == bool(found["gain_shares"])
+    }
     assert found["gain"] in tried
     # What was evaluated on the way is what was written.
     written = found["figures"]["sanitized", "forget", "probability"]

@@ -21,6 +21,7 @@ sys.path.insert(0, str(FOLDER))
 import evaluate  # noqa: E402
 import frontier  # noqa: E402
 import methods  # noqa: E402
+import rounding  # noqa: E402
 import sweep  # noqa: E402
 import train  # noqa: E402
 from methods import Site  # noqa: E402
@@ -246,6 +247,20 @@ def test_quantized_weights_come_back() -> None:
     assert torch.equal(weight, before)
 
 
+def test_compensated_rounding_is_on_the_grid_and_disturbs_less() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(24, 24, generator=generator) * torch.linspace(3, 0.05, 24)
+    inputs = torch.randn(500, 24, generator=generator) @ mixing.T
+    moment = inputs.T @ inputs / len(inputs)
+    weight = torch.randn(16, 24, generator=generator)
+    error = {}
+    for name in ("rounded", "compensated"):
+        stored = rounding.WAYS[name](weight, moment)
+        assert torch.equal(stored.to(torch.bfloat16).float(), stored)
+        error[name] = float(((stored - weight) @ moment @ (stored - weight).T).trace())
+    assert error["compensated"] < 0.5 * error["rounded"]
+
+
 def _tiny_model() -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -438,6 +453,8 @@ def test_the_benchmark_runs_from_rows_to_tables(
         points = [bench.plain("base"), bench.plain("reference"), bench.unlearned]
         for config in (SCALED, *configs):
             points += list(bench.run(config))
+        ways = [row["what"] for row in rounding.run(bench, [1.0])]
+        assert ways == list(rounding.WAYS)
         # What stays as it was, and what a repair is made of.
         source, kept = bench.unlearned, [bench.update(config)[1] for config in configs]
         bench.apply(SCALED, bench.update(SCALED)[0], 1.0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
-from reference import sanitized_reference, shares_reference
+from reference import sanitized_reference
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,20 +55,12 @@ def test_push_from_hub_to_hub(hub: LoopbackHub, pair: Path, gain: str, tmp_path:
     model = AutoModelForCausalLM.from_pretrained("org/unlearned-sage", dtype="auto")
     AutoTokenizer.from_pretrained("org/unlearned-sage")
     sides = pair / "base", pair / "unlearned"
-    retain, forget = (
-        [json.loads(line) for line in (pair / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("retain", "forget")
-    )
+    retain = [json.loads(line) for line in (pair / "retain.jsonl").read_text().splitlines()]
     shares = manifest["gain_shares"]
     own: dict[str, Any] = {name: manifest["settings"][name] for name in ("strength", "energy")}
     assert own == {"strength": 10, "energy": 0.9} | (
         {"strength": 100, "energy": 0.99} if gain == "auto" else {}
     )
-    if gain == "auto":
-        # What lies outside of the statistics' directions counts as their mean.
-        assert shares == pytest.approx(shares_reference(*sides, retain, forget, **own), rel=0.1)
-    else:
-        assert shares == {}
     expected = sanitized_reference(*sides, retain, gain=manifest["gain"], shares=shares, **own)
     state = model.state_dict()
     filtered = {t["name"] for t in manifest["tensors"] if t["action"] == "filtered"}
