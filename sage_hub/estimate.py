@@ -29,9 +29,9 @@ MODES: Mapping[str, Mapping[str, Any]] = {
 # included), of a sketch (in, ℓ) in ℓ² times the second (a QR, a triangular solve, two products and
 # an ℓ × ℓ eigenproblem).
 _EIGEN, _SKETCH = 9, 12
-# What rank the filter has is known after calibration only. On SmolLM2 it is between a fiftieth and
-# a quarter of the features at ρ = 0.9.
-_USUAL_RANK = 8
+# What share of the features is the filter's rank is known after calibration only. On SmolLM2 it is
+# between a fiftieth and a third at ρ = 0.9, and above that up to three quarters.
+_USUAL_RANK, _SHARP_RANK = 1 / 8, 1 / 2
 # A layer of SmolLM2 takes as much longer than its products alone: attention, norms, small pieces.
 _BESIDES = 1.6
 # Gains that a search tries, with the source and a reference: so many, or a few more.
@@ -111,8 +111,9 @@ def estimate(
         modes.append(Mode(name, budget, kept, forward, moments, decompositions, seconds))
     size = weight_bytes(model)
     state, products = model.state_dict(keep_vars=True), 0.0
+    share = _USUAL_RANK if settings.sharpness[1] <= 0.9 else _SHARP_RANK
     for parameter, maps in linear_maps(model).items():
-        rank = min(maps[0].features // _USUAL_RANK, settings.rank or maps[0].features)
+        rank = min(int(share * maps[0].features), settings.rank or maps[0].features)
         products += _PRODUCTS * 2.0 * state[parameter].numel() * rank
 
     def evaluated(tokens: int) -> float:
@@ -131,7 +132,8 @@ def estimate(
         # Hashing is half of what is done to every byte (docs/performance.md).
         pass_seconds=products / rates.moments + 2 * 3 * size / rates.hashing,
         searched_tokens=searched,
-        search_seconds=SEARCHED * evaluated(searched),
+        # Half of the products of the pass make a weight, the others measure it.
+        search_seconds=SEARCHED * (evaluated(searched) + products / 2 / rates.moments),
         evaluation_seconds=4 * evaluated(tokens),
     )
 
