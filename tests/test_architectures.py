@@ -169,7 +169,7 @@ class Watch(TorchFunctionMode):
 def reference(
     base: Path, unlearned: Path, rows: list[dict[str, str]], *, everything: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Parameter -> sanitized weight at λ=1, ρ=.9, in float64.
+    """Parameter -> sanitized weight at λ=10, ρ=.9, in float64.
 
     With `everything` also of embedding, LM head, norms and biases.
     """
@@ -197,7 +197,7 @@ def reference(
         s, v = s.flip(0), v.flip(1)
         k = int((s.cumsum(0) < 0.9 * s.sum()).sum()) + 1
         g = torch.zeros_like(s)
-        g[:k] = s[:k] / (s.mean() + s[:k])
+        g[:k] = 10 * s[:k] / (s.mean() + 10 * s[:k])
         removed = v @ torch.diag(g) @ v.T
         delta = u - b
         u -= removed @ delta if name in watch.transposed else delta @ removed
@@ -211,7 +211,7 @@ def reference(
             shrink(result[name], w_base[name], (x * x).mean(0))
         for name in w_base:
             if name.endswith(".bias") and not name.startswith("model.visual"):
-                result[name] -= 0.5 * (result[name] - w_base[name])  # λ s / (s + λ s) at λ = 1
+                result[name] -= 10 / 11 * (result[name] - w_base[name])  # λ s / (s + λ s)
     return result
 
 
@@ -220,7 +220,7 @@ def shrink(u: torch.Tensor, b: torch.Tensor, energies: torch.Tensor) -> None:
     s, order = energies.double().sort(descending=True, stable=True)
     k = int((s.cumsum(0) < 0.9 * s.sum()).sum()) + 1
     for value, row in zip(s[:k], order[:k], strict=True):
-        u[row] -= value / (s.mean() + value) * (u[row] - b[row])
+        u[row] -= 10 * value / (s.mean() + 10 * value) * (u[row] - b[row])
 
 
 def watch_norms(model: PreTrainedModel) -> dict[str, list[torch.Tensor]]:
