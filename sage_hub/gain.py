@@ -75,6 +75,11 @@ def choose_gain(
                 "retained inputs more than the source does."
             )
         return matching
+    if not measured:
+        progress.note(
+            "The statistics have no forget set, so only one gain for all weights is tried; with "
+            "those of `sage-hub stats --forget` each weight could have its share."
+        )
     ways = [
         _Way(shares, turned_up(plan, statistics, how, shares), matching_gain_of(measured, shares))
         for shares in ([shares_of(measured), {}] if measured else [{}])
