@@ -74,7 +74,6 @@ GRID = [
     Config("sage_to_bias", {"kept": 0.02, "energy": 0.99}, LARGE),
     _sage(10, 0.99, gains=LARGE),
     _sage(1000, 0.99, gains=LARGE),
-    Config("forget_anchored", {"strength": 10, "anchor": 10}),
     *_each("hard", "energy", 0.5),
     _sage(100, 0.9),
     _sage(1, 0.99),
@@ -100,6 +99,9 @@ MORE_PEERS = [
     *_each("trimmed", "keep", 0.3, gains=AROUND_ONE),
     *_each("low_rank", "rank", 32, gains=AROUND_ONE),
     *_each("dare", "drop", 0.5, gains=AROUND_ONE),
+]
+ANCHORED = [
+    Config("forget_anchored", {"strength": 10, "anchor": 10}),
     Config("forget_anchored", {"strength": 100, "anchor": 10}),
 ]
 SENSITIVITY = [
@@ -132,6 +134,7 @@ STAGES = {
     "sharpness": SHARPNESS,
     "peers": PEERS,
     "parts": PARTS,
+    "anchored": ANCHORED,
     "grid": GRID,
     "sensitivity": SENSITIVITY,
     "more-peers": MORE_PEERS,

@@ -444,9 +444,9 @@ def table_robust(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
                 )
                 groups.setdefault(key, {})[row["what"]] = row
         for own in groups.values():
-            if "bystanders" not in own:
-                continue
-            row = own["bystanders"]
+            row = own.get("bystanders")
+            if row is None or ("int8" not in own and row["gain"] != 0):
+                continue  # not all of it was measured
             shares = ", shares" if row.get("weigh") else ""
             label = (
                 f"{NAMES[row['method']]} {describe(row['strength'])}{shares}, γ={row['gain']:.3g}"
