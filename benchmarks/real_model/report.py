@@ -415,7 +415,7 @@ def table_gain(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
             ]
             lines.append(
                 [
-                    f"{s.name} {s.level}",
+                    f"{s.name} {s.level}, seed {s.seed}",
                     f"{NAMES[method]} {describe(strength)}",
                     _share(kept["retain"]),
                     _share(kept["forget"]),
