@@ -169,7 +169,7 @@ def release_text(release: Release) -> str:
         relative = f", from {_number(bias['before'])} to {_number(bias['after'])} of the outputs"
     parts.append(
         f"retention activation bias: {_number(bias['kept'])} of the source's is left{relative}; "
-        f"gain {manifest['gain']:.4g}"
+        f"gain {manifest['gain']:.4g}{' × shares' if manifest.get('gain_shares') else ''}"
     )
     counts = manifest["counts"]
     parts.append(
