@@ -155,7 +155,7 @@ def test_audit_names_the_module_that_does_the_damage(
     change(pair / "unlearned", worst, lambda tensor: tensor + 0.3)
     before = sorted(pair.rglob("*"))
     both = [str(pair / "base"), str(pair / "unlearned"), *proxies(pair)[:4]]
-    audit = run_json(capsys, "audit", *both, "--strength", "5")
+    audit = run_json(capsys, "audit", *both, "--strength", "5", "--energy", "0.9")
     assert audit["modules"][0]["module"] == worst.removesuffix(".weight")
     assert audit["model"]["retain_after"] < audit["model"]["retain_before"]
     assert sum(module["share"] for module in audit["modules"]) == pytest.approx(1)
