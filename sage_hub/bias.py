@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from sage_hub.sage import matching_gain, relative
@@ -41,13 +42,25 @@ def summarize(measured: Sequence[Measurement]) -> dict[str, Any]:
             "retain_before": relative(total, whole),
             "retain_after": relative(math.fsum(m.retain_filtered for m in measured), whole),
             "forget_kept": relative(forget_filtered, forget),
-            "matching_gain": (
-                matching_gain(forget, forget_filtered) if forget and forget_filtered else None
-            ),
+            "matching_gain": matching_gain_of(measured),
         },
         "modules": modules,
         "profile": profile_of([m.profile for m in measured], total),
     }
+
+
+def matching_gain_of(
+    measured: Sequence[Measurement], shares: Mapping[str, float] = MappingProxyType({})
+) -> float | None:
+    """The γ with which the forgetting carrier keeps its size, Σ B_f(γwD) = Σ B_f(Δ).
+
+    w is a map's share of the gain, 1 if not said. None where nothing is left of the carrier, or
+    it was not measured.
+    """
+    source = _sum(m.forget for m in measured)
+    own = [(m.forget_filtered, shares.get(m.module, 1.0)) for m in measured]
+    left = _sum(None if bias is None else share**2 * bias for bias, share in own)
+    return matching_gain(source, left) if source and left else None
 
 
 def profile_of(curves: Sequence[Sequence[float]], whole: float) -> list[dict[str, float]]:

@@ -133,7 +133,7 @@ def forecast_text(found: Estimate) -> str:
             _table(header, rows),
             f"\nThe pass over the weights: {in_bytes(found.pass_bytes)} read and written, "
             f"{found.pass_flops:.2g} flops, {_duration(found.pass_seconds)}",
-            f"The search for the gain, {SEARCHED} evaluations or so of at most "
+            f"The search for the gain with a forget set, {SEARCHED} evaluations or so of at most "
             f"{found.searched_tokens} tokens: {_duration(found.search_seconds)}",
             f"Evaluation of four models on as many tokens: {_duration(found.evaluation_seconds)}",
         ]

@@ -10,19 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from sage_hub import shards
 from sage_hub.architecture import empty_model, linear_maps, other_maps
+from sage_hub.bias import matching_gain_of
 from sage_hub.errors import NothingToDoError
 from sage_hub.evaluation import Candidate, evaluate
 from sage_hub.jobs import Job
 from sage_hub.plan import Plan
 from sage_hub.progress import Progress
 from sage_hub.record import Chosen
-from sage_hub.sage import Gains, gain_shares, matching_gain, sanitize_weight
+from sage_hub.sage import Gains, gain_shares, sanitize_weight
 from sage_hub.settings import SEARCH_TOKENS
 from sage_hub.statistics import Statistics
 from sage_hub.weights import Blend, as_rows, model_of, widened
@@ -96,25 +98,13 @@ def shares_of(measured: Sequence[shards.Measurement]) -> dict[str, float]:
     return {m.module: _short(share) for m, share in zip(known, shares, strict=True)}
 
 
-def matching_gain_of(
-    measured: Sequence[shards.Measurement], shares: Mapping[str, float]
-) -> float | None:
-    """The γ with which the forgetting carrier keeps its size, Σ B_f(γwD) = Σ B_f(Δ).
-
-    w is the map's share. None where nothing is left of the carrier.
-    """
-    source = math.fsum(m.forget or 0.0 for m in measured)
-    own = math.fsum((m.forget_filtered or 0.0) * shares.get(m.module, 1.0) ** 2 for m in measured)
-    return matching_gain(source, own) if source > 0 and own > 0 else None
-
-
 def closed_form(measured: Sequence[shards.Measurement]) -> Chosen | None:
     """One γ for all weights, with which the forgetting carrier keeps its size.
 
     Held back where it would make the retention bias larger than the source's, Σ B_r(γD) >
     Σ B_r(Δ). None where nothing is left of the carrier.
     """
-    matching = matching_gain_of(measured, {})
+    matching = matching_gain_of(measured)
     if matching is None:
         return None
     filtered = math.fsum(m.retain_filtered for m in measured)
@@ -189,36 +179,9 @@ def _by_evaluation(
     plan: Plan, ways: Sequence[_Way], job: Job, scratch: Path, progress: Progress
 ) -> Chosen:
     """The γ that brings the forget set to its level, in the way that keeps the retain set best."""
-    own = replace(
-        job.settings,
-        generate_rows=0,
-        robustness=False,
-        lm_eval=None,
-        max_tokens=min(job.settings.max_tokens, SEARCH_TOKENS),
-    )
-    proxies = {which: job.proxies[which] for which in ("forget", "retain") if which in job.proxies}
-
-    def known(candidate: Candidate, name: str) -> Level:
-        found = evaluate(
-            {name: candidate},
-            proxies,
-            own,
-            scratch,
-            tokens_of=plan.base,
-            ranks=job.ranks,
-            progress=progress,
-        )
-        figures = {(result.set, result.metric): result.value for result in found.results}
-        return Level(_level(figures, "forget"), _level(figures, "retain"))
-
+    known = partial(_known, plan, job, scratch, progress)
     source = known(Candidate(plan.unlearned), "unlearned")
-    target, of = source.forget, SOURCE_LEVEL
-    if job.reference is not None:
-        reference = known(Candidate(job.reference), "reference").forget
-        if reference > target:
-            target, of = reference, "the reference's level"
-    if job.settings.target is not None:
-        target, of = job.settings.target, "--target"
+    target, of = _target(source, job, known)
 
     def searched(way: _Way) -> _Found:
         def level(gain: float) -> Level:
@@ -236,26 +199,54 @@ def _by_evaluation(
     spread = ", by each weight's share," if best.way.shares else ""
     count = sum(len(one.tried) for one in found)
     progress.note(f"γ = {best.gain:.3g}{spread} {words[best.outcome]} ({count} evaluations).")
-    tried = [
-        {
-            "shares": bool(one.way.shares),
-            "gain": gain,
-            "forget": at.forget,
-            "retain": _number(at.retain),
-        }
-        for one in found
-        for gain, at in sorted(one.tried.items())
-    ]
     return Chosen(
         Gains(best.gain, best.way.shares),
         {
             "target": target,
             "of": of,
             "outcome": best.outcome,
-            "source": {"forget": source.forget, "retain": _number(source.retain)},
-            "tried": tried,
+            "source": _recorded(source),
+            "tried": [
+                {"shares": bool(one.way.shares), "gain": gain, **_recorded(level)}
+                for one in found
+                for gain, level in sorted(one.tried.items())
+            ],
         },
     )
+
+
+def _known(
+    plan: Plan, job: Job, scratch: Path, progress: Progress, candidate: Candidate, name: str
+) -> Level:
+    """How well `candidate`, called `name`, knows the forget and the retain set."""
+    found = evaluate(
+        {name: candidate},
+        {which: job.proxies[which] for which in ("forget", "retain") if which in job.proxies},
+        replace(
+            job.settings,
+            generate_rows=0,
+            robustness=False,
+            lm_eval=None,
+            max_tokens=min(job.settings.max_tokens, SEARCH_TOKENS),
+        ),
+        scratch,
+        tokens_of=plan.base,
+        ranks=job.ranks,
+        progress=progress,
+    )
+    figures = {(result.set, result.metric): result.value for result in found.results}
+    return Level(_level(figures, "forget"), _level(figures, "retain"))
+
+
+def _target(source: Level, job: Job, known: Callable[[Candidate, str], Level]) -> tuple[float, str]:
+    """The level that the forget set is brought to, and whose it is."""
+    if job.settings.target is not None:
+        return job.settings.target, "--target"
+    if job.reference is not None:
+        reference = known(Candidate(job.reference), "reference").forget
+        if reference > source.forget:
+            return reference, "the reference's level"
+    return source.forget, SOURCE_LEVEL
 
 
 def turned_up(
@@ -312,5 +303,7 @@ def _level(figures: Mapping[tuple[str, str], float], which: str) -> float:
     return math.inf
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _recorded(level: Level) -> dict[str, float | None]:
+    """`level` for the record; JSON has no infinity."""
+    retain = level.retain if math.isfinite(level.retain) else None
+    return {"forget": level.forget, "retain": retain}

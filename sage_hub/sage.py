@@ -170,15 +170,15 @@ def gain_shares(forget: Sequence[float], retain: Sequence[float]) -> list[float]
     inputs, those in this proportion have the least retention bias Σ γ_m² B_r(D_m). A weight that
     hardly acts on retained inputs gets MOST_SHARE at most, one that does nothing at all 1.
     """
-    worth = [f / r if r > 0 else math.inf for f, r in zip(forget, retain, strict=True)]
-    acting = sorted(w for w, f, r in zip(worth, forget, retain, strict=True) if f > 0 or r > 0)
+    worth = [
+        (f / r if r > 0 else math.inf) if f > 0 or r > 0 else None
+        for f, r in zip(forget, retain, strict=True)
+    ]
+    acting = sorted(one for one in worth if one is not None)
     typical = acting[len(acting) // 2] if acting else 0.0
     if not 0 < typical < math.inf:
         return [1.0] * len(worth)
-    return [
-        min(w / typical, MOST_SHARE) if f > 0 or r > 0 else 1.0
-        for w, f, r in zip(worth, forget, retain, strict=True)
-    ]
+    return [1.0 if one is None else min(one / typical, MOST_SHARE) for one in worth]
 
 
 @dataclass(frozen=True)

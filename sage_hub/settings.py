@@ -59,7 +59,7 @@ class Settings:
     chat_template: bool = True
     parameters: Literal["linear", "all"] = "linear"  # all: embedding, head, norms, biases too
     out_dtype: str | None = None  # of the release's floating point tensors; None: the unlearned's
-    low_disk: bool = False  # keep a downloaded shard only while it is read; evaluates nothing
+    low_disk: bool = False  # keep a downloaded shard only while it is read
     merge: bool = False  # an adapter's release is a whole model
     suite: str = "auto"  # which metrics; auto: by the columns of each set
     generate_rows: int = 100  # of each set, whose answers are generated; 0: none

@@ -23,7 +23,9 @@ def test_the_demo_repairs_more_than_it_gives_back(capsys: pytest.CaptureFixture[
     assert value["unlearned", "heldout"] < 0.9 * value["base", "heldout"]
     assert value["unlearned", "forget"] < 0.2
     assert value["sanitized", "heldout"] > value["control", "heldout"]
-    assert value["sanitized", "forget"] < 0.5 * value["base", "forget"]
+    # As much is forgotten as by the source, and more is known.
+    assert value["sanitized", "forget"] <= 1.01 * value["unlearned", "forget"]
+    assert value["sanitized", "heldout"] > value["unlearned", "heldout"]
 
     # The commands it prints work as they stand, and the first makes the same weights again.
     manifest = Path("sage-demo/release/sage/manifest.json")

@@ -21,8 +21,10 @@ sys.path.insert(0, str(FOLDER))
 import evaluate  # noqa: E402
 import frontier  # noqa: E402
 import methods  # noqa: E402
+import points  # noqa: E402
 import rounding  # noqa: E402
 import sweep  # noqa: E402
+import tables  # noqa: E402
 import train  # noqa: E402
 from methods import Site  # noqa: E402
 
@@ -386,31 +388,29 @@ def test_a_point_is_found_again_by_all_that_it_depends_on(tmp_path: Path) -> Non
 
 def test_means_over_sources_count_what_was_not_reached_as_the_source() -> None:
     import numpy as np
-    import report
 
-    reached = frontier.Recovery(0.8, np.full(report.DRAWS, 0.8))
+    reached = frontier.Recovery(0.8, np.full(points.DRAWS, 0.8))
     missed = frontier.Recovery(None, np.empty(0))
-    found = report.over_methods([reached, missed])
+    found = tables.over_methods([reached, missed])
     assert found.value == pytest.approx(0.4)
     assert found.high == pytest.approx(0.4)
     # The draws of a mean over seeds draw the seeds as well.
-    found = report.over_seeds([reached, missed])
+    found = tables.over_seeds([reached, missed])
     assert found is not None
     assert (found.value, found.low, found.high) == pytest.approx((0.4, 0.0, 0.8))
-    nothing = report.over_seeds([missed])
+    nothing = tables.over_seeds([missed])
     assert nothing is not None
     assert nothing.value is None
-    assert report.over_seeds([]) is None
+    assert tables.over_seeds([]) is None
 
 
 def test_a_sweep_that_was_stopped_is_not_taken_for_one_that_fell_short() -> None:
-    import report
 
     about = {"method": "hard", "strength": {"energy": 0.9}, "retain": "retain", "others": "source"}
     row = {**about, "gain": 2.0, "forget": [0.5]}
-    assert not report.finished([row], 0.1)
-    assert report.finished([row], 0.6)
-    assert report.finished([row, {**row, "gain": 12.0}], 0.1)
+    assert not points.finished([row], 0.1)
+    assert points.finished([row], 0.6)
+    assert points.finished([row, {**row, "gain": 12.0}], 0.1)
 
 
 # The whole of it, in small
@@ -421,7 +421,6 @@ def test_the_benchmark_runs_from_rows_to_tables(
 ) -> None:
     import build
     import data
-    import report
     from plan import SCALED, Config
 
     def small_model() -> tuple[Any, Any]:
@@ -450,9 +449,9 @@ def test_the_benchmark_runs_from_rows_to_tables(
         Config("sage", sage, (2.0,), drop=0.5),
     ]
     with sweep.Bench(shop, "GradDiff", "strong") as bench:
-        points = [bench.plain("base"), bench.plain("reference"), bench.unlearned]
+        rows = [bench.plain("base"), bench.plain("reference"), bench.unlearned]
         for config in (SCALED, *configs):
-            points += list(bench.run(config))
+            rows += list(bench.run(config))
         ways = [row["what"] for row in rounding.run(bench, [1.0])]
         assert ways == list(rounding.WAYS)
         # What stays as it was, and what a repair is made of.
@@ -460,10 +459,10 @@ def test_the_benchmark_runs_from_rows_to_tables(
         bench.apply(SCALED, bench.update(SCALED)[0], 1.0)
         assert bench.core() == {which: source[which] for which in ("forget", "heldout")}
         assert kept[-1]["retain"] < kept[0]["retain"]
-    assert {len(point["forget"]) for point in points} == {10}
-    found = report.gather(tmp_path / "cache", "small")
-    (only,) = report.read_sources(found)
+    assert {len(point["forget"]) for point in rows} == {10}
+    found = points.gather(tmp_path / "cache", "small")
+    (only,) = points.read_sources(found)
     assert [row["gain"] for row in only.points("sage", sage, retain="general")] == [2.0]
     assert 1.0 in [row["gain"] for row in only.points("sage", sage)]
-    for table in report.TABLES.values():
+    for table in tables.TABLES.values():
         assert table(found, [only])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
 import shutil
 import time
@@ -24,6 +23,7 @@ import train
 from data import MAIN, Rows, Size, read_rows, tokens
 from evaluate import losses, probabilities
 from filelock import FileLock
+from frontier import mean
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sage_hub.architecture import quiet_transformers
@@ -166,7 +166,7 @@ class Workshop:
             for rows in (forget, retain if method in ("GradDiff", "RMU") else None)
         )
         to_forget, to_keep = batches
-        before = _mean(probabilities(model, heldout))
+        before = mean(probabilities(model, heldout))
         curve = [{"step": 0, "heldout": before}]
         waiting = dict(LEVELS)
         for number in range(1, MOST_STEPS + 1):
@@ -176,7 +176,7 @@ class Workshop:
             early = curve[-1]["heldout"] > NEAR * before
             if number % CHECK_EVERY[not early] and number < MOST_STEPS:
                 continue
-            curve.append({"step": number, "heldout": _mean(probabilities(model, heldout))})
+            curve.append({"step": number, "heldout": mean(probabilities(model, heldout))})
             self.say(f"{method}: step {number}, held-out {curve[-1]['heldout']:.3f}")
             for level, share in list(waiting.items()):
                 if curve[-1]["heldout"] <= share * before or number == MOST_STEPS:
@@ -226,7 +226,3 @@ class Workshop:
             (path / "recipe.json").write_text(json.dumps({**recipe, "seconds": seconds}, indent=1))
             self.say(f"Made {path.name} in {seconds:.0f} s")
         return path
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)

@@ -16,6 +16,11 @@ import numpy as np
 Point: TypeAlias = tuple[Sequence[float], Sequence[float]]  # per row: forget, held-out
 
 
+def mean(values: Sequence[float]) -> float:
+    """The mean over rows."""
+    return sum(values) / len(values)
+
+
 @dataclass(frozen=True)
 class Curve:
     """Mean held-out against mean forget probability, in falling order of forget."""

@@ -15,9 +15,9 @@ import torch
 import train
 from data import tokens
 from evaluate import choices, losses, probabilities, quantized
-from frontier import gain_at
+from frontier import gain_at, mean
 from plan import LARGE, SCALED, Config
-from sweep import Bench, mean
+from sweep import Bench
 from torch import Tensor
 
 RELEARNED = 20  # forget rows that come back to the training set

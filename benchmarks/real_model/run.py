@@ -16,6 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import report
+import robustness
+import rounding
 import torch
 from build import LEVELS, METHODS, Workshop
 from data import CPU, FULL
@@ -55,8 +58,6 @@ def main() -> None:
             except Timeout:
                 continue
     if not options.no_report:
-        import report
-
         report.write(options.cache, shops[0].size.name, options.results)
 
 
@@ -78,14 +79,9 @@ def _do(stage: str, bench: Bench, say: Callable[[str], None]) -> None:
 def _points(stage: str, bench: Bench) -> Iterator[dict]:
     yield bench.unlearned
     if stage == "robustness":
-        import robustness
-
         yield from robustness.run(bench)
         return
     if stage == "rounding":
-        import robustness
-        import rounding
-
         gain = robustness.matched(bench, rounding.REPAIR)
         yield from rounding.run(bench, [1.0] if gain is None else [1.0, gain])
         return

@@ -21,6 +21,7 @@ import torch
 from build import Workshop
 from data import MAIN, tokens
 from evaluate import probabilities
+from frontier import mean
 from plan import SCALED, Config
 from torch import Tensor
 
@@ -325,7 +326,3 @@ def _kept(table: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         "match_without_sinks": match([row for row in table if row["top"] < 0.5]),
         "match_median": round(singles[len(singles) // 2], 4) if singles else None,
     }
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
