@@ -1,8 +1,8 @@
 """Models and statistics of one seed, each made once and kept in a folder named by its recipe.
 
 How long a method unlearns is settled by the source alone, never by a repair of it: until held-out
-retention has fallen to a given share of the base's. Each method runs once, at one learning rate,
-and is stored at two such points.
+retention has fallen to a given share of the base's. Each method has one learning rate; mild and
+strong are two points of one run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import train
-from data import MAIN, Rows, Size, read_rows, tokens
+from data import MAIN, SKETCHED, Rows, Size, read_rows, tokens
 from evaluate import losses, probabilities
 from filelock import FileLock
 from frontier import mean
@@ -34,7 +34,8 @@ from sage_hub.progress import SILENT
 from sage_hub.settings import Settings
 
 METHODS = ("NPO", "GradDiff", "RMU", "GradAscent", "SimNPO")
-LEVELS = {"mild": 0.85, "strong": 0.5}  # share of the base's held-out probability that is left
+# Share of the base's held-out probability that is left; each group is one run.
+LEVELS = ({"mild": 0.85, "strong": 0.5}, {"collapsed": 0.1})
 LEARN = {"epochs": 6, "batch": 8, "rate": 3e-4}
 RATES = {"NPO": 3e-5, "GradDiff": 5e-5, "RMU": 1e-3, "GradAscent": 2e-5, "SimNPO": 5e-5}
 UNLEARN_BATCH = 8
@@ -76,25 +77,27 @@ class Workshop:
 
     def source(self, method: str, level: str) -> Path:
         """The model that `method` has unlearned, to `level`."""
+        levels = next(group for group in LEVELS if level in group)
         recipe = {
             "base": self.base.name,
             "method": method,
             "rate": RATES[method],
-            "levels": LEVELS,
+            "levels": levels,
             "most": MOST_STEPS,
             "version": 1,
         }
-        made = self._made(f"source-{method}", recipe, lambda to: self._unlearn(method, to))
+        made = self._made(f"source-{method}", recipe, lambda to: self._unlearn(method, levels, to))
         return made / level
 
     def statistics(self, proxy: str) -> Path:
         """The file with the second moments of a retain proxy of `rows`, by its name there.
 
-        That of the main one has every direction, and those of the forget rows.
+        That of the main one has every direction; it and the sketched one know the forget rows too.
         """
         rows = self.rows
-        if proxy == MAIN:
-            name, files = "main", {MAIN: {"retain": rows.proxies[MAIN], "forget": rows.forget}}
+        if proxy in (MAIN, SKETCHED):
+            name = {MAIN: "main", SKETCHED: "sketched"}[proxy]
+            files = {proxy: {"retain": rows.proxies[MAIN], "forget": rows.forget}}
         else:
             name = "proxies"
             files = {key: {"retain": rows.proxies[key]} for key in rows.proxies if key != MAIN}
@@ -102,7 +105,7 @@ class Workshop:
             energy=1.0 if proxy == MAIN else 0.99,
             max_length=256,
             batch_size=10,
-            moments="exact",
+            moments="sketch" if proxy == SKETCHED else "exact",
             device=self.device,
             chat_template=False,
         )
@@ -145,7 +148,7 @@ class Workshop:
 
         return self._made(name, recipe, make)
 
-    def _unlearn(self, method: str, to: Path) -> None:
+    def _unlearn(self, method: str, levels: Mapping[str, float], to: Path) -> None:
         """Write the source of `method` at each level, and the curve that led there."""
         torch.manual_seed(self.seed)
         model = self.load(self.base)
@@ -168,7 +171,7 @@ class Workshop:
         to_forget, to_keep = batches
         before = mean(probabilities(model, heldout))
         curve = [{"step": 0, "heldout": before}]
-        waiting = dict(LEVELS)
+        waiting = dict(levels)
         for number in range(1, MOST_STEPS + 1):
             some = train.Batches(next(to_forget), next(to_keep) if to_keep else None)
             step(model, some).backward()

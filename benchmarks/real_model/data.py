@@ -20,6 +20,7 @@ ROWS_PER_AUTHOR = 20
 HUB = "locuslab/TOFU"
 MAX_LENGTH = 256  # tokens; no row is longer
 MAIN = "retain"  # the retain proxy that all but a comparison of proxies is made with
+SKETCHED = "sketched"  # the same rows, by sketched second moments
 BYSTANDERS = ("world_facts", "real_authors")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from data import MAIN
+from data import MAIN, SKETCHED
 
 GAINS = (1.0, 2.0, 3.0, 4.5, 7.0, 12.0)
 LARGE = (1.0, 4.5, 7.0, 12.0, 20.0, 32.0, 50.0)  # where a sharp filter leaves little
@@ -38,7 +38,8 @@ class Config:
             "retain": self.retain,
             "others": self.others,
         }
-        more = {"drop": self.drop, "weigh": self.weigh}
+        shares_of = self.retain if self.weigh and self.retain != MAIN else None
+        more = {"drop": self.drop, "weigh": self.weigh, "shares_of": shares_of}
         return about | {name: value for name, value in more.items() if value}
 
 
@@ -46,8 +47,8 @@ def _sage(strength: float, energy: float, **more: Any) -> Config:
     return Config("sage", {"strength": strength, "energy": energy}, **more)
 
 
-def _each(method: str, name: str, *values: Any, gains: tuple[float, ...] = GAINS) -> list[Config]:
-    return [Config(method, {name: value}, gains) for value in values]
+def _each(method: str, name: str, *values: Any, **more: Any) -> list[Config]:
+    return [Config(method, {name: value}, **more) for value in values]
 
 
 SCALED = Config("scaled", {}, ALPHAS)
@@ -100,6 +101,16 @@ MORE_PEERS = [
     *_each("low_rank", "rank", 32, gains=AROUND_ONE),
     *_each("dare", "drop", 0.5, gains=AROUND_ONE),
 ]
+PEER_SHARES = [
+    *_each("ridge", "strength", 100, gains=LARGE, weigh=1.0),
+    *_each("sap", "alpha", 1e4, gains=LARGE, weigh=1.0),
+    *_each("null_space", "threshold", 0.1, gains=LARGE, weigh=1.0),
+    *_each("regmean", "weight", 10.0, weigh=1.0),
+    *_each("lines", "shallow", 0.0, gains=AROUND_ONE, weigh=1.0),
+    *_each("trimmed", "keep", 0.1, gains=AROUND_ONE, weigh=1.0),
+    *_each("low_rank", "rank", 8, gains=AROUND_ONE, weigh=1.0),
+    *_each("dare", "drop", 0.9, gains=AROUND_ONE, weigh=1.0),
+]
 ANCHORED = [
     Config("forget_anchored", {"strength": 10, "anchor": 10}),
     Config("forget_anchored", {"strength": 100, "anchor": 10}),
@@ -111,6 +122,10 @@ SENSITIVITY = [
     _sage(100, 0.99, retain="general", gains=LARGE),
     _sage(10, 0.9, retain="most"),
     _sage(10, 0.9, retain="half"),
+]
+SKETCHES = [
+    _sage(10, 0.9, retain=SKETCHED),
+    _sage(100, 0.99, retain=SKETCHED, weigh=1.0, gains=LARGE),
 ]
 PARTS = [
     _sage(10, 0.9, others="base"),
@@ -137,5 +152,7 @@ STAGES = {
     "anchored": ANCHORED,
     "grid": GRID,
     "sensitivity": SENSITIVITY,
+    "sketches": SKETCHES,
     "more-peers": MORE_PEERS,
+    "peer-shares": PEER_SHARES,
 }

@@ -16,7 +16,9 @@ from plan import STAGES
 DRAWS = 1000
 # What points are taken if nothing else is said.
 USUAL = {"what": "core", "retain": MAIN, "others": "source", "drop": None, "weigh": None}
-ABOUT = ("method", "strength", "retain", "others", "drop", "weigh")  # what a point's update is of
+# What a point's update is of.
+ABOUT = ("method", "strength", "retain", "others", "drop", "weigh", "shares_of")
+LEVELS = ("strong", "mild", "collapsed")
 ORDER = ("NPO", "GradAscent", "GradDiff", "SimNPO", "RMU")
 
 Row: TypeAlias = Mapping[str, Any]
@@ -107,7 +109,7 @@ def read_sources(results: Mapping[str, Any]) -> list[Source]:
         Source(name, level, seed, tuple(rows), plain["base", seed], plain["reference", seed])
         for (name, level, seed), rows in groups.items()
     ]
-    found.sort(key=lambda s: (s.level != "strong", ORDER.index(s.name), s.seed))
+    found.sort(key=lambda s: (LEVELS.index(s.level), ORDER.index(s.name), s.seed))
     return found
 
 

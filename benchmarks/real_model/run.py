@@ -20,7 +20,7 @@ import report
 import robustness
 import rounding
 import torch
-from build import LEVELS, METHODS, Workshop
+from build import METHODS, Workshop
 from data import CPU, FULL
 from filelock import FileLock, Timeout
 from plan import STAGES
@@ -90,6 +90,7 @@ def _points(stage: str, bench: Bench) -> Iterator[dict]:
 
 
 def _options() -> argparse.Namespace:
+    levels = ["strong", "mild", "collapsed"]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--full", action="store_true", help="forget10 and all of TOFU, on a GPU")
@@ -98,7 +99,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results.json")
     parser.add_argument("--stages", nargs="+", choices=STAGE_NAMES, default=list(STAGE_NAMES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--levels", nargs="+", choices=list(LEVELS), default=["strong", "mild"])
+    parser.add_argument("--levels", nargs="+", choices=levels, default=levels)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-report", action="store_true")
     return parser.parse_args()

@@ -137,11 +137,12 @@ class Bench:
     # Updates
 
     def site(self, name: str, retain: str) -> methods.Site:
-        own = self.linear[name]
+        own, statistics = self.linear[name], self.statistics(retain)
+        forget = statistics if statistics.has("forget") else self.statistics(MAIN)
         layer = int(name.split(".layers.")[1].split(".")[0])
         return methods.Site(
-            retain=self.statistics(retain).spectrum("retain", own),
-            forget=self.statistics(MAIN).spectrum("forget", own),
+            retain=statistics.spectrum("retain", own),
+            forget=forget.spectrum("forget", own),
             depth=layer / (self.model.config.num_hidden_layers - 1),
             name=name,
         )
@@ -154,8 +155,10 @@ class Bench:
         for name in self.linear:
             site, delta = self.site(name, config.retain), self.delta[name]
             found[name] = repair(delta, site, **config.strength)
-            # Biases are always those of the main proxy, so that they compare.
-            forget, retain = (truncated(s) for s in (site.forget, self.site(name, MAIN).retain))
+            # Shares are by the proxy that the filter is from; what is reported is by the main one,
+            # so that it compares.
+            main = self.site(name, MAIN)
+            forget, retain = truncated(main.forget), truncated(main.retain)
             biases = self._source_bias(name, forget, retain)
             table.append(
                 {
@@ -166,6 +169,7 @@ class Bench:
                     "source_forget": biases[0],
                     "source_retain": biases[1],
                     "top": float(forget.values[0]) / forget.trace,
+                    "worth": _worth(found[name], site) if config.weigh or config.drop else 1.0,
                 }
             )
         for name, row, share in zip(found, table, _shares(config, table), strict=True):
@@ -297,9 +301,15 @@ def truncated(spectrum: Spectrum) -> Spectrum:
     return replace(spectrum, basis=spectrum.basis[:k], values=spectrum.values[:k])
 
 
+def _worth(update: Tensor, site: methods.Site) -> float:
+    """What an update does on forget inputs for what it does on retained ones."""
+    forget, retain = (methods.bias(update, truncated(s)) for s in (site.forget, site.retain))
+    return forget / retain if retain else 0.0
+
+
 def _shares(config: Config, table: Sequence[Mapping[str, float]]) -> list[float]:
     """What each weight's update is multiplied with, by how much it forgets for what it disturbs."""
-    worth = [row["forget"] / row["retain"] if row["retain"] else 0.0 for row in table]
+    worth = [row["worth"] for row in table]
     least = sorted(worth)[round(config.drop * len(worth))]
     typical = sorted(worth)[len(worth) // 2]
     return [(one / typical) ** config.weigh if one >= least else 0.0 for one in worth]

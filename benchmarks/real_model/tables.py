@@ -54,6 +54,8 @@ PROXIES: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = (
     ("100 rows, λ=100 ρ=0.99, shares", SHARP, SHARES),
     ("25 of them", SHARP, {"retain": "quarter", **SHARES}),
     ("general-purpose texts", SHARP, {"retain": "general", **SHARES}),
+    ("100 rows, sketched, λ=10 ρ=0.9", TEN, {"retain": "sketched"}),
+    ("100 rows, sketched, λ=100 ρ=0.99, shares", SHARP, {"retain": "sketched", **SHARES}),
 )
 PARTS: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = (
     ("λ=10 ρ=0.9, one gain", TEN, {}),
@@ -157,9 +159,9 @@ def table_sources(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
     return _table(head, lines)
 
 
-def _recovered(level: str, slack: float, limit: str | None) -> Callable[..., str]:
+def _recovered(level: str, slack: float, limit: str) -> Callable[..., str]:
     def table(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
-        some = [s for s in sources if limit is None or s.level == limit]
+        some = [s for s in sources if s.level == limit]
         columns = list(dict.fromkeys((s.name, s.level) for s in some))
         lines = []
         for setting in settings(some):
@@ -183,7 +185,7 @@ def _recovered(level: str, slack: float, limit: str | None) -> Callable[..., str
             [
                 "repair",
                 "seeds",
-                *(name if limit else f"{name} {lvl}" for name, lvl in columns),
+                *(name for name, _ in columns),
                 "average",
             ],
             [
@@ -230,6 +232,7 @@ def over_methods(found: Sequence[Recovery]) -> Recovery:
 
 def table_compared(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
     """The best form of SAGE less each other setting, both with a gain, over the same drawn rows."""
+    sources = [s for s in sources if s.level == "strong"]
     columns = list(dict.fromkeys((s.name, s.level) for s in sources))
     best = _with_gain("sage", *BEST)
     lines = []
@@ -250,9 +253,7 @@ def table_compared(results: Mapping[str, Any], sources: Sequence[Source]) -> str
             seeds.append(len(found))
         if setting.gain != "none" and any(cells):
             lines.append([setting.label, _range([n for n in seeds if n]), *cells])
-    return _table(
-        [f"{best.label} less", "seeds", *(f"{name} {lvl}" for name, lvl in columns)], lines
-    )
+    return _table([f"{best.label} less", "seeds", *(name for name, _ in columns)], lines)
 
 
 def table_gain(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
@@ -394,8 +395,9 @@ TABLES: dict[str, Callable[..., str]] = {
     "sources": table_sources,
     "recovered": _recovered("reference", 0.0, "strong"),
     "recovered-mild": _recovered("reference", 0.0, "mild"),
-    "recovered-source": _recovered("source", 0.0, None),
-    "recovered-slack": _recovered("reference", 0.05, None),
+    "recovered-collapsed": _recovered("reference", 0.0, "collapsed"),
+    "recovered-source": _recovered("source", 0.0, "strong"),
+    "recovered-slack": _recovered("reference", 0.05, "strong"),
     "compared": table_compared,
     "gain": table_gain,
     "robustness": table_robust,
