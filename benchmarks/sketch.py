@@ -3,13 +3,16 @@
     python benchmarks/sketch.py BASE UNLEARNED PROXY --layers 0 9 19 29
 
 For the sites of some layers: how many directions are dominant by the exact moment, by the Nyström
-approximation as it is, and with its eigenvalues set right (what sage-hub does), and the retain
-bias tr(D C Dᵀ) after filtering with each, C the exact moment, as a part of the update's.
+approximation as it is, with its eigenvalues set right (what sage-hub does), and by Frequent
+Directions of the same memory, and the retain bias tr(D C Dᵀ) after filtering with each, C the
+exact moment, as a part of the update's. Then the seconds that exact moments, the sketch and
+Frequent Directions took in all, spectra included.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -38,27 +41,72 @@ def main() -> None:
     parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("--energy", type=float, default=0.9)
     args = parser.parse_args()
-    print(
-        f"{'site':36}{'in':>6}{'k':>6}{'as is':>7}{'right':>7}{'exact':>9}{'as is':>9}{'right':>9}"
-    )
+    names = "exact", "as is", "right", "FD"
+    print(f"{'site':36}{'in':>6}" + "".join(f"{n:>7}" for n in names + names))
+    seconds = [0.0, 0.0, 0.0]
     for site, inputs, update in observed(args.base, args.unlearned, args.proxy, args.layers):
-        exact, sketch = (
-            SecondMoment(site.size),
-            SketchedMoment(site.size, sketch_width(site.size, None), seed=0),
-        )
-        for some in inputs.split(512):
-            exact.add(some)
-            sketch.add(some)
+        width = sketch_width(site.size, None)
+        exact = SecondMoment(site.size)
+        streams = exact, SketchedMoment(site.size, width, seed=0), FrequentDirections(width)
+        spectra = []
+        for place, stream in enumerate(streams):
+            began = time.perf_counter()
+            for some in inputs.split(512):
+                stream.add(some)
+            ours = isinstance(stream, FrequentDirections)
+            spectra.append(stream.spectrum() if ours else spectrum(stream, 1.0))
+            seconds[place] += time.perf_counter() - began
         moment = exact.matrix().double()
         source = float(((update @ moment) * update).sum())
-        right = spectrum(sketch, 1.0)
         found = []
-        for which in (spectrum(exact, 1.0), as_it_is(right, len(sketch.test.T)), right):
+        for which in (spectra[0], as_it_is(spectra[1], width), *spectra[1:]):
             g = suppression(which, args.strength, args.energy)
             left = filter_update(update, which.basis, g)
             found.append((len(g), float(((left @ moment) * left).sum()) / source))
-        ranks = f"{found[0][0]:>6}" + "".join(f"{rank:>7}" for rank, _ in found[1:])
-        print(f"{site.name:36}{site.size:>6}{ranks}" + "".join(f"{b:>9.2%}" for _, b in found))
+        cells = [f"{rank:>7}" for rank, _ in found] + [f"{bias:>7.2%}" for _, bias in found]
+        print(f"{site.name:36}{site.size:>6}" + "".join(cells), flush=True)
+    print("seconds: exact {:.1f}, sketch {:.1f}, Frequent Directions {:.1f}".format(*seconds))
+
+
+class FrequentDirections:
+    """Frequent Directions (Ghashami, Liberty, Phillips and Woodruff 2016, arXiv 1501.01711).
+
+    Keeps 2ℓ rows B; when they are full all squared singular values are lowered by the ℓ-th, which
+    frees ℓ rows. 2 in ℓ numbers, as the sketch of the product takes.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width, self.tokens, self.squares, self.lowered = width, 0, 0.0, 0.0
+        self.rows: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        """Take in `x` of shape (n, in)."""
+        wide = x.float()
+        self.squares += float(wide.double().square().sum())
+        self.tokens += len(wide)
+        for some in wide.split(self.width):
+            self.rows = some if self.rows is None else torch.cat([self.rows, some])
+            if len(self.rows) > self.width:
+                values, vectors = self._decomposed()
+                lowest = values[self.width - 1]
+                self.lowered += float(lowest)
+                kept = (values[: self.width] - lowest).clamp(min=0).sqrt()
+                self.rows = (kept[:, None] * vectors[: self.width]).float()
+
+    def spectrum(self) -> Spectrum:
+        """The directions of B, with what was taken off of each given back."""
+        values, vectors = self._decomposed()
+        values, vectors = values[: self.width], vectors[: self.width].float()
+        values = (values + self.lowered) / self.tokens
+        return Spectrum(vectors, values, self.squares / self.tokens, self.tokens)
+
+    def _decomposed(self) -> tuple[Tensor, Tensor]:
+        """Squared singular values of B, falling, and its right singular vectors as rows."""
+        assert self.rows is not None
+        wide = self.rows.double()
+        values, turn = torch.linalg.eigh(wide @ wide.T)
+        values, turn = values.flip(0).clamp(min=0), turn.flip(1)
+        return values, (turn.T @ wide) / values.sqrt().clamp(min=1e-12)[:, None]
 
 
 def as_it_is(right: Spectrum, width: int) -> Spectrum:

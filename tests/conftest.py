@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,12 +47,15 @@ def _in_an_empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 @pytest.fixture(autouse=True)
 def _no_time_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that fail are tried again as often as ever, and at once."""
+    from huggingface_hub import file_download
     from huggingface_hub.utils import _http
 
     from sage_hub import hub
 
     monkeypatch.setattr(hub, "WAITS", (0.01,) * len(hub.WAITS))
-    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda _: None))
+    hurried = SimpleNamespace(**{**vars(time), "sleep": lambda _: None})
+    for module in (_http, file_download):
+        monkeypatch.setattr(module, "time", hurried)
 
 
 @pytest.fixture(scope="session")
