@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sage_hub.architecture import linear_maps
 from sage_hub.blocks import BlockModel, cut
 from sage_hub.budget import Budget, plan_memory, statistics_bytes
-from sage_hub.moments import SecondMoment, SketchedMoment, sketch_width
+from sage_hub.moments import BLOCKS, SecondMoment, SketchedMoment, sketch_width
 from sage_hub.settings import SEARCH_TOKENS, Settings
 from sage_hub.sites import Site, find_sites
 
@@ -29,6 +29,7 @@ MODES: Mapping[str, Mapping[str, Any]] = {
 # included), of a sketch (in, ℓ) in ℓ² times the second (a QR, a triangular solve, two products and
 # an ℓ × ℓ eigenproblem).
 _EIGEN, _SKETCH = 9, 12
+_EXACT = 1 + 1 / BLOCKS  # flops of an exact second moment, times in² and tokens: half of it
 # What share of the features is the filter's rank is known after calibration only. On SmolLM2 it is
 # between a fiftieth and a third at ρ = 0.9, and above that up to three quarters.
 _USUAL_RANK, _SHARP_RANK = 1 / 8, 1 / 2
@@ -169,7 +170,7 @@ def probe(dtype: torch.dtype, device: str) -> Rates:
 
     return Rates(
         forward=per_second(8 * tokens * size**2, lambda: x @ weight.T),
-        moments=per_second(2 * tokens * size**2, lambda: exact.add(x)),
+        moments=per_second(_EXACT * tokens * size**2, lambda: exact.add(x)),
         sketches=per_second(tokens * size**2, lambda: sketch.add(x)),
         float64=per_second(_EIGEN * size**3, lambda: torch.linalg.eigh(square)),
         hashing=per_second(len(block), lambda: hashlib.sha256(block).digest()),
@@ -179,7 +180,7 @@ def probe(dtype: torch.dtype, device: str) -> Rates:
 def _flops_of_site(site: Site, sketched: Collection[str], rank: int | None) -> tuple[float, float]:
     """Flops per token, and of the decomposition."""
     if site.name not in sketched:
-        return 2.0 * site.size**2, float(_EIGEN * site.size**3)
+        return _EXACT * site.size**2, float(_EIGEN * site.size**3)
     width = sketch_width(site.size, rank)
     return 4.0 * site.size * width, float(_SKETCH * site.size * width**2)
 
