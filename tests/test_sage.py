@@ -404,6 +404,13 @@ def test_low_precision_activations_are_summed_in_full_precision() -> None:
     assert moment.matrix().item() == 1
 
 
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 200, 513, 1030])
+def test_a_moment_of_any_size_is_whole(size: int) -> None:
+    parts = activations(7, size, seed=0), activations(4, size, seed=1)
+    x = torch.cat(parts)
+    assert close(moment_of(*parts).matrix(), x.T @ x / len(x))
+
+
 def test_a_moment_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="no tokens"):
         SecondMoment(3).matrix()
