@@ -18,7 +18,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sage_hub import github, options
+from sage_hub import github, parser
 from sage_hub.errors import (
     DiskSpaceError,
     GateError,
@@ -34,7 +34,7 @@ from sage_hub.progress import Progress
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the only place where an error becomes a sentence and a status."""
     try:
-        args = options.parse(argv)
+        args = parser.parse(argv)
     except UsageError as error:
         return _fail(error)
     # A runner that stops the job must find no half-written folder, as after Ctrl-C.

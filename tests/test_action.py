@@ -23,7 +23,7 @@ from loopback_hub import LoopbackHub
 from test_commands import on_hub as on_hub
 from test_github import literal, read_outputs
 
-from sage_hub.options import make_parser
+from sage_hub.parser import make_parser
 
 ROOT = Path(__file__).parents[1]
 ACTION = ROOT / ".github" / "actions" / "sage-hub" / "action.yml"

@@ -20,8 +20,8 @@ from test_release import proxies
 
 from sage_hub import cli, environment, errors, jobs
 from sage_hub.cli import main
-from sage_hub.options import make_parser
 from sage_hub.output import Work, work_folder
+from sage_hub.parser import make_parser
 from sage_hub.verify import verify
 
 README = Path(__file__).parents[1] / "README.md"
