@@ -86,23 +86,7 @@ def evaluate(
     that memory has no room for wait in the folder `scratch`. A model
     named "reference" is one that never saw the forget set.
     """
-    sets = []
-    for which, proxy in proxies.items():
-        # What retention was calibrated on proves nothing of it, and generating takes long.
-        vain = which == "retain" and proxy.fingerprint in calibrated
-        own = replace(settings, generate_rows=0) if vain else settings
-        sets.append(prepare(which, proxy, tokens_of, own))
-    cut = [one.name for one in sets if not one.rows]
-    sets = [one for one in sets if one.rows]
-    not_run = [
-        {"what": f"{which} metrics", "reason": "every answer is cut away by --max-length"}
-        for which in cut
-    ]
-    not_run += [
-        {"what": f"{which} metrics", "reason": f"no --{which} was given"}
-        for which in SETS
-        if which not in proxies
-    ]
+    sets, not_run = _prepared(proxies, tokens_of, settings, calibrated)
     seen: dict[tuple[str, str | None], dict[str, list[Seen]]] = {}
     others: list[Result] = []
     for name, candidate in models.items() if sets else ():
@@ -128,16 +112,7 @@ def evaluate(
     estimates, absent = figures(sets, seen, settings.seed, origin)
     not_run += [*absent, *not_finite(estimates)]
     estimates = {key: found for key, found in estimates.items() if math.isfinite(found.value)}
-    data = {
-        one.name: {
-            **proxies[one.name].describe(),
-            "rows_used": len(one.rows),
-            "rows_answered": len(one.answered),
-            "answer_tokens": sum(t.answer.answer_tokens for t in one.told),
-            "seen_by_calibration": proxies[one.name].fingerprint in calibrated,
-        }
-        for one in sets
-    }
+    data = {one.name: _described(one, proxies[one.name], calibrated) for one in sets}
     return Evaluation(
         [*(result_of(key, found) for key, found in estimates.items()), *others],
         list(differences(estimates, compared)),
@@ -145,6 +120,36 @@ def evaluate(
         data,
         _unique(not_run),
     )
+
+
+def _prepared(
+    proxies: Mapping[str, Proxy],
+    tokens_of: Checkpoint,
+    settings: Settings,
+    calibrated: Collection[str],
+) -> tuple[list[EvaluationSet], list[dict[str, str]]]:
+    """The sets as tokens, and those of which there is nothing to evaluate, with the reason."""
+    sets = []
+    for which, proxy in proxies.items():
+        # What retention was calibrated on proves nothing of it, and generating takes long.
+        vain = which == "retain" and proxy.fingerprint in calibrated
+        own = replace(settings, generate_rows=0) if vain else settings
+        sets.append(prepare(which, proxy, tokens_of, own))
+    reasons = {one.name: "every answer is cut away by --max-length" for one in sets if not one.rows}
+    reasons |= {which: f"no --{which} was given" for which in SETS if which not in proxies}
+    not_run = [{"what": f"{which} metrics", "reason": reason} for which, reason in reasons.items()]
+    return [one for one in sets if one.rows], not_run
+
+
+def _described(one: EvaluationSet, proxy: Proxy, calibrated: Collection[str]) -> dict[str, Any]:
+    """What the figures of a set are from, for the record."""
+    return {
+        **proxy.describe(),
+        "rows_used": len(one.rows),
+        "rows_answered": len(one.answered),
+        "answer_tokens": sum(t.answer.answer_tokens for t in one.told),
+        "seen_by_calibration": proxy.fingerprint in calibrated,
+    }
 
 
 def expected_names(

@@ -125,7 +125,7 @@ SENSITIVITY = [
 ]
 SKETCHES = [
     _sage(10, 0.9, retain=SKETCHED),
-    _sage(100, 0.99, retain=SKETCHED, weigh=1.0, gains=LARGE),
+    _sage(100, 0.99, retain=SKETCHED, weigh=1.0),
 ]
 PARTS = [
     _sage(10, 0.9, others="base"),
