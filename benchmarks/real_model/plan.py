@@ -59,7 +59,7 @@ CORE = [
     Config("hard", {"energy": 0.9}),
 ]
 BEST = [
-    _sage(100, 0.99, weigh=1.0, gains=LARGE),
+    _sage(100, 0.99, weigh=1.0, gains=LARGE, match=True),
     Config("hard", {"energy": 0.99}, weigh=1.0, gains=LARGE),
 ]
 WEIGHED = [

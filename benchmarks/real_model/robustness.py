@@ -1,7 +1,8 @@
 """What is asked of a few repairs besides forgetting and retention: side effects, robustness.
 
 A repair is taken at the gain where it forgets as much as its source, or as the retain-only model
-where the source has forgotten more than that: read from the points of the core sweep.
+where the source has forgotten more than that (the best one at both): read from the points of the
+core sweep.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ RELEARNED = 20  # forget rows that come back to the training set
 RELEARN = {"epochs": 2, "batch": 4, "rate": 3e-5}
 
 CHOSEN = (
-    Config("sage", {"strength": 100, "energy": 0.99}, LARGE, weigh=1.0),
+    Config("sage", {"strength": 100, "energy": 0.99}, LARGE, weigh=1.0, match=True),
     Config("sage", {"strength": 10, "energy": 0.9}, match=True),
     SCALED,
     Config("hard", {"energy": 0.9}),
@@ -43,17 +44,23 @@ def run(bench: Bench) -> Iterator[dict[str, Any]]:
         gain = matched(bench, config)
         if gain is not None and (config, gain) != (SCALED, 1.0):
             yield from _measure(bench, config, gain)
+    gain = matched(bench, CHOSEN[0], fair=False)
+    if gain is not None:
+        yield from _measure(bench, CHOSEN[0], gain)
     yield from _measure(bench, PLAIN, 1.0)
 
 
-def matched(bench: Bench, config: Config) -> float | None:
-    """The gain with which `config` forgets as much as is asked, if one of the plan's does."""
+def matched(bench: Bench, config: Config, *, fair: bool = True) -> float | None:
+    """The gain with which `config` forgets as much as is asked, if one of the plan's does.
+
+    As much as the source, or if it is to be `fair`, no more than the retain-only model.
+    """
     source, trained = (mean(row["forget"]) for row in (bench.unlearned, bench.plain("reference")))
     points = sorted(bench.run(config), key=lambda row: row["gain"])
     gain = gain_at(
         [row["gain"] for row in points],
         [(row["forget"], row["heldout"]) for row in points],
-        max(source, trained),
+        max(source, trained) if fair else source,
     )
     return None if gain is None else round(gain, 3)
 

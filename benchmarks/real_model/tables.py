@@ -165,6 +165,8 @@ def _recovered(level: str, slack: float, limit: str) -> Callable[..., str]:
         columns = list(dict.fromkeys((s.name, s.level) for s in some))
         lines = []
         for setting in settings(some):
+            if level == "source" and setting.gain == "none":
+                continue  # without a gain nothing but the source itself forgets as much
             cells, seeds = [], []
             for column in columns:
                 own = [s for s in some if (s.name, s.level) == column]
