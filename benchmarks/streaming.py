@@ -161,11 +161,12 @@ def build_statistics(pair: str, rank: int) -> None:
 
     from sage_hub.architecture import empty_model
     from sage_hub.checkpoint import open_checkpoint
+    from sage_hub.journal import Journal, journal_of
     from sage_hub.moments import Spectrum
     from sage_hub.proxies import read_proxy
     from sage_hub.settings import Settings
     from sage_hub.sites import find_sites
-    from sage_hub.statistics import Origin, StatisticsWriter
+    from sage_hub.statistics import Origin, write_statistics
 
     base, energy = open_checkpoint(f"{pair}/base"), Settings().sharpness[1]
     sites = [site for site in find_sites(empty_model(base)) if site.sees == "input"]
@@ -178,13 +179,17 @@ def build_statistics(pair: str, rank: int) -> None:
         data={"retain": {**read_proxy(None).describe(), **used, "name": "random directions"}},
         settings={"energy": energy, "rank": None},
     )
-    with StatisticsWriter(Path(pair, "statistics.safetensors")) as writer:
+    path = Path(pair, "statistics.safetensors")
+    with Journal(journal_of(path), "random") as journal:
         for site in sites:
             basis = torch.linalg.qr(torch.randn(site.size, min(rank, site.size))).Q.T.contiguous()
             values = 1 / torch.arange(1, len(basis) + 1, dtype=torch.float64)
             # The last direction is needed to hold the filter's share of the energy.
-            writer.add("retain", site, Spectrum(basis, values, float(values.sum()) / energy, 1))
-        writer.finish(origin, sites)
+            found = Spectrum(basis, values, float(values.sum()) / energy, 1)
+            journal.add(f"retain/{site.name}", found)
+        journal.finish_block({})
+        write_statistics(path, origin, sites, journal)
+        journal.remove()
 
 
 def measure_all(pairs: list[Path], repeats: int, mergekit: str | None) -> Iterator[Run]:

@@ -21,6 +21,7 @@ from sage_hub.blocks import Block, BlockModel, open_blocks
 from sage_hub.budget import plan_memory
 from sage_hub.checkpoint import Checkpoint, digest
 from sage_hub.encoding import Batch, Encoded, batches, row_limit, take_rows
+from sage_hub.journal import Journal, journal_of
 from sage_hub.moments import (
     AxisMoment,
     Moment,
@@ -37,7 +38,7 @@ from sage_hub.ranks import ALONE, Ranks
 from sage_hub.settings import SETS, Settings
 from sage_hub.sites import Site, find_sites
 from sage_hub.spill import Spill
-from sage_hub.statistics import STORED_ENERGY, VERSION, Origin, StatisticsWriter, is_whole
+from sage_hub.statistics import STORED_ENERGY, VERSION, Origin, is_whole, write_statistics
 from sage_hub.versions import versions
 from sage_hub.weights import loaded_whole, open_weights
 
@@ -88,7 +89,7 @@ def calibrate(
         for path, proxies in files.items()
     }
     missing = {
-        kept[path]: proxies
+        path: proxies
         for path, proxies in files.items()
         if not ranks.once(partial(is_whole, kept[path]))
     }
@@ -97,28 +98,26 @@ def calibrate(
     elif len(missing) < len(files):
         found = len(files) - len(missing)
         progress.note(f"{found} of {len(files)} statistics files are in {cache} already.")
-    # Under names of their own, as another run may be at the same.
-    mine = {file: file.with_name(f"{file.stem}.{os.getpid()}.safetensors") for file in missing}
-    try:
-        if missing:
-            own = {mine[file]: proxies for file, proxies in missing.items()}
-            _calibrate(checkpoint, own, settings, weights, ranks, progress)
-        for file in missing if ranks.first else ():
-            mine[file].replace(file)
-    finally:
-        for unfinished in mine.values():
-            unfinished.unlink(missing_ok=True)
+    if missing:
+        _calibrate(checkpoint, missing, settings, weights, ranks, progress)
     for path in files:
-        ranks.once(partial(_link, kept[path], path))
+        there, here = (path, kept[path]) if path in missing else (kept[path], path)
+        ranks.once(partial(_link, there, here))
 
 
-def _link(kept: Path, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
+def _link(there: Path, here: Path) -> None:
+    """Put the file `there` in the place of what is `here`, or a copy of it."""
+    here.parent.mkdir(parents=True, exist_ok=True)
+    # Under a name of its own at first, as another run may be at the same.
+    new = here.with_name(f"{here.stem}.{os.getpid()}.safetensors")
     try:
-        path.hardlink_to(kept)
-    except OSError:  # another disk
-        shutil.copyfile(kept, path)
+        try:
+            new.hardlink_to(there)
+        except OSError:  # another disk
+            shutil.copyfile(there, new)
+        new.replace(here)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _key(
@@ -153,37 +152,60 @@ def _calibrate(
         reader = stack.enter_context(open_weights(checkpoint))
         model = stack.enter_context(open_blocks(checkpoint, reader, settings.device))
         sets, room = _plan(checkpoint, files, settings, model, sites)
-        writers = {
-            path: stack.enter_context(StatisticsWriter(path)) for path in files if ranks.first
-        }
         folder = next(iter(files)).parent
         hidden = [stack.enter_context(Spill(folder, room / len(sets))) for _ in sets]
+        keys = [_key(checkpoint, own, settings, weights) for own in files.values()]
+        key = digest({"files": keys, "processes": ranks.count})
+        journals = {
+            path: stack.enter_context(Journal(journal_of(path), key))
+            for path in files
+            if ranks.first
+        }
+        done = ranks.once(lambda: _go_on(journals, sets))
+        if done:
+            progress.note(f"{done} of {len(model.blocks)} blocks were calibrated already.")
         total = sum(part.tokens for part in sets)
         bar = stack.enter_context(progress.counter("Calibrating", total, "tok"))
         place = 0  # of two that each batch has, where its hidden states are
-        for block in model.blocks:
-            seen = model.sites_of(block, sites)
+        for number, block in enumerate(model.blocks if done < len(model.blocks) else ()):
+            # A block that was done is run for what comes behind it alone.
+            seen = model.sites_of(block, sites) if number >= done else []
             places = place, 1 - place if any(site.expert for site in seen) else place
             with model.holding(block, reader):
                 for part, states in zip(sets, hidden, strict=True):
                     make = partial(_moment, settings=settings, sketched=part.sketched)
-                    moments, rare = _observe(
+                    moments, starved = _observe(
                         model, block, seen, part, make, states, places, ranks, bar
                     )
-                    part.starved.extend(rare)
+                    part.starved.extend(starved)
                     for site, found in _decompose(seen, moments, settings, ranks):
                         for path in part.files if ranks.first else ():
-                            writers[path].add(part.name, site, found)
+                            journals[path].add(f"{part.name}/{site.name}", found)
             place = places[1]
             rows = sum(len(part.rows) for part in sets) * bar.n / total
             bar.set_postfix_str(f"{rows / (bar.format_dict['elapsed'] or 1):.3g} row/s")
-        for path, writer in writers.items():
+            for path, journal in journals.items() if number >= done else ():
+                own = [part for part in sets if path in part.files]
+                journal.finish_block({part.name: part.starved for part in own})
+        for path, journal in journals.items():
             own = [part for part in sets if path in part.files]
-            writer.finish(_origin(checkpoint, weights, own, settings), sites)
+            write_statistics(path, _origin(checkpoint, weights, own, settings), sites, journal)
+        for journal in journals.values():
+            journal.remove()
         ranks.all(None)  # the files are there when the others go on
     for part in sets:
         for note in _notes(part, sites):
             progress.note(note)
+
+
+def _go_on(journals: Mapping[Path, Journal], sets: Sequence[_Set]) -> int:
+    """How many blocks are done in all `journals`; `sets` get to be as they were behind them."""
+    done = min(len(journal.notes) for journal in journals.values())
+    for journal in journals.values():
+        journal.keep(done)
+    for part in sets if done else ():
+        part.starved.extend(journals[part.files[0]].notes[-1][part.name])
+    return done
 
 
 def _plan(

@@ -28,6 +28,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from sage_hub.errors import DiskSpaceError, SageHubError, TargetError
 from sage_hub.hub import MANIFEST
+from sage_hub.journal import journal_of
 from sage_hub.plan import Plan
 from sage_hub.progress import SILENT, Progress
 from sage_hub.ranks import ALONE, Ranks
@@ -86,7 +87,8 @@ class Work:
     @property
     def has_parts(self) -> bool:
         """Whether anything is finished that a next run would not have to do again."""
-        return self.statistics.exists() or any(self._note("").parent.glob("*.json"))
+        begun = self.statistics, journal_of(self.statistics)
+        return any(map(Path.exists, begun)) or any(self._note("").parent.glob("*.json"))
 
     def open(self, fingerprint: str, progress: Progress) -> None:
         """Take over what an earlier run of this `fingerprint` left, and nothing else."""

@@ -342,8 +342,9 @@ def conclude(
     full = with_results(report, job.results)
     full["gates"] = _outcomes(job, manifest, full)
     if full != read_record(folder / REPORT):
-        write_json(folder / REPORT, full)
         card.write_card(folder, manifest, full, job.settings.card_template)
+        # Last, as it says that all the rest is there.
+        write_json(folder / REPORT, full)
     leave_record(folder, job.record)
     return Release(str(job.target.folder or folder), manifest, full, job.warnings)
 

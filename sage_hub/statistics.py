@@ -15,13 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from sage_hub.checkpoint import HubFiles
 from sage_hub.errors import CorruptCheckpointError, NotFoundError, StatisticsError
+from sage_hub.journal import Journal
 from sage_hub.moments import Spectrum
 from sage_hub.sites import Site
-from sage_hub.spill import Spill
 from sage_hub.tensorfile import TensorReader, TensorWriter, dtype_name, file_sha256, layout
 
 REPO_FILE = "statistics.safetensors"  # in a repo of the Hub
@@ -132,62 +130,33 @@ class Statistics:
         )
 
 
-class StatisticsWriter:
-    """Write a statistics file site by site; it gets its name only when it is whole.
+def write_statistics(path: Path, origin: Origin, sites: Sequence[Site], spectra: Journal) -> None:
+    """Write `spectra`, named `<set>/<site>`, as the statistics file of `sites`.
 
-    The directions wait in a file without a name until the header, which states their number, can
-    be written. A context manager.
+    It gets its name only when it is whole.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._values: dict[str, Tensor] = {}
-        self._bases: dict[str, Tensor] = {}
-        self._scalars: dict[str, dict[str, Any]] = {}
-
-    def __enter__(self) -> StatisticsWriter:
-        self._waiting = Spill(self.path.parent, 0).__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._waiting.__exit__(*error)
-
-    def add(self, which: str, site: Site, found: Spectrum) -> None:
-        """Take in the spectrum of `site` on the set `which`."""
-        name = f"{which}/{site.name}"
-        self._waiting.put(len(self._bases), found.basis)
-        self._values[name] = found.values
-        self._bases[name] = found.basis.to("meta")
-        self._scalars.setdefault(which, {})[site.name] = {
-            "trace": found.trace,
-            "tokens": found.tokens,
-            "missed": found.missed,
-        }
-
-    def finish(self, origin: Origin, sites: Sequence[Site]) -> None:
-        """Write the file."""
-        metadata = {
-            "format": FORMAT,
-            "format_version": VERSION,
-            "origin": json.dumps(asdict(origin), sort_keys=True),
-            "sites": json.dumps([asdict(site) for site in sites]),
-            "scalars": json.dumps(self._scalars, sort_keys=True),
-        }
-        numbers = {name: number for number, name in enumerate(self._bases)}
-        # What has 8 bytes goes first: the format wants each tensor aligned to its type.
-        bases = dict(sorted(self._bases.items(), key=lambda item: -item[1].itemsize))
-        infos = layout(
-            (f"{name}/{part}", dtype_name(tensor.dtype), tuple(tensor.shape))
-            for part, tensors in (("values", self._values), ("basis", bases))
-            for name, tensor in tensors.items()
-        )
-        with TensorWriter(self.path, infos, metadata) as writer:
-            for name, tensor in self._values.items():
-                writer.write(f"{name}/values", tensor)
-            for name in bases:
-                basis = self._waiting.get(numbers[name])
-                assert basis is not None
-                writer.write(f"{name}/basis", basis)
+    scalars: dict[str, dict[str, Any]] = {}
+    for name in spectra:
+        which, _, site = name.partition("/")
+        scalars.setdefault(which, {})[site] = spectra.scalars(name)
+    metadata = {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "origin": json.dumps(asdict(origin), sort_keys=True),
+        "sites": json.dumps([asdict(site) for site in sites]),
+        "scalars": json.dumps(scalars, sort_keys=True),
+    }
+    # What has 8 bytes goes first: the format wants each tensor aligned to its type.
+    parts = [(name, part) for part in ("values", "basis") for name in spectra]
+    parts.sort(key=lambda one: (one[1] == "basis", -spectra.empty(*one).itemsize))
+    infos = layout(
+        (f"{name}/{part}", dtype_name(empty.dtype), tuple(empty.shape))
+        for name, part in parts
+        for empty in (spectra.empty(name, part),)
+    )
+    with TensorWriter(path, infos, metadata) as writer:
+        for name, part in parts:
+            writer.write(f"{name}/{part}", spectra.read(name, part))
 
 
 @contextmanager
