@@ -306,11 +306,16 @@ def audit_text(audit: Mapping[str, Any], *, top: int) -> str:
             _number(model["forget_kept"]),
         ]
     )
-    parts = [_table(header, rows)]
+    settings = audit["settings"]
+    words = f"λ = {settings['strength']:g}, ρ = {settings['energy']:g}"
+    parts = [f"Filtered with {words}, before any gain (γ = 1):", _table(header, rows)]
     if len(modules) > top:
         parts.append(f"({len(modules) - top} more modules; --top N shows more, --json all)")
     if model["matching_gain"] is not None:
-        parts.append(f"gain that keeps the forgetting carrier: {model['matching_gain']:.4g}")
+        parts.append(
+            f"one gain for all that keeps what the update does on the forget set: "
+            f"{model['matching_gain']:.4g}"
+        )
     return "\n".join(parts)
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sage_hub.errors import UsageError
+from sage_hub.settings import SETS
 
 MODELS = ("base", "unlearned", "control", "sanitized", "reference")
 _COMPARE: Mapping[type[ast.cmpop], Callable[[float, float], bool]] = {
@@ -141,6 +142,11 @@ def check_names(gates: Sequence[Gate], known: Collection[str], tasks: Collection
             if name in known or set(name.split(".")[:3]) & set(tasks):
                 continue
             shown = name.removeprefix("sanitized.")
+            which = next((one for one in SETS if one in name.split(".")), None)
+            if which and not any(which in one.split(".") for one in known):
+                raise UsageError(
+                    f"The gate {gate.text!r} takes {shown!r}, which needs --{which}; give it."
+                )
             close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
             hint = (
                 f"did you mean {' or '.join(close)}?"

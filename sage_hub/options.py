@@ -194,7 +194,11 @@ def add_data(command: argparse.ArgumentParser, *sets: str) -> argparse._Argument
     }
     for name in sets:
         group.add_argument(
-            f"--{name}", metavar="PROXY", default=argparse.SUPPRESS, help=helps[name]
+            f"--{name}",
+            metavar="PROXY",
+            action=_Once,
+            default=argparse.SUPPRESS,
+            help=helps[name],
         )
     return group
 
@@ -281,4 +285,22 @@ def whole(text: str) -> int:
 
 
 def _gain(text: str) -> float | str:
-    return text if text in ("match", "auto") else _number(text)
+    if text in ("match", "auto"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a number, 'match' or 'auto', not {text!r}"
+        ) from None
+
+
+class _Once(argparse.Action):
+    """An option that means one thing, so that a second value is a mistake."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if hasattr(namespace, self.dest):
+            raise argparse.ArgumentError(self, "must be given once; put all rows into one file")
+        setattr(namespace, self.dest, values)

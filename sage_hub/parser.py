@@ -56,7 +56,8 @@ Each command has its own --help. Exit statuses: 0 is done, 1 an internal error,
   sage-hub plan org/base
   sage-hub plan org/base org/unlearned --memory 14 --max-tokens 50000""",
     "stats": """examples:
-  sage-hub stats org/base --retain retain.jsonl --output base.safetensors
+  sage-hub stats org/base --retain retain.jsonl --forget forget.jsonl \\
+      --output base.safetensors
   sage-hub push org/base org/unlearned --stats base.safetensors
   sage-hub stats org/base --retain one.jsonl --retain two.jsonl --output stats
   sage-hub stats org/base --retain retain.jsonl --to org/base-sage-stats
@@ -109,13 +110,14 @@ def _refuse_unknown(
             )
         parser, words = commands[words[0]], words[1:]
     known = [name for action in parser._actions for name in action.option_strings]
+    likely = [name for name in known if name != "--help"]
     for word in words:
         if word == "--":
             return
         name = word.partition("=")[0]
         if word.startswith("--") and name not in known:
             raise UsageError(
-                f"{parser.prog} has no option {name}; {_nearest(name, known, parser.prog)}"
+                f"{parser.prog} has no option {name}; {_nearest(name, likely, parser.prog)}"
             )
 
 

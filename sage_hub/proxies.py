@@ -103,9 +103,9 @@ def read_proxy(source: str | None) -> Proxy:
         return _read_dataset(source)
     path = Path(source).expanduser()
     if not path.is_file():
+        wrong = "is a folder" if path.is_dir() else "does not exist"
         raise NotFoundError(
-            f"The proxy file {source} does not exist "
-            f"(a Hub dataset is written {DATASET_SCHEME}org/name)."
+            f"The proxy file {source} {wrong} (a Hub dataset is written {DATASET_SCHEME}org/name)."
         )
     return Proxy(path.name, parse_rows(_read_file(path), path.name))
 

@@ -294,6 +294,8 @@ def write_release(
             upload.settle()  # what is sent must not move
         if not job.keeps_output:
             return release
+        if work.output.exists():  # only what meets the gates takes the place of a release
+            stop_at_gates(replace(release, location=str(folder)))
         work.finish(force=job.force)
         return replace(release, location=str(job.target.folder or work.output))
 

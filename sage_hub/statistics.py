@@ -166,9 +166,9 @@ def open_statistics(path: Path) -> Iterator[Statistics]:
         raise NotFoundError(f"The statistics file {path} does not exist.")
     try:
         reader = TensorReader(path)
-    except CorruptCheckpointError as error:
+    except CorruptCheckpointError:
         raise StatisticsError(
-            f"{path} is not a statistics file ({error}); make one with `sage-hub stats`."
+            f"{path} is not a statistics file, or not all of one; make one with `sage-hub stats`."
         ) from None
     with reader:
         metadata = reader.header.metadata
