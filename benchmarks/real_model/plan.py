@@ -92,8 +92,8 @@ PEERS = [  # one strength of each
     *_each("dare", "drop", 0.9, gains=AROUND_ONE),
 ]
 MORE_PEERS = [
-    *_each("ridge", "strength", 10),
-    *_each("sap", "alpha", 1e4),
+    *_each("ridge", "strength", 10, gains=LARGE),
+    *_each("sap", "alpha", 1e4, gains=LARGE),
     *_each("null_space", "threshold", 0.1, gains=LARGE),
     *_each("regmean", "weight", 10.0),
     *_each("lines", "shallow", 0.5, gains=AROUND_ONE),

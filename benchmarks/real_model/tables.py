@@ -180,7 +180,8 @@ def _recovered(level: str, slack: float, limit: str) -> Callable[..., str]:
                 seeds.append(len(found))
             whole = [cell for cell in cells if cell is not None]
             if whole:
-                average = over_methods(whole) if len(whole) == len(columns) else None
+                reached = [cell for cell in whole if cell.value is not None]
+                average = over_methods(reached) if len(reached) == len(columns) else None
                 lines.append((setting, cells, average, _range([n for n in seeds if n])))
         lines = _best_of_each(lines)
         return _table(
@@ -226,10 +227,9 @@ def over_seeds(found: Sequence[Recovery]) -> Recovery | None:
 
 
 def over_methods(found: Sequence[Recovery]) -> Recovery:
-    """The mean over unlearning methods; what is not reached counts as nothing."""
-    draws = [one.draws if len(one.draws) else np.zeros(DRAWS) for one in found]
-    value = float(np.mean([one.value or 0.0 for one in found]))
-    return Recovery(value, np.mean(draws, axis=0))
+    """The mean over unlearning methods, all of which are reached."""
+    value = float(np.mean([one.value for one in found if one.value is not None]))
+    return Recovery(value, np.mean([one.draws for one in found], axis=0))
 
 
 def table_compared(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
