@@ -393,6 +393,23 @@ def table_rounding(results: Mapping[str, Any], sources: Sequence[Source]) -> str
     return _table(["source", "SAGE", "γ", "stored", "bias", "forget", "held-out"], lines)
 
 
+def table_seconds(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
+    """What it took at least to make the updates, by the sources that change every weight."""
+    found: dict[str, list[float]] = {}
+    for s in sources:
+        for row in s.rows if s.name != "RMU" else ():
+            if row["what"] == "core" and row["seconds"][0] > 0:  # at the first gain of a sweep
+                label = f"{NAMES[row['method']]} {describe(row['strength'])}".strip()
+                label += ", shares" if row.get("weigh") else ""
+                found.setdefault(label, []).append(row["seconds"][0])
+    least = {label: min(seconds) for label, seconds in found.items() if len(seconds) >= 3}
+    lines = [
+        [label, f"{least[label]:.0f}", str(len(found[label]))]
+        for label in sorted(least, key=lambda label: least[label])
+    ]
+    return _table(["repair", "s", "runs"], lines)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "sources": table_sources,
     "recovered": _recovered("reference", 0.0, "strong"),
@@ -406,6 +423,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "proxies": _variants(PROXIES),
     "parts": _variants(PARTS),
     "rounding": table_rounding,
+    "seconds": table_seconds,
 }
 
 
