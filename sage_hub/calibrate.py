@@ -161,6 +161,7 @@ def _calibrate(
             for path in files
             if ranks.first
         }
+        within = {path: [part for part in sets if path in part.files] for path in files}
         done = ranks.once(lambda: _go_on(journals, sets))
         if done:
             progress.note(f"{done} of {len(model.blocks)} blocks were calibrated already.")
@@ -185,11 +186,10 @@ def _calibrate(
             rows = sum(len(part.rows) for part in sets) * bar.n / total
             bar.set_postfix_str(f"{rows / (bar.format_dict['elapsed'] or 1):.3g} row/s")
             for path, journal in journals.items() if number >= done else ():
-                own = [part for part in sets if path in part.files]
-                journal.finish_block({part.name: part.starved for part in own})
+                journal.finish_block({part.name: part.starved for part in within[path]})
         for path, journal in journals.items():
-            own = [part for part in sets if path in part.files]
-            write_statistics(path, _origin(checkpoint, weights, own, settings), sites, journal)
+            origin = _origin(checkpoint, weights, within[path], settings)
+            write_statistics(path, origin, sites, journal)
         for journal in journals.values():
             journal.remove()
         ranks.all(None)  # the files are there when the others go on

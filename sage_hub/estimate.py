@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sage_hub.architecture import linear_maps
 from sage_hub.blocks import BlockModel, cut
 from sage_hub.budget import Budget, plan_memory, statistics_bytes
-from sage_hub.moments import BLOCKS, SecondMoment, SketchedMoment, sketch_width
+from sage_hub.moments import STRIPS, SecondMoment, SketchedMoment, sketch_width
 from sage_hub.settings import SEARCH_TOKENS, Settings
 from sage_hub.sites import Site, find_sites
 
@@ -29,7 +29,7 @@ MODES: Mapping[str, Mapping[str, Any]] = {
 # included), of a sketch (in, ℓ) in ℓ² times the second (a QR, a triangular solve, two products and
 # an ℓ × ℓ eigenproblem).
 _EIGEN, _SKETCH = 9, 12
-_EXACT = 1 + 1 / BLOCKS  # flops of an exact second moment, times in² and tokens: half of it
+_EXACT = 1 + 1 / STRIPS  # flops of an exact second moment, times in² and tokens: half of it
 # What share of the features is the filter's rank is known after calibration only. On SmolLM2 it is
 # between a fiftieth and a third at ρ = 0.9, and above that up to three quarters.
 _USUAL_RANK, _SHARP_RANK = 1 / 8, 1 / 2

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 # A second moment is summed in strips of rows: few enough, and high enough, for products to be fast.
-BLOCKS, LEAST_BLOCK = 8, 64
+STRIPS, LOWEST_STRIP = 8, 64
 
 
 class SecondMoment:
     """The uncentred second moment `C = (1/n) Σ_t x_t x_tᵀ` of vectors x_t ∈ R^in, as they come.
 
     Summed in `dtype` whatever the type of the activations, so that their order matters to
-    rounding only. C is symmetric, so only blocks on and below its diagonal are summed.
+    rounding only. C is symmetric, so only strips up to its diagonal are summed.
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class SecondMoment:
         """Take in `x` of shape (n, in)."""
         wide = x.to(self.total.dtype)
         with _products_as_exact_as(x):
-            for start, stop in self._blocks():
+            for start, stop in self._strips():
                 self.total[start:stop, :stop].addmm_(wide[:, start:stop].T, wide[:, :stop])
         self.tokens += x.shape[0]
 
-    def _blocks(self) -> list[tuple[int, int]]:
-        """The rows that are summed together, up to the end of their block on the diagonal."""
+    def _strips(self) -> list[tuple[int, int]]:
+        """The rows that are summed together, each up to the last column of its strip's diagonal."""
         size = len(self.total)
-        height = max(-(-size // BLOCKS), LEAST_BLOCK)
+        height = max(-(-size // STRIPS), LOWEST_STRIP)
         return [(start, min(start + height, size)) for start in range(0, size, height)]
 
     def matrix(self) -> Tensor:
