@@ -337,7 +337,7 @@ def _add_up(moments: Collection[Moment], ranks: Ranks) -> None:
 
 def _moment(site: Site, settings: Settings, sketched: Collection[str]) -> Moment:
     if site.diagonal:
-        return AxisMoment(site.size, settings.device)
+        return AxisMoment(site.size)
     if site.name in sketched:
         seed = zlib.crc32(site.name.encode()) ^ settings.seed
         width = sketch_width(site.size, settings.rank)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sage_hub.architecture import linear_maps
 from sage_hub.blocks import BlockModel, cut
 from sage_hub.budget import Budget, plan_memory, statistics_bytes
-from sage_hub.moments import STRIPS, SecondMoment, SketchedMoment, sketch_width
+from sage_hub.moments import STRIPS, SecondMoment, SketchedMoment, in_float64, sketch_width
 from sage_hub.settings import SEARCH_TOKENS, Settings
 from sage_hub.sites import Site, find_sites
 
@@ -151,7 +151,7 @@ def probe(dtype: torch.dtype, device: str) -> Rates:
     x = torch.randn(tokens, size, device=device).to(dtype)
     weight = torch.randn(4 * size, size, device=device).to(dtype)
     exact, sketch = SecondMoment(size, device), SketchedMoment(size, size // 4, 0, device)
-    square = (x.float().T @ x.float()).double().cpu()
+    square = in_float64(x.float().T @ x.float())
     block = bytes(8 << 20)
 
     def finish() -> None:

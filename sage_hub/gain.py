@@ -83,7 +83,11 @@ def choose_gain(
             "those of `sage-hub stats --forget` each weight could have its share."
         )
     ways = [
-        _Way(shares, turned_up(plan, statistics, how, shares), matching_gain_of(measured, shares))
+        _Way(
+            shares,
+            turned_up(plan, statistics, how, shares, settings.device),
+            matching_gain_of(measured, shares),
+        )
         for shares in ([shares_of(measured), {}] if measured else [{}])
     ]
     return _by_evaluation(plan, ways, job, folder, progress)
@@ -254,11 +258,12 @@ def turned_up(
     statistics: Statistics,
     how: shards.Filter,
     shares: Mapping[str, float],
+    device: str = "cpu",
 ) -> Callable[[float], Blend]:
     """γ -> W_b + γwD in the weights that `plan` filters, w from `shares`; all others are the
     unlearned side's.
 
-    What `shards.write_shards` writes, but weight by weight for a model that is run.
+    What `shards.write_shards` writes, but weight by weight for a model that is run on `device`.
     """
     model = empty_model(model_of(plan.base))
     filtered = {linear.name for op in plan.operations for linear in op.linears}
@@ -272,9 +277,11 @@ def turned_up(
         gains = Gains(gain, shares)
 
         def blend(name: str, base: Tensor, unlearned: Tensor) -> Tensor:
-            origin, found = widened(base, unlearned)
+            if not maps.get(name):
+                return unlearned
+            origin, found = widened(base.to(device), unlearned.to(device))
             rows = as_rows(found)
-            for linear in maps.get(name, ()):
+            for linear in maps[name]:
                 own = slice(linear.start, linear.stop)
                 spectrum = statistics.spectrum("retain", sites[linear.name])
                 b, u = as_rows(origin)[own], rows[own]

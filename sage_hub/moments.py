@@ -78,7 +78,7 @@ class SketchedMoment:
         with _products_as_exact_as(x):
             image = wide @ self.test
         self.total.addmm_(wide.T, image)
-        self.squares += float(torch.linalg.vector_norm(wide, dim=1).double().square().sum())
+        self.squares += float(torch.linalg.vector_norm(wide, dim=1).cpu().double().square().sum())
         self.tokens += x.shape[0]
 
 
@@ -86,21 +86,22 @@ class AxisMoment:
     """A second moment that is diagonal, or of which the diagonal is all that matters.
 
     Of one-hot inputs it holds how often each token occurs; an elementwise map y_i = w_i x_i knows
-    no more of its inputs than E[x_i²].
+    no more of its inputs than E[x_i²]. Its few numbers are on the CPU, in float64.
     """
 
-    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(size, dtype=torch.float64, device=device)
+    def __init__(self, size: int) -> None:
+        self.total = torch.zeros(size, dtype=torch.float64)
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
         """Take in `x` of shape (n, in)."""
-        self.total += x.double().square().sum(0)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        self.total += wide.square().sum(0).cpu()
         self.tokens += x.shape[0]
 
     def add_one_hot(self, ids: Tensor) -> None:
         """Take in the one-hot vectors of `ids` (n,)."""
-        self.total += torch.bincount(ids, minlength=len(self.total))
+        self.total += torch.bincount(ids.cpu(), minlength=len(self.total))
         self.tokens += len(ids)
 
 
@@ -211,7 +212,7 @@ def spectrum(moment: Moment, energy: float, rank: int | None = None) -> Spectrum
     if moment.tokens == 0:
         raise ValueError("a second moment of no tokens is undefined")
     if isinstance(moment, AxisMoment):
-        values, order = (moment.total.cpu() / moment.tokens).sort(descending=True, stable=True)
+        values, order = (moment.total / moment.tokens).sort(descending=True, stable=True)
         return Spectrum(order, values, float(values.sum()), moment.tokens)
     missed: float | None = None
     if isinstance(moment, SketchedMoment):
@@ -219,8 +220,8 @@ def spectrum(moment: Moment, energy: float, rank: int | None = None) -> Spectrum
         trace = moment.squares / moment.tokens
     else:
         # In float64: no slower than float32 on a CPU, and the small eigenvalues are right.
-        values, vectors = torch.linalg.eigh(moment.matrix().to("cpu", torch.float64))
-        values, vectors = values.flip(0), vectors.flip(1)
+        values, vectors = torch.linalg.eigh(in_float64(moment.matrix()))
+        values, vectors = values.flip(0).cpu(), vectors.flip(1)
     # What rounding left in a direction that no input took is no energy.
     noise = 8 * torch.finfo(moment.total.dtype).eps * values[0]
     values = torch.where(values > noise, values, 0.0)
@@ -230,12 +231,17 @@ def spectrum(moment: Moment, energy: float, rank: int | None = None) -> Spectrum
     if rank is not None:
         k = min(k, rank)
     return Spectrum(
-        basis=vectors[:, :k].T.float().contiguous(),
+        basis=vectors[:, :k].T.float().contiguous().cpu(),
         values=values[:k].contiguous(),
         trace=trace,
         tokens=moment.tokens,
         missed=missed,
     )
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """`tensor` to be decomposed: on the CPU, unless it is on a GPU that has numbers so long."""
+    return (tensor if tensor.is_cuda else tensor.cpu()).double()
 
 
 def sketch_width(size: int, rank: int | None) -> int:
@@ -254,8 +260,8 @@ def _nystrom(moment: SketchedMoment) -> tuple[Tensor, Tensor, float]:
     what it lacks in all, which is known (from Dereziński, Liang, Liao and Mahoney 2020, arXiv
     2006.10653). Solved for s.
     """
-    test = moment.test.to("cpu", torch.float64)
-    image = moment.total.to("cpu", torch.float64) / moment.tokens
+    test = in_float64(moment.test)
+    image = in_float64(moment.total) / moment.tokens
     trace = moment.squares / moment.tokens
     # Shifted, so that the core is safely positive; the shift is taken off in the end.
     shift = torch.finfo(moment.total.dtype).eps * trace or 1.0
@@ -273,4 +279,4 @@ def _nystrom(moment: SketchedMoment) -> tuple[Tensor, Tensor, float]:
     lacking = max(trace - float(found.sum()), 0.0)
     width = moment.test.shape[1]
     values = (found + (found**2 + 4 * lacking / width * found).sqrt()) / 2
-    return values, vectors, lacking / trace if trace else 0.0
+    return values.cpu(), vectors, lacking / trace if trace else 0.0

@@ -137,17 +137,17 @@ def profile(update: Tensor, basis: Tensor, along: Tensor | None = None) -> Profi
     """
     if along is None:
         along = project(update, basis)
-    return Profile(_squares(along, 0).cpu(), float(_squares(update, 1).sum()))
+    return Profile(_squares(along, 0), float(_squares(update, 1).sum()))
 
 
 def _squares(matrix: Tensor, dim: int) -> Tensor:
-    """The sums of squares along `dim`, in float64.
+    """The sums of squares along `dim`, on the CPU in float64.
 
     Along one dimension in the type of `matrix`, which is exact to rounding and many times faster
     than to widen every number first.
     """
     norms: Tensor = torch.linalg.vector_norm(matrix, dim=dim)
-    return norms.double().square()
+    return norms.cpu().double().square()
 
 
 def matching_gain(source: float, filtered: float) -> float:
