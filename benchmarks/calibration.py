@@ -2,8 +2,8 @@
 
     python benchmarks/calibration.py --model /path/to/checkpoint --tokens 4000 16000
 
-These run in turn, each in a process of its own, on the general-purpose proxy, with the same rows in
-the same batches:
+These run in turn, each in a process of its own, on the general-purpose proxy or on `--proxy`, with
+the same rows in the same batches:
 
 - forward: transformers loads the model whole and runs its decoder, nothing else;
 - exact, sketch, rank 64: `sage-hub stats` with exact and sketched second moments, and with
@@ -71,6 +71,7 @@ def main() -> None:
     source.add_argument("--model", type=Path, help="a checkpoint")
     source.add_argument("--llama", type=float, metavar="GB", help="a random Llama of that size")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4_000, 16_000], metavar="N")
+    parser.add_argument("--proxy", type=Path, metavar="FILE", help="rows, if more are wanted")
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
     parser.add_argument("--memory", type=float, default=8, metavar="GB", help="the budget")
     parser.add_argument("--only", nargs="+", choices=OPTIONS, default=list(OPTIONS))
@@ -81,7 +82,8 @@ def main() -> None:
     args = parser.parse_args()
     model = args.model or build(args.folder, args.llama)
     stats = ["stats", str(model.resolve()), "--quiet", "--max-length", str(LENGTH)]
-    stats += ["--memory", str(args.memory), "--output"]
+    proxy = [str(args.proxy.resolve())] if args.proxy else []
+    stats += [*(["--retain"] * len(proxy)), *proxy, "--memory", str(args.memory), "--output"]
     runs: list[Timed] = []
     with tempfile.TemporaryDirectory(dir=args.folder if args.llama else None) as scratch:
         stats.append(f"{scratch}/statistics.safetensors")
@@ -108,7 +110,7 @@ def main() -> None:
             }
             rows = f"{scratch}/rows.json"
             code = "import sys, calibration; calibration.write_rows(*sys.argv[1:])"
-            measure([sys.executable, "-c", code, str(model.resolve()), str(tokens), rows])
+            measure([sys.executable, "-c", code, str(model.resolve()), str(tokens), rows, *proxy])
             code = "import sys, calibration; getattr(calibration, sys.argv[1])(*sys.argv[2:])"
             jobs["forward"] = [sys.executable, "-c", code, "forward", str(model.resolve()), rows]
             if args.peer:
@@ -134,7 +136,7 @@ def build(folder: Path, size: float) -> Path:
     return pair / "base"
 
 
-def write_rows(model: str, tokens: str, file: str) -> None:
+def write_rows(model: str, tokens: str, file: str, proxy: str | None = None) -> None:
     """Write the batches that `sage-hub stats` runs into `file`: ids and mask of each."""
     from sage_hub.checkpoint import open_checkpoint
     from sage_hub.encoding import batches, take_rows
@@ -142,7 +144,7 @@ def write_rows(model: str, tokens: str, file: str) -> None:
     from sage_hub.settings import Settings
 
     settings = Settings(max_tokens=int(tokens), max_length=LENGTH)
-    rows, _ = take_rows(read_proxy(None), open_checkpoint(model), settings)
+    rows, _ = take_rows(read_proxy(proxy), open_checkpoint(model), settings)
     made = [
         (batch.ids.tolist(), batch.mask.tolist()) for batch in batches(rows, settings.batch_size)
     ]

@@ -51,7 +51,7 @@ def audit(
         Location(folder=None),
         stats_cache=cache,
     )
-    check_given_statistics(job)
+    check_given_statistics(job, progress)
     how = shards.Filter(*settings.sharpness, settings.rank)
     with (
         tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch,

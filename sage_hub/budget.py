@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sage_hub.blocks import BlockModel
 from sage_hub.errors import OutOfMemoryError
-from sage_hub.moments import sketch_width
+from sage_hub.moments import CHUNK, sketch_width
 from sage_hub.progress import in_bytes
 from sage_hub.settings import Settings
 from sage_hub.sites import Site
@@ -86,6 +86,9 @@ def plan_memory(
         hidden *= 2  # kept from before the block too, for a second pass
     free = settings.memory * GB - RUNTIME - weights - activations
 
+    def moments_of(some: Sequence[Site]) -> float:
+        return _moments(some, sketched, settings.rank, itemsize)
+
     sketched: set[str] = set()
     own = [[s for s in model.sites_of(block, sites) if not s.diagonal] for block in model.blocks]
     if settings.moments == "sketch":
@@ -93,10 +96,10 @@ def plan_memory(
     if settings.moments == "auto":
         for some in own:
             for site in sorted(some, key=lambda site: -site.size):
-                if _moments(some, sketched, settings.rank) <= free:
+                if moments_of(some) <= free:
                     break
                 sketched.add(site.name)
-    moments = max((_moments(some, sketched, settings.rank) for some in own), default=0.0)
+    moments = max(map(moments_of, own), default=0.0)
     kept = min(hidden, max(free - moments, 0.0))
     limit = settings.memory * GB
     return Budget(weights, activations, kept, hidden - kept, moments, frozenset(sketched), limit)
@@ -114,13 +117,15 @@ def statistics_bytes(sites: Sequence[Site], sketched: Collection[str], rank: int
     return total
 
 
-def _moments(sites: Sequence[Site], sketched: set[str], rank: int | None) -> float:
+def _moments(sites: Sequence[Site], sketched: set[str], rank: int | None, itemsize: int) -> float:
     """The second moments of `sites` at once, and the decomposition of the costliest of them.
 
-    In float32; decomposed in float64, with the vectors and LAPACK's workspace.
+    In float32, with the vectors that wait to be summed up; decomposed in float64, with the
+    eigenvectors and LAPACK's workspace.
     """
     sums, largest = 0.0, 0.0
     for site in sites:
+        sums += itemsize * CHUNK * site.size
         if site.name in sketched:
             numbers = site.size * sketch_width(site.size, rank)
             sums, largest = sums + 8 * numbers, max(largest, 48.0 * numbers)

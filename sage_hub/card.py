@@ -28,12 +28,14 @@ from sage_hub.hub import MANIFEST
 from sage_hub.pictures import draw
 from sage_hub.plan import Plan
 from sage_hub.record import REPORT, REPORT_VERSION, read_record
+from sage_hub.settings import SETS
 from sage_hub.statistics import Origin
 from sage_hub.tables import (
     highlights,
     main_lines,
     metric_table,
     models_of,
+    not_run,
     number,
     robustness_table,
 )
@@ -143,7 +145,9 @@ def write_card(
             report=report,
             warnings=about["warnings"],
             command=reproduce_command(manifest, about["name"]),
+            local=local_inputs(manifest),
             highlights=list(highlights(report)),
+            not_run=not_run(report),
             metrics=metric_table(report),
             models=models_of(report),
             robustness=robustness_table(report),
@@ -185,6 +189,17 @@ def copied_by_reason(manifest: Mapping[str, Any]) -> dict[str, int]:
 def recorded_source(side: Mapping[str, Any]) -> str:
     """A source of the manifest as a command names it."""
     return f"{side['name']}@{side['commit']}" if side["commit"] else f"./{side['name']}"
+
+
+def local_inputs(manifest: Mapping[str, Any]) -> list[str]:
+    """What `reproduce_command` takes from the current folder, as the record says no other."""
+    settings = manifest["settings"]
+    names = [recorded_source(side) for side in manifest["sources"].values() if not side["commit"]]
+    sets = [*(settings[name] for name in (*SETS, "unseen")), *settings["bystanders"].values()]
+    names += [source for source in sets if source and "://" not in source]
+    reference, statistics = settings["reference"] or "", manifest["statistics"].get("file") or ""
+    names += [reference] * reference.startswith("./")
+    return names + [statistics] * statistics.endswith(".safetensors")
 
 
 def reproduce_command(manifest: Mapping[str, Any], name: str) -> str:

@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any
 
 from sage_hub import github, parser
@@ -23,6 +22,7 @@ from sage_hub.errors import (
     DiskSpaceError,
     GateError,
     Interrupted,
+    NotFoundError,
     OutOfMemoryError,
     SageHubError,
     UsageError,
@@ -285,6 +285,10 @@ def _audit(args: argparse.Namespace) -> None:
     from sage_hub.auditing import audit
     from sage_hub.page import audit_page
 
+    if args.html is not None and not args.html.parent.is_dir():
+        raise NotFoundError(f"--html {args.html}: there is no folder {args.html.parent}.")
+    if args.html is not None and args.html.is_dir():
+        raise UsageError(f"--html {args.html} is a folder; give the file to write.")
     result = audit(
         args.base,
         args.unlearned,
@@ -402,12 +406,15 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 
 def _settings(args: argparse.Namespace, unlearned: str | None) -> Any:
     from sage_hub.checkpoint import open_files
-    from sage_hub.settings import CONFIG, load_settings
+    from sage_hub.settings import load_settings, settings_file
 
-    given = _given(args)
-    if args.config is not None or Path(CONFIG).is_file() or unlearned is None:
-        return load_settings(given, config=args.config, unlearned=None)
-    return load_settings(given, config=None, unlearned=open_files(unlearned))
+    beside = None
+    if unlearned is not None and settings_file(args.config, None) is None:
+        beside = open_files(unlearned)
+    settings = load_settings(_given(args), config=args.config, unlearned=beside)
+    if file := settings_file(args.config, beside):
+        _progress(args).note(f"Settings come from {file}; the command line wins.")
+    return settings
 
 
 def _print_json(content: Any) -> None:

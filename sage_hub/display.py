@@ -15,7 +15,7 @@ from sage_hub.plan import Plan
 from sage_hub.progress import in_bytes
 from sage_hub.release import Release
 from sage_hub.settings import SETS, Settings
-from sage_hub.tables import MODELS, highlights, metric_table, number, robustness_table
+from sage_hub.tables import MODELS, highlights, metric_table, not_run, number, robustness_table
 from sage_hub.verify import Verification
 
 LITTLE = 0.5  # of what was lost: less than that come back is worth a hint
@@ -42,6 +42,7 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
             lines.append((which, "cannot be used; see the problem below"))
         else:
             lines.append((which, f"not given; {which} metrics will not be run"))
+    lines += [("gate", gate.text) for gate in job.gates]
     lines += [
         (
             "settings",
@@ -180,7 +181,7 @@ def release_text(release: Release) -> str:
     if hint := _hint(report, manifest):
         parts.append(hint)
     parts += [f"gate {'met' if o.passed else 'NOT met'}: {o.sentence()}" for o in outcomes]
-    parts += [f"not run: {x['what']} ({x['reason']})" for x in report["not_run"]]
+    parts += _not_run(report)
     parts.append(release.location)
     return "\n".join(parts)
 
@@ -217,9 +218,12 @@ def _hint(report: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
 
 def evaluation_text(report: Mapping[str, Any]) -> str:
     """The figures of any models, for a terminal."""
-    parts = [*_report_parts(report)]
-    parts += [f"not run: {x['what']} ({x['reason']})" for x in report["not_run"]]
-    return "\n".join(parts)
+    return "\n".join([*_report_parts(report), *_not_run(report)])
+
+
+def _not_run(report: Mapping[str, Any]) -> Iterator[str]:
+    for entry in not_run(report):
+        yield f"not run: {entry['what']} ({entry['reason']})"
 
 
 def _report_parts(report: Mapping[str, Any]) -> Iterator[str]:

@@ -79,7 +79,8 @@ def ask(repo: str, call: Callable[[], T], revision: str | None = None) -> T:
                 if explained is None:
                     raise
                 raise explained from None
-            log.warning("%s; trying again in %.0f s.", _what_passed(error, repo), pause)
+            hint = "" if tries > 1 or "/" in repo else f" (A folder is written ./{repo}.)"
+            log.warning("%s; trying again in %.0f s.%s", _what_passed(error, repo), pause, hint)
         time.sleep(pause)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub.constants import HF_HOME
 
 from sage_hub import card, harness
-from sage_hub.adapter import open_unlearned
+from sage_hub.adapter import Adapter, Merged, open_unlearned
 from sage_hub.architecture import empty_model
 from sage_hub.blocks import cut
 from sage_hub.budget import GB, Budget, plan_memory, statistics_bytes
@@ -271,7 +271,7 @@ def check_weights(job: Job, progress: Progress = SILENT) -> Job:
     job = replace(
         job, plan=replace(job.plan, equal=equal), fingerprints={**job.fingerprints, **found}
     )
-    check_given_statistics(job)
+    check_given_statistics(job, progress)
     return job
 
 
@@ -344,8 +344,11 @@ def _failures(checks: Sequence[Callable[[], object]]) -> Iterator[SageHubError]:
             yield error
 
 
-def check_given_statistics(job: Job) -> None:
-    """Raise StatisticsError or OverlapError if ready statistics don't belong to `job`."""
+def check_given_statistics(job: Job, progress: Progress) -> None:
+    """Raise StatisticsError or OverlapError if ready statistics don't belong to `job`.
+
+    That they are of other rows than the job's proxies is no error, and is said.
+    """
     if job.statistics is None:
         return
     with open_statistics(job.statistics.path()) as statistics:
@@ -362,7 +365,14 @@ def check_given_statistics(job: Job) -> None:
                 "The gain is measured on the forget proxy, which the statistics don't have; make "
                 "them anew with `sage-hub stats --forget`, or give the --gain."
             )
-        seen = statistics.origin.data["retain"]
+        data = statistics.origin.data
+        seen = data["retain"]
+    for which in data.keys() & job.proxies.keys():
+        if data[which]["fingerprint"] != job.proxies[which].fingerprint:
+            progress.note(
+                f"The statistics were made on other {which} rows ({data[which]['name']}) than "
+                f"those of {job.proxies[which].name}, which are only evaluated."
+            )
     others = {
         which: (proxy.name, proxy.row_hashes)
         for which, proxy in job.proxies.items()
@@ -398,6 +408,11 @@ def _warnings(job: Job) -> Iterator[str]:
                 f"was made on ({key}) and comes along verbatim; change that line first if it is "
                 "private."
             )
+    if not unlearned.has_tokenizer and not isinstance(unlearned, (Adapter, Merged)):
+        yield (
+            "The unlearned side has no tokenizer, and neither will the release have one; put the "
+            "base's tokenizer files beside its weights first if it should."
+        )
     if unlearned.has_tokenizer and (
         unlearned.tokenizer_fingerprint() != job.fingerprints["tokenizer"]
     ):

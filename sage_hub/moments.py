@@ -13,9 +13,51 @@ from torch import Tensor
 
 # A second moment is summed in strips of rows: few enough, and high enough, for products to be fast.
 STRIPS, LOWEST_STRIP = 8, 64
+CHUNK = 1024  # vectors that are multiplied at a time, however few come at a time
 
 
-class SecondMoment:
+class _Summed:
+    """A sum over vectors that come a few at a time, taken CHUNK of them at a time.
+
+    Large products are faster than small ones, and for each new shape of one oneDNN compiles code
+    and keeps it, which for batches of hundreds of lengths is slow and takes a gigabyte.
+    """
+
+    def __init__(self, total: Tensor) -> None:
+        self._total = total
+        self._waiting: Tensor | None = None
+        self._count = 0  # of vectors that wait
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in `x` of shape (n, in)."""
+        self.tokens += len(x)
+        if self._waiting is None:
+            self._waiting = x.new_empty(CHUNK, x.shape[1])
+        while len(x):
+            part, x = x[: CHUNK - self._count], x[CHUNK - self._count :]
+            self._waiting[self._count : self._count + len(part)] = part
+            self._count += len(part)
+            if self._count == CHUNK:
+                self._sum_up()
+
+    @property
+    def total(self) -> Tensor:
+        """The sum over all vectors."""
+        if self._count:
+            self._sum_up()
+        return self._total
+
+    def _sum_up(self) -> None:
+        assert self._waiting is not None
+        self._take(self._waiting[: self._count])
+        self._count = 0
+
+    def _take(self, x: Tensor) -> None:
+        raise NotImplementedError
+
+
+class SecondMoment(_Summed):
     """The uncentred second moment `C = (1/n) Σ_t x_t x_tᵀ` of vectors x_t ∈ R^in, as they come.
 
     Summed in `dtype` whatever the type of the activations, so that their order matters to
@@ -28,20 +70,17 @@ class SecondMoment:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.total = torch.zeros(size, size, dtype=dtype, device=device)
-        self.tokens = 0
+        super().__init__(torch.zeros(size, size, dtype=dtype, device=device))
 
-    def add(self, x: Tensor) -> None:
-        """Take in `x` of shape (n, in)."""
-        wide = x.to(self.total.dtype)
+    def _take(self, x: Tensor) -> None:
+        wide = x.to(self._total.dtype)
         with _products_as_exact_as(x):
             for start, stop in self._strips():
-                self.total[start:stop, :stop].addmm_(wide[:, start:stop].T, wide[:, :stop])
-        self.tokens += x.shape[0]
+                self._total[start:stop, :stop].addmm_(wide[:, start:stop].T, wide[:, :stop])
 
     def _strips(self) -> list[tuple[int, int]]:
         """The rows that are summed together, each up to the last column of its strip's diagonal."""
-        size = len(self.total)
+        size = len(self._total)
         height = max(-(-size // STRIPS), LOWEST_STRIP)
         return [(start, min(start + height, size)) for start in range(0, size, height)]
 
@@ -53,7 +92,7 @@ class SecondMoment:
         return (lower + lower.tril(-1).T) / self.tokens
 
 
-class SketchedMoment:
+class SketchedMoment(_Summed):
     """A second moment C of which only C Ω is summed, Ω (in, ℓ) random, and tr C exactly.
 
     2 in ℓ numbers in place of in², and 4 in ℓ flops per vector in place of 2 in². Its spectrum is
@@ -68,18 +107,20 @@ class SketchedMoment:
         random = torch.randn(size, min(width, size), generator=generator)
         # Rounded, so that a product with activations in bfloat16 is exact.
         self.test = torch.linalg.qr(random).Q.bfloat16().float().to(device)
-        self.total = torch.zeros_like(self.test)
         self.squares = 0.0
-        self.tokens = 0
+        super().__init__(torch.zeros_like(self.test))
 
     def add(self, x: Tensor) -> None:
         """Take in `x` of shape (n, in)."""
-        wide = x.to(self.total.dtype)
+        super().add(x)
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=self._total.dtype)
+        self.squares += float(norms.cpu().double().square().sum())
+
+    def _take(self, x: Tensor) -> None:
+        wide = x.to(self._total.dtype)
         with _products_as_exact_as(x):
             image = wide @ self.test
-        self.total.addmm_(wide.T, image)
-        self.squares += float(torch.linalg.vector_norm(wide, dim=1).cpu().double().square().sum())
-        self.tokens += x.shape[0]
+        self._total.addmm_(wide.T, image)
 
 
 class AxisMoment:
@@ -181,7 +222,7 @@ def _products_as_exact_as(x: Tensor) -> Iterator[None]:
     """Within it float32 products on the CPU are those of numbers as short as those of `x`.
 
     Numbers in bfloat16 are multiplied exactly by units made for them, and summed in float32 as
-    ever; where a CPU has such units, that takes half the time.
+    ever. That takes half the time where oneDNN has a kernel for it: with AMX, not with AVX-512.
     """
     library: Any = torch.backends.mkldnn
     backend = library.matmul

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from sage_hub import card
+from sage_hub.errors import NotFoundError
 from sage_hub.progress import SILENT, Progress
 from sage_hub.release import sanitize
 from sage_hub.settings import Settings
@@ -22,12 +23,20 @@ def rebuild(release: str, progress: Progress = SILENT) -> list[str]:
     base, unlearned = (
         card.recorded_source(manifest["sources"][side]) for side in ("base", "unlearned")
     )
+    settings = Settings.from_record(manifest["settings"]).without_evaluation()
+    needed = {base, unlearned, *settings.sets.values(), manifest["statistics"].get("file")}
+    for name in card.local_inputs(manifest):
+        if name in needed and not Path(name).exists():
+            raise NotFoundError(
+                f"{release} was made from {name}, and the record does not say in which folder; run "
+                "this where it is."
+            )
     with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
         made = sanitize(
             base,
             unlearned,
             Path(scratch) / "rebuilt",
-            settings=Settings.from_record(manifest["settings"]).without_evaluation(),
+            settings=settings,
             statistics=manifest["statistics"].get("file"),
             progress=progress,
         )

@@ -225,16 +225,26 @@ def load_settings(
     return Settings(**{**_read_config(config, unlearned), **given})
 
 
+def settings_file(config: str | None, unlearned: Files | None) -> str | None:
+    """What the file that `load_settings` reads is called; None if there is none."""
+    if config is not None:
+        return config
+    if Path(CONFIG).is_file():
+        return CONFIG
+    return f"{CONFIG} of {unlearned.name}" if unlearned and CONFIG in unlearned.sizes else None
+
+
 def _read_config(config: str | None, unlearned: Files | None) -> dict[str, Any]:
+    shown = settings_file(config, unlearned)
+    if shown is None:
+        return {}
     if config is not None:
         if not Path(config).is_file():
             raise NotFoundError(f"The settings file {config} does not exist.")
         return _beside(_parse(Path(config), config), Path(config).parent)
-    if Path(CONFIG).is_file():
+    if shown == CONFIG or unlearned is None:
         return _parse(Path(CONFIG), CONFIG)
-    if unlearned is None or CONFIG not in unlearned.sizes:
-        return {}
-    path, shown = unlearned.path(CONFIG), f"{CONFIG} of {unlearned.name}"
+    path = unlearned.path(CONFIG)
     values = _parse(path, shown)
     if unlearned.commit is None:
         return _beside(values, path.parent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 MODELS = {
@@ -80,6 +80,22 @@ def main_lines(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if line["set"] not in done:
             done.add(line["set"])
             yield line
+
+
+def not_run(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What was not run, and why: a metric that one reason keeps from several sets is one entry."""
+    sets: dict[tuple[str, str], list[str]] = {}
+    for entry in report["not_run"]:
+        metric, _, where = entry["what"].partition(" on ")
+        sets.setdefault((metric, entry["reason"]), []).append(where)
+    return [
+        {"what": f"{what} on {_listed(where)}" if where[0] else what, "reason": reason}
+        for (what, reason), where in sets.items()
+    ]
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(", ".join(words).rsplit(", ", 1))
 
 
 def _line(result: Mapping[str, Any]) -> dict[str, Any]:

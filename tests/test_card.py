@@ -52,7 +52,8 @@ def test_it_shows_change_certainty_robustness_gates_and_what_is_missing(release:
     ]
     low, high = gap["interval"]
     assert f"{gap['value']:+.4f} ({low:+.4f} to {high:+.4f}), {gap['verdict']}" in text
-    assert "truth_ratio on forget: the rows have no perturbed_answer column." in text
+    missing = "truth_ratio on retain, forget and heldout: the rows have no perturbed_answer column."
+    assert missing in text
     for picture in ("tradeoff", "bias", "profile"):
         assert f"(sage/{picture}.png)" in text
         assert (release / "sage" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")

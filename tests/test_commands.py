@@ -287,3 +287,40 @@ def test_from_python_as_the_readme_has_it(pair: Path) -> None:
     # Statistics of a lower rank than asked for would be a weaker filter than the record says.
     with pytest.raises(sage_hub.SageHubError, match="at most 3 directions"):
         sage_hub.audit(*both, settings=sage_hub.Settings(retain=retain), statistics=statistics)
+
+
+def test_the_plan_says_where_settings_come_from_and_what_must_be_met(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("sage.yaml").write_text('gates: ["heldout.probability >= base - 0.02"]\n')
+    for file in (pair / "unlearned").glob("tokenizer*"):
+        file.unlink()
+    both = ["sanitize", str(pair / "base"), str(pair / "unlearned"), "--output", "out"]
+    assert main([*both, *proxies(pair), "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert "Settings come from sage.yaml; the command line wins." in said
+    assert "gate        heldout.probability >= base - 0.02" in said
+    assert "The unlearned side has no tokenizer, and neither will the release have one" in said
+
+
+def test_statistics_of_other_rows_are_taken_and_that_is_said(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(tmp_path / "base.safetensors")
+    run_json(capsys, "stats", str(pair / "base"), *proxies(pair)[:2], "--output", file)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "w1 w2 w3"}\n')
+    both = [str(pair / "base"), str(pair / "unlearned"), "--stats", file]
+    assert main(["audit", *both, "--retain", str(other)]) == 0
+    assert (
+        "The statistics were made on other retain rows (retain.jsonl) than those of other.jsonl, "
+        "which are only evaluated."
+    ) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", ["nowhere/page.html", "."])
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(
+    page: str, pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", str(pair / "base"), "./nowhere", "--html", page]) in (2, 10)
+    assert f"--html {page}" in capsys.readouterr().err

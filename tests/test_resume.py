@@ -380,6 +380,8 @@ def test_rebuild_makes_the_same_bytes_or_says_which_differ(
 ) -> None:
     output = tmp_path / "out"
     assert main(arguments(source, output, "--quiet", "--strength", "inf")) == 0
+    assert main(["verify", str(output), "--rebuild"]) == 10
+    assert "was made from ./base, and the record" in capsys.readouterr().err
     monkeypatch.chdir(source)  # where the card's own command would be run
     assert main(["verify", str(output), "--rebuild"]) == 0
     other = tmp_path / "other"

@@ -10,7 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sage_hub.moments import SecondMoment, Spectrum, dominant_rank, spectrum
+from sage_hub.moments import CHUNK, SecondMoment, Spectrum, dominant_rank, spectrum
 from sage_hub.sage import (
     MOST_SHARE,
     Profile,
@@ -409,6 +409,20 @@ def test_a_moment_of_any_size_is_whole(size: int) -> None:
     parts = activations(7, size, seed=0), activations(4, size, seed=1)
     x = torch.cat(parts)
     assert close(moment_of(*parts).matrix(), x.T @ x / len(x))
+
+
+@quick
+@given(st.lists(st.integers(0, 2 * CHUNK + 1), min_size=1, max_size=4), st.integers(0, 4))
+def test_a_moment_is_the_same_in_whatever_parts_its_vectors_come(sizes: list[int], at: int) -> None:
+    x = normal(sum(sizes) + 1, 3, seed=0)
+    parts = [*torch.split(x[:-1], sizes), x[-1:]]
+    moment = SecondMoment(3, dtype=torch.float64)
+    for number, part in enumerate(parts):
+        moment.add(part)
+        if number == at and moment.tokens:
+            moment.matrix()  # a look at it changes nothing
+    assert moment.tokens == len(x)
+    assert close(moment.matrix(), x.T @ x / len(x))
 
 
 def test_a_moment_of_nothing_is_refused() -> None:
