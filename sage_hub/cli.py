@@ -41,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _keep_freed_memory()
     if "WORLD_SIZE" in os.environ:
-        return _together(args)
+        try:
+            return _together(args)
+        except SageHubError as error:  # there is no group
+            return _fail(error)
     return _run_command(args)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sage_hub.errors import PeerError
+from sage_hub.errors import PeerError, UsageError
 
 T = TypeVar("T")
 
@@ -80,14 +80,23 @@ ALONE = Ranks()
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """This process among those that torchrun has started; alone if it has started none."""
+    """This process among those that torchrun has started; alone if it has started none.
+
+    Raises UsageError if there are GPUs, and fewer than processes on this machine.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield ALONE
         return
+    own, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if 0 < gpus <= own:
+        raise UsageError(
+            f"torchrun starts more processes here than there are GPUs ({gpus}): use "
+            f"--nproc-per-node {gpus}, or hide them (CUDA_VISIBLE_DEVICES=) to run on the CPU."
+        )
     with _peers_at_hand():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if gpus:
+            torch.cuda.set_device(own)
             dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_PATIENCE)
         else:
             dist.init_process_group("gloo", timeout=_PATIENCE)

@@ -19,6 +19,8 @@ from pico import make_rows, make_tokenizer, write_rows
 from safetensors.torch import load_file
 from test_architectures import make_model
 
+from sage_hub.cli import main
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
@@ -124,6 +126,16 @@ def test_an_error_comes_from_the_process_that_has_it(pair: Path, tmp_path: Path)
     assert "--memory allows 100 MB" in err
     assert "/sage_hub/" not in err  # torchrun prints a traceback, of its own lines
     assert not (tmp_path / "out").exists()
+
+
+def test_more_processes_than_gpus(
+    pair: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert main(["sanitize", *sources(pair), "--output", "out"]) == 2
+    assert "than there are GPUs (2): use --nproc-per-node 2, or hide" in capsys.readouterr().err
 
 
 def test_a_process_that_dies_stops_the_job_which_goes_on_later(pair: Path, tmp_path: Path) -> None:
