@@ -126,39 +126,11 @@ def survey(
     }
     plan = make_plan(**sides, parameters=settings.parameters).stored_as(settings.stored_dtype)
     sources = [parse_location(side).folder for side in (base, unlearned)]
-    proxies: dict[str, Proxy] = {}
     memory, least, room = expect_calibration(plan.base, settings)
     if ready is not None:
         memory = replace(memory, moments=0, sketched=frozenset())
-
-    gates: list[Gate] = []
-    results: list[Result] = []
     reference = open_checkpoint(settings.reference) if settings.reference else None
-
-    def read_results_made() -> None:
-        for model, path in settings.results.items():
-            side = sides.get(model)
-            commit = side.commit if side else None
-            results.extend(read_results(model, path, name=side.name if side else "", commit=commit))
-
-    def read_gates() -> None:
-        gates.extend(map(parse, settings.gates))
-        models = [*MODELS, *(["reference"] if reference else [])]
-        known = {*expected_names(proxies, settings, models), *ALWAYS_KNOWN}
-        for result in results:
-            known |= {f"{result.model}.{result.set}.{result.metric}"}
-            known |= {f"{result.set}.{result.metric}"} if result.model == "sanitized" else set()
-        check_names(gates, known, (settings.lm_eval or "").split(","))
-
-    def read_sets() -> None:
-        proxies.update(read_proxies(settings, calibrates=ready is None))
-        if settings.gain == "match" and ready is None and "forget" not in proxies:
-            raise UsageError("--gain match is measured on the forget proxy; give --forget.")
-        if settings.target is not None and settings.gain_rule != "search":
-            raise UsageError(
-                "--target is reached by evaluating the forget set; give --forget, no --low-disk."
-            )
-        read_gates()
+    data = _Data(settings, calibrates=ready is None)
 
     checks: list[Callable[[], object]] = [
         lambda: _check_target(target, sources, publication, force=force),
@@ -170,8 +142,9 @@ def survey(
             low_disk=settings.low_disk,
             keep=target.folder is not None or bool(settings.sets.keys() - {"retain"}),
         ),
-        read_results_made,
-        read_sets,
+        lambda: data.read_results(sides),
+        data.read_sets,
+        data.read_gates,
         lambda: card.find_template(settings.card_template),
         lambda: harness.check_available(settings.lm_eval),
     ]
@@ -184,13 +157,13 @@ def survey(
     job = Job(
         plan,
         settings,
-        proxies,
+        data.proxies,
         fingerprints,
         ready,
         memory,
         target,
-        tuple(gates),
-        tuple(results),
+        tuple(data.gates),
+        tuple(data.results),
         reference,
         None if stats_cache is None else Path(stats_cache),
         ranks=ranks,
@@ -198,6 +171,47 @@ def survey(
         force=force,
     )
     return replace(job, problems=tuple(problems), warnings=tuple(_warnings(job)))
+
+
+@dataclass
+class _Data:
+    """The files that the settings name, as far as they could be read."""
+
+    settings: Settings
+    calibrates: bool
+    proxies: dict[str, Proxy] = field(default_factory=dict)
+    results: list[Result] = field(default_factory=list)
+    gates: list[Gate] = field(default_factory=list)
+
+    def read_results(self, sides: Mapping[str, Checkpoint]) -> None:
+        """Results made elsewhere; what they say of a side must be of it."""
+        for model, path in self.settings.results.items():
+            name, commit = (s.name, s.commit) if (s := sides.get(model)) else ("", None)
+            self.results += read_results(model, path, name=name, commit=commit)
+
+    def read_sets(self) -> None:
+        """The sets, and whether there are those that the gain is found by."""
+        settings = self.settings
+        self.proxies |= read_proxies(settings, calibrates=self.calibrates)
+        if settings.gain == "match" and self.calibrates and "forget" not in self.proxies:
+            raise UsageError("--gain match is measured on the forget proxy; give --forget.")
+        if settings.target is not None and settings.gain_rule != "search":
+            raise UsageError(
+                "--target is reached by evaluating the forget set; give --forget, no --low-disk."
+            )
+
+    def read_gates(self) -> None:
+        """The gates, after all that they can be about; nothing if the sets could not be read."""
+        settings = self.settings
+        self.gates += map(parse, settings.gates)
+        if not self.proxies.keys() >= settings.sets.keys():
+            return
+        models = [*MODELS, *(["reference"] if settings.reference else [])]
+        known = {*expected_names(self.proxies, settings, models), *ALWAYS_KNOWN}
+        for result in self.results:
+            known |= {f"{result.model}.{result.set}.{result.metric}"}
+            known |= {f"{result.set}.{result.metric}"} if result.model == "sanitized" else set()
+        check_names(self.gates, known, (settings.lm_eval or "").split(","))
 
 
 def expect_calibration(base: Checkpoint, settings: Settings) -> tuple[Budget, Budget, int]:
