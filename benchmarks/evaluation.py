@@ -43,7 +43,6 @@ from sage_hub.checkpoint import Checkpoint, open_checkpoint
 from sage_hub.encoding import Encoded, encode, load_tokenizer, row_limit
 from sage_hub.proxies import read_proxy
 from sage_hub.scoring import Scored, score
-from sage_hub.spill import Spill
 from sage_hub.weights import Weights, open_weights
 
 LETTERS = (" A", " B", " C", " D")
@@ -174,8 +173,10 @@ def by_lm_eval(harness: Any, rows: Rows) -> Scores:
 
 def by_sage_hub(model: BlockModel, weights: Weights, rows: Rows, batch_size: int) -> Scores:
     """The same by sage-hub, the hidden states of all rows waiting in memory."""
-    with tempfile.TemporaryDirectory() as folder, Spill(Path(folder), 4e9) as hidden:
-        found: list[Scored] = score(model, weights, rows, batch_size=batch_size, hidden=hidden)
+    with tempfile.TemporaryDirectory() as folder:
+        found: list[Scored] = score(
+            model, weights, rows, batch_size=batch_size, scratch=Path(folder), memory=4e9
+        )
     return [(float(one.logprobs.sum(dtype="float64")), bool(one.hits.all())) for one in found]
 
 

@@ -301,12 +301,12 @@ def _replaced(
         for name in names:
             own, leaf = _own(model, name), name.rpartition(".")[2]
             before[name] = own[leaf]
-            if id(own[leaf]) not in made:
-                new = value(name, own[leaf])
-                if isinstance(own[leaf], nn.Parameter):
-                    new = nn.Parameter(new, requires_grad=False)
-                made[id(own[leaf])] = new  # what is one parameter under two names stays one
-            own[leaf] = made[id(own[leaf])]
+            new, twin = value(name, own[leaf]), made.get(id(own[leaf]))
+            # One parameter under two names stays one, unless an adapter changes one of them.
+            if twin is None or not torch.equal(twin, new):
+                twin = nn.Parameter(new, False) if isinstance(own[leaf], nn.Parameter) else new
+                made[id(own[leaf])] = twin
+            own[leaf] = twin
         yield
     finally:
         for name, tensor in before.items():

@@ -123,15 +123,17 @@ def _link(there: Path, here: Path) -> None:
 def _key(
     checkpoint: Checkpoint, proxies: Mapping[str, Proxy], settings: Settings, weights: str
 ) -> str:
-    """A SHA-256 over all that statistics are made from."""
+    """A SHA-256 over all that statistics are made from, and what they say they are of."""
     own = ("rank", "max_tokens", "max_length", "batch_size", "seed", "chat_template")
     described = settings.describe()
     kept = {name: described[name] for name in (*own, "moments", "memory", "device")}
     return digest(
         {
+            "model": [checkpoint.name, checkpoint.commit],
             "weights": weights,
             "tokenizer": checkpoint.tokenizer_fingerprint(),
-            "proxies": {which: proxy.describe() for which, proxy in proxies.items()},
+            # In their order, as which of them fit into `max_tokens` depends on it.
+            "proxies": {w: [proxy.describe(), proxy.row_hashes] for w, proxy in proxies.items()},
             "settings": {"energy": _stored_energy(settings), **kept},
             "format": VERSION,
             "versions": versions(),

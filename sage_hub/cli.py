@@ -88,7 +88,7 @@ def _error_of(args: argparse.Namespace) -> SageHubError | None:
     except SageHubError as error:
         return error
     except KeyboardInterrupt:
-        resumes = args.command in ("push", "sanitize")
+        resumes = args.command in ("push", "sanitize", "stats")
         how = "; the same command goes on where this one stopped" if resumes else ""
         return Interrupted(f"Interrupted{how}.")
     except BrokenPipeError:

@@ -78,6 +78,8 @@ def collect_statistics(
         raise UsageError(
             "A repo of the Hub holds the statistics of one retain proxy; use --output."
         )
+    if output is not None and not retain and Path(output).is_dir():
+        raise UsageError(f"--output {output} is a folder; give the file to write.")
     settings = settings.resolve_device()
     checkpoint = open_checkpoint(model)
     if to is not None:

@@ -31,7 +31,6 @@ from sage_hub.ranks import ALONE, Ranks
 from sage_hub.robustness import BITS, TRAINING_BYTES, choose_taught, quantized, relearn
 from sage_hub.scoring import answer, score
 from sage_hub.settings import SETS, Settings
-from sage_hub.spill import Spill
 from sage_hub.suites import ANSWERS, EvaluationSet, Told, metrics_of, prepare
 from sage_hub.weights import Blend, Weights, model_of, open_weights
 
@@ -91,9 +90,9 @@ def evaluate(
     others: list[Result] = []
     for name, candidate in models.items() if sets else ():
         own = settings if name in robust else replace(settings, robustness=False)
-        look = _Look(sets, own, tokens_of, name, ranks, progress)
+        look = _Look(sets, own, scratch, tokens_of, name, ranks, progress)
         try:
-            look.at(candidate, scratch)
+            look.at(candidate)
         except ArchitectureError as error:
             if name != "control":
                 raise
@@ -192,6 +191,7 @@ class _Look:
 
     sets: Sequence[EvaluationSet]
     settings: Settings
+    scratch: Path
     tokens_of: Checkpoint
     name: str
     ranks: Ranks
@@ -200,28 +200,27 @@ class _Look:
     others: list[Result] = field(default_factory=list)  # of lm-eval
     not_run: list[dict[str, str]] = field(default_factory=list)
 
-    def at(self, candidate: Candidate, scratch: Path) -> None:
+    def at(self, candidate: Candidate) -> None:
         """Look at `candidate` as it is and, if wanted, under what brings knowledge back."""
         settings, side = self.settings, candidate.side
         with (
             open_weights(side, candidate.base, candidate.blend) as weights,
             open_blocks(model_of(side), weights, settings.device) as model,
-            Spill(scratch, settings.memory * GB / 4) as hidden,
         ):
-            self._as_it_is(model, weights, hidden)
+            self._as_it_is(model, weights)
             if settings.robustness:
-                self._treated(model, weights, hidden)
+                self._treated(model, weights)
 
-    def _as_it_is(self, model: BlockModel, weights: Weights, hidden: Spill) -> None:
+    def _as_it_is(self, model: BlockModel, weights: Weights) -> None:
         asked = [one for one in self.sets if one.answered]
         tasks = self.settings.lm_eval if self.ranks.first else None
         what = " and ".join(["generated answers"] * bool(asked) + ["lm-eval"] * bool(tasks))
         if not what or not self._fits(what, weight_bytes(model.model) + RUNTIME):
-            self.views[None] = self._scores(model, weights, hidden, self.sets)
+            self.views[None] = self._scores(model, weights, self.sets)
             return
         with model.whole(weights) as whole:
             said = {one.name: self._answers(whole, one) for one in asked}
-            self.views[None] = self._scores(whole, weights, hidden, self.sets, said)
+            self.views[None] = self._scores(whole, weights, self.sets, said)
             if tasks:
                 self.progress.note(f"lm-eval: {tasks} on {self.name} …")
                 size, seed = self.settings.batch_size, self.settings.seed
@@ -229,11 +228,11 @@ class _Look:
                     self.name, whole, self.tokens_of, tasks, batch_size=size, seed=seed
                 )
 
-    def _treated(self, model: BlockModel, weights: Weights, hidden: Spill) -> None:
+    def _treated(self, model: BlockModel, weights: Weights) -> None:
         tested = [one for one in self.sets if one.name in ("forget", "heldout")]
         for bits in BITS:
             coarse, how = quantized(weights, model, bits), f"int{bits}"
-            self.views[how] = self._scores(model, coarse, hidden, tested, how=how)
+            self.views[how] = self._scores(model, coarse, tested, how=how)
         forget = next((one for one in tested if one.forgotten), None)
         if forget is None:
             return
@@ -245,9 +244,7 @@ class _Look:
         rest = _without(forget, taught)
         with model.whole(weights) as whole:
             relearn(whole, [forget.told[place].answer for place in taught], self.settings.seed)
-            self.views["relearned"] = self._scores(
-                whole, weights, hidden, [rest], how="after relearning"
-            )
+            self.views["relearned"] = self._scores(whole, weights, [rest], how="after relearning")
 
     def _fits(self, what: str, needed: float) -> bool:
         """Whether memory allows it; if not, it is noted as not run."""
@@ -261,7 +258,6 @@ class _Look:
         self,
         model: BlockModel,
         weights: Weights,
-        hidden: Spill,
         sets: Sequence[EvaluationSet],
         said: Mapping[str, Mapping[int, str]] = {},
         how: str = "",
@@ -273,7 +269,8 @@ class _Look:
                 weights,
                 rows,
                 batch_size=self.settings.batch_size,
-                hidden=hidden,
+                scratch=self.scratch,
+                memory=self.settings.memory * GB / 4,
                 ranks=self.ranks,
                 what=f"Evaluating {self.name} {how}".strip(),
                 progress=self.progress,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from sage_hub import shards
 from sage_hub.architecture import empty_model, linear_maps, other_maps
 from sage_hub.bias import matching_gain_of
-from sage_hub.errors import NothingToDoError
+from sage_hub.errors import NothingToDoError, ProxyError
 from sage_hub.evaluation import Candidate, evaluate
 from sage_hub.jobs import Job
 from sage_hub.plan import Plan
@@ -38,10 +38,18 @@ LEVELS = ("probability", "accuracy", "loss")
 
 @dataclass(frozen=True)
 class Level:
-    """How well a model knows both sets; higher is better known."""
+    """How well a model knows both sets; higher is better known.
+
+    Of a set that it makes no numbers of, the worse for it: all is known that should not be (∞),
+    nothing that should (−∞).
+    """
 
     forget: float
     retain: float
+
+    def harms(self, source: Level) -> bool:
+        """Whether retained rows are less known than by `source`."""
+        return self.retain < source.retain
 
 
 def choose_gain(
@@ -134,10 +142,12 @@ def search(
         return tried[gain]
 
     def harms(gain: float) -> bool:
-        return at(gain).retain < source.retain
+        return at(gain).harms(source)
 
     if at(1.0).forget <= target:
         return 1.0, "reached", tried
+    if harms(1.0):
+        return 1.0, "held back", tried
     low, high = 1.0, min(max(start, CLOSE), LARGEST)
     while at(high).forget > target and not harms(high) and high < LARGEST:
         low, high = high, min(2 * high, LARGEST)
@@ -173,6 +183,14 @@ class _Found:
     outcome: str
     tried: Mapping[float, Level]
 
+    def words(self, source: Level, of: str) -> str:
+        """How it ended, for a person."""
+        if self.outcome == "reached":
+            return f"brings forgetting to {of}"
+        if self.tried[self.gain].harms(source):
+            return f"knows retained rows less than the source does; nothing is turned up to {of}"
+        return f"is as far as it goes without harming retained rows; it misses {of}"
+
     @property
     def merit(self) -> tuple[bool, float]:
         """What the ways are compared by: the target first, then what is kept."""
@@ -185,6 +203,13 @@ def _by_evaluation(
     """The γ that brings the forget set to its level, in the way that keeps the retain set best."""
     known = partial(_known, plan, job, scratch, progress)
     source = known(Candidate(plan.unlearned), "unlearned")
+    for which in ("forget", "retain"):
+        if not math.isfinite(getattr(source, which)):
+            raise ProxyError(
+                f"The unlearned model makes no number of any answer of the {which} set "
+                f"({job.proxies[which].name}), so no gain can be searched for: all are cut off by "
+                "--max-length, or it gives NaN. Use shorter rows, or give the --gain."
+            )
     target, of = _target(source, job, known)
 
     def searched(way: _Way) -> _Found:
@@ -196,13 +221,10 @@ def _by_evaluation(
 
     found = [searched(way) for way in ways]
     best = max(found, key=lambda one: one.merit)  # the first of equals
-    words = {
-        "reached": f"brings forgetting to {of}",
-        "held back": f"is as far as it goes without harming retained rows; it misses {of}",
-    }
     spread = ", by each weight's share," if best.way.shares else ""
     count = sum(len(one.tried) for one in found)
-    progress.note(f"γ = {best.gain:.3g}{spread} {words[best.outcome]} ({count} evaluations).")
+    ended = best.words(source, of)
+    progress.note(f"γ = {best.gain:.3g}{spread} {ended} ({count} evaluations).")
     return Chosen(
         Gains(best.gain, best.way.shares),
         {
@@ -225,7 +247,7 @@ def _known(
     """How well `candidate`, called `name`, knows the forget and the retain set."""
     found = evaluate(
         {name: candidate},
-        {which: job.proxies[which] for which in ("forget", "retain") if which in job.proxies},
+        {which: job.proxies[which] for which in ("forget", "retain")},
         replace(
             job.settings,
             generate_rows=0,
@@ -239,7 +261,7 @@ def _known(
         progress=progress,
     )
     figures = {(result.set, result.metric): result.value for result in found.results}
-    return Level(_level(figures, "forget"), _level(figures, "retain"))
+    return Level(_level(figures, "forget", math.inf), _level(figures, "retain", -math.inf))
 
 
 def _target(source: Level, job: Job, known: Callable[[Candidate, str], Level]) -> tuple[float, str]:
@@ -301,16 +323,17 @@ def _short(gain: float) -> float:
     return float(f"{gain:.4g}")
 
 
-def _level(figures: Mapping[tuple[str, str], float], which: str) -> float:
-    """How well `which` is known; without that set infinitely, so that it holds nothing back."""
+def _level(figures: Mapping[tuple[str, str], float], which: str, otherwise: float) -> float:
+    """How well `which` is known, `otherwise` if there is no figure of it."""
     for metric in LEVELS:
         if (which, metric) in figures:
             value = figures[which, metric]
             return -value if metric == "loss" else value
-    return math.inf
+    return otherwise
 
 
 def _recorded(level: Level) -> dict[str, float | None]:
     """`level` for the record; JSON has no infinity."""
-    retain = level.retain if math.isfinite(level.retain) else None
-    return {"forget": level.forget, "retain": retain}
+    return {
+        which: value if math.isfinite(value) else None for which, value in asdict(level).items()
+    }

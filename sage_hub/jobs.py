@@ -195,6 +195,11 @@ class _Data:
         self.proxies |= read_proxies(settings, calibrates=self.calibrates)
         if settings.gain == "match" and self.calibrates and "forget" not in self.proxies:
             raise UsageError("--gain match is measured on the forget proxy; give --forget.")
+        if settings.gain_rule == "search" and "retain" not in self.proxies:
+            raise UsageError(
+                "The gain is searched for on the forget rows, and held back by retain rows, which "
+                "statistics don't hold: give --retain beside --stats, or --gain match."
+            )
         if settings.target is not None and settings.gain_rule != "search":
             raise UsageError(
                 "--target is reached by evaluating the forget set; give --forget, no --low-disk."

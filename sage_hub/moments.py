@@ -161,6 +161,7 @@ class Spectrum:
     trace: float
     tokens: int
     missed: float | None = None  # by a sketch: the share of the trace that it did not see
+    features: int | None = None  # of all inputs, where this is of a part of them
 
     @property
     def size(self) -> int:
@@ -180,13 +181,15 @@ class Spectrum:
     def inside(self, first: int, count: int, g: Tensor) -> tuple[Spectrum, Tensor]:
         """This diagonal spectrum and its `g` on the inputs [first, first + count) alone."""
         here = (self.basis >= first) & (self.basis < first + count)
-        part = replace(self, basis=self.basis[here] - first, values=self.values[here])
+        part = replace(
+            self, basis=self.basis[here] - first, values=self.values[here], features=self.size
+        )
         return part, g[here[: len(g)]]
 
     @property
     def mean_eigenvalue(self) -> float:
         """`s̄ = tr C / in`, the scale that makes λ comparable between sites."""
-        return self.trace / self.size
+        return self.trace / (self.features or self.size)
 
     @property
     def tail(self) -> float:

@@ -74,14 +74,21 @@ class View:
             raise self._broken(name, flat)
         return kept
 
+    def finite(self, name: str, inputs: Tensor) -> Tensor:
+        """Inputs of an expert, as they are; what it makes of them no other module need see."""
+        if not torch.isfinite(inputs.abs().max()):
+            raise self._overflow(name, "some row")
+        return inputs
+
     def _broken(self, name: str, flat: Tensor) -> NonFiniteError:
         bad = ~torch.isfinite(flat).all(dim=1) & self.mask
         line = int(bad.nonzero()[0]) // self._batch.ids.shape[1]
-        row = self._rows[self._batch.rows[line]].number
+        return self._overflow(name, f"row {self._rows[self._batch.rows[line]].number}")
+
+    def _overflow(self, name: str, where: str) -> NonFiniteError:
         return NonFiniteError(
-            f"The inputs of {name} hold NaN or Inf on row {row} of the {self._which}; the "
-            "base model overflows. Check its weights, or store it in bfloat16 or float32 instead "
-            "of float16."
+            f"The inputs of {name} hold NaN or Inf on {where} of the {self._which}; the base model "
+            "overflows. Check its weights, or store it in bfloat16 or float32 instead of float16."
         )
 
     def observe_ends(
@@ -132,6 +139,7 @@ def _experts_hook(name: str, experts: Mapping[str, Moment], view: View, *, route
             if wanted and len(seen):
                 inputs = expert_inputs(module, expert, seen)
                 for kind in wanted:
-                    experts[f"{name}.{kind}.{expert}"].add(inputs[kind])
+                    site = f"{name}.{kind}.{expert}"
+                    experts[site].add(view.finite(site, inputs[kind]))
 
     return hook

@@ -121,7 +121,8 @@ class Profile:
         values = spectrum.values
         weighted = torch.tensor(strengths, dtype=values.dtype)[:, None] * values[:k]
         left = values.repeat(len(strengths), 1)
-        left[:, :k] *= (spectrum.mean_eigenvalue / (spectrum.mean_eigenvalue + weighted)) ** 2
+        mean = spectrum.mean_eigenvalue
+        left[:, :k] *= torch.where(weighted > 0, mean / (mean + weighted), 1.0) ** 2
         outside = max(self.norm - float(self.along.sum()), 0.0)
         return left @ self.along + spectrum.tail * outside
 

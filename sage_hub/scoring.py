@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,16 +48,18 @@ def score(
     rows: Sequence[Encoded],
     *,
     batch_size: int,
-    hidden: Spill,
+    scratch: Path,
+    memory: float,
     ranks: Ranks = ALONE,
     what: str = "Evaluating",
     progress: Progress = SILENT,
 ) -> list[Scored]:
     """Score the answer of each of `rows`; of one that was cut away by truncation no tokens.
 
-    `hidden` keeps the rows between two blocks of the model; with several `ranks` each does a part
-    of them. Only answer tokens go through the LM head, and rows that differ in nothing but an
-    answer of one token, as the letters of a multiple-choice question do, are run once.
+    Between two blocks of the model `memory` bytes of hidden states stay in memory, and the others
+    wait in the folder `scratch`; with several `ranks` each does a part of the rows. Only answer
+    tokens go through the LM head, and rows that differ in nothing but an answer of one token, as
+    the letters of a multiple-choice question do, are run once.
     """
     alike: dict[object, list[int]] = {}
     for place, row in enumerate(rows):
@@ -64,7 +67,7 @@ def score(
     groups = list(alike.values())
     found: dict[int, Scored] = {}
     own = ranks.mine(list(batches([rows[group[0]] for group in groups], batch_size)))
-    with progress.counter(what, len(groups), "row") as bar:
+    with progress.counter(what, len(groups), "row") as bar, Spill(scratch, memory) as hidden:
         for block in model.blocks:
             with model.holding(block, weights, head=True):
                 for number, batch in enumerate(own):

@@ -14,12 +14,18 @@ from huggingface_hub import ModelCard
 from huggingface_hub.constants import HF_HUB_CACHE
 from loopback_hub import LoopbackHub
 from peft import LoraConfig, PeftModel, get_peft_model
-from pico import make_rows, make_tokenizer, write_rows
+from pico import make_config, make_rows, make_tokenizer, write_rows
 from safetensors.torch import load_file, save_file
 from test_architectures import make_model, reference
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from sage_hub.adapter import open_unlearned
+from sage_hub.blocks import open_blocks
+from sage_hub.checkpoint import open_checkpoint
 from sage_hub.cli import main
+from sage_hub.encoding import Encoded
+from sage_hub.scoring import score
+from sage_hub.weights import open_weights
 
 ADAPTER = "adapter_model.safetensors"
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -237,6 +243,37 @@ def test_merging_into_one_of_two_tied_weights_is_refused(
     finally:
         del CONFIGS["tied embedding"]
     refuse(tmp_path, 28, "Leave out --merge", capsys, "--merge")
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_one_of_two_tied_weights_is_evaluated_as_peft_has_it(
+    target: str, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    LlamaForCausalLM(make_config(tie_word_embeddings=True)).save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    model = LlamaForCausalLM.from_pretrained(base)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=[target])).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape))
+    model.save_pretrained(tmp_path / "unlearned", save_embedding_layers=False)
+    rows = [Encoded((9, 12, 30, 31, 8), 1), Encoded((20, 50, 7, 60), 1)]
+    with torch.no_grad():
+        expected = [model(torch.tensor([row.ids])).logits[0].log_softmax(-1) for row in rows]
+    whole = open_checkpoint(str(base))
+    side = open_unlearned(str(tmp_path / "unlearned"), whole)
+    with open_weights(side) as weights, open_blocks(whole, weights, "cpu") as in_blocks:
+        options = {"batch_size": 2, "scratch": tmp_path, "memory": 1e9}
+        found = [score(in_blocks, weights, rows, **options)]
+        with in_blocks.whole(weights) as in_memory:
+            found.append(score(in_memory, weights, rows, **options))
+    for scored in found:
+        for row, one, logprobs in zip(rows, scored, expected, strict=True):
+            wanted = logprobs[torch.arange(len(row.ids) - 1), list(row.ids[1:])]
+            assert one.logprobs == pytest.approx(wanted.numpy(), abs=1e-4)
 
 
 def test_push_an_adapter_from_hub_to_hub(hub: LoopbackHub, tmp_path: Path) -> None:

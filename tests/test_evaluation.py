@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from sage_hub.cli import main
 from sage_hub.compare import evaluate_models
 from sage_hub.display import evaluation_text
 from sage_hub.encoding import Encoded
+from sage_hub.evaluation import Candidate, evaluate
+from sage_hub.proxies import read_proxy
 from sage_hub.robustness import choose_taught, quantized, relearn, round_to_nearest
 from sage_hub.scoring import Scored, answer, score
-from sage_hub.settings import Settings
-from sage_hub.spill import Spill
+from sage_hub.settings import SETS, Settings
 from sage_hub.weights import open_weights
 
 
@@ -30,9 +32,9 @@ def score_all(folder: Path, rows: list[Encoded], scratch: Path, **how: Any) -> l
     with (
         open_weights(checkpoint) as weights,
         open_blocks(checkpoint, weights, "cpu") as model,
-        Spill(scratch, 1e9) as hidden,
     ):
-        return score(model, weights, rows, hidden=hidden, **{"batch_size": 4, **how})
+        options = {"batch_size": 4, "scratch": scratch, "memory": 1e9, **how}
+        return score(model, weights, rows, **options)
 
 
 def rows_of(count: int, seed: int = 0) -> list[Encoded]:
@@ -191,15 +193,30 @@ def test_relearning_brings_back_what_it_teaches_and_leaves_no_trace(
     with (
         open_weights(checkpoint) as weights,
         open_blocks(checkpoint, weights, "cpu") as model,
-        Spill(tmp_path, 1e9) as hidden,
     ):
+        scored = partial(score, rows=rows, batch_size=4, scratch=tmp_path, memory=1e9)
         with model.whole(weights) as whole:
             relearn(whole, rows, seed=0)
-            after = score(whole, weights, rows, batch_size=4, hidden=hidden)
-        again = score(model, weights, rows, batch_size=4, hidden=hidden)
+            after = scored(whole, weights)
+        again = scored(model, weights)
     assert sum(one.loss for one in after) < sum(one.loss for one in before)
     for one, other in zip(before, again, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-6)
+
+
+def test_what_waits_on_disk_changes_no_figure(pair: Path, tmp_path: Path) -> None:
+    long = [{**row, "answer": " ".join([row["answer"]] * 3)} for row in make_rows(60, seed=9)]
+    write_rows(pair / "retain.jsonl", long)
+    sets = {name: read_proxy(str(pair / f"{name}.jsonl")) for name in SETS}
+    base = open_checkpoint(str(pair / "base"))
+    found = []
+    for memory in (8.0, 1e-6):
+        settings = Settings(generate_rows=0, robustness=True, memory=memory, device="cpu")
+        made = evaluate({"base": Candidate(base)}, sets, settings, tmp_path, tokens_of=base)
+        kept = [one for one in made.results if one.condition != "relearned"]
+        found.append([(one.set, one.metric, one.condition, one.value) for one in kept])
+    assert {condition for _, _, condition, _ in found[0]} >= {None, "int8", "int4"}
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("rows, taught", [(0, 0), (1, 0), (10, 5), (40, 20), (400, 20)])

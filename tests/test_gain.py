@@ -22,6 +22,7 @@ from sage_hub.architecture import empty_model
 from sage_hub.checkpoint import open_checkpoint
 from sage_hub.cli import main
 from sage_hub.collect import collect_statistics
+from sage_hub.errors import ProxyError
 from sage_hub.gain import (
     CLOSE,
     LARGEST,
@@ -75,6 +76,39 @@ def test_no_gain_harms_retained_rows_more_than_the_source(harm: float, start: fl
     assert gain == 1 or tried[gain].retain >= SOURCE.retain
     allowed = 1 / harm
     assert gain >= min(max(1.0, allowed / CLOSE), LARGEST) * (1 - 1e-9)
+
+
+def test_a_gain_that_breaks_the_model_is_too_large() -> None:
+    broken = Level(math.inf, -math.inf)  # NaN in what it says of both sets
+    gain, outcome, _ = search(lambda g: broken if g > 4 else Level(1 / g, 1), 0.1, SOURCE, 8)
+    assert outcome == "held back"
+    assert 4 / CLOSE <= gain <= 4
+
+
+def test_where_the_filter_alone_harms_nothing_more_is_tried() -> None:
+    gain, outcome, tried = search(lambda _: Level(0.9, SOURCE.retain - 0.1), 0.1, SOURCE, 8)
+    assert (gain, outcome, len(tried)) == (1, "held back", 1)
+
+
+def test_forget_rows_without_an_answer_stop_the_search(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sanitize", str(pair / "base"), str(pair / "unlearned"), "--output", "out", "-q"]
+    words += ["--retain", str(pair / "retain.jsonl"), "--forget", str(pair / "forget.jsonl")]
+    assert main([*words, "--max-length", "5"]) == ProxyError.status
+    said = capsys.readouterr().err
+    assert "makes no number of any answer of the forget set (forget.jsonl)" in said
+
+
+def test_a_search_needs_retain_rows(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sides = [str(pair / "base"), str(pair / "unlearned")]
+    retain = ["--retain", str(pair / "retain.jsonl")]
+    forget = ["--forget", str(pair / "forget.jsonl")]
+    assert main(["stats", sides[0], *retain, *forget, "--output", "s.safetensors", "-q"]) == 0
+    words = ["sanitize", *sides, *forget, "--stats", "s.safetensors", "--output", "out", "-q"]
+    assert main(words) == 2
+    assert "give --retain beside --stats, or --gain match" in capsys.readouterr().err
+    assert main([*words, *retain, "--dry-run"]) == main([*words, "--gain", "match"]) == 0
 
 
 def measurement(retain: float, retain_filtered: float, forget: float, kept: float) -> Measurement:
@@ -131,7 +165,10 @@ def test_the_way_that_keeps_more_is_taken(better: str, monkeypatch: pytest.Monke
     monkeypatch.setattr("sage_hub.gain.evaluate", evaluated)
     sides: Any = SimpleNamespace(base=None, unlearned=None)
     job: Any = SimpleNamespace(
-        settings=Settings(forget="f"), proxies={}, reference=None, ranks=ALONE
+        settings=Settings(forget="f"),
+        proxies=dict.fromkeys(("forget", "retain")),
+        reference=None,
+        ranks=ALONE,
     )
     ways: Any = [
         _Way({"module": 2.0}, lambda gain: ("shares", gain), None),

@@ -425,6 +425,25 @@ def test_a_moment_is_the_same_in_whatever_parts_its_vectors_come(sizes: list[int
     assert close(moment.matrix(), x.T @ x / len(x))
 
 
+def test_a_part_of_a_diagonal_spectrum_is_measured_by_the_whole_ones_mean() -> None:
+    values = torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64)
+    whole = Spectrum(torch.arange(4), values, 8.0, 10)
+    update, strengths = normal(3, 4, seed=0).double(), (0.5, 10.0)
+    parts = []
+    for first in (0, 2):
+        part, _ = whole.inside(first, 2, whole.values)
+        parts.append(profile(update[:, first : first + 2], part.basis).biases(part, strengths, 2))
+    assert close(sum(parts), profile(update, whole.basis).biases(whole, strengths, 4))
+
+
+def test_inputs_that_are_all_zero_leave_no_bias() -> None:
+    moment = SecondMoment(3)
+    moment.add(torch.zeros(5, 3))
+    found = spectrum(moment, energy=0.99)
+    biases = profile(normal(2, 3, seed=0), found.basis).biases(found, (0.0, 1.0), found.rank)
+    assert biases.tolist() == [0, 0]
+
+
 def test_a_moment_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="no tokens"):
         SecondMoment(3).matrix()
