@@ -35,6 +35,8 @@ def audit(
     settings = settings.resolve_device()
     base_side = open_checkpoint(base)
     plan = make_plan(base_side, open_unlearned(unlearned, base_side), settings.parameters)
+    if plan.problems:
+        raise plan.problems[0]
     proxies = read_proxies(settings.to_calibrate(), calibrates=ready is None)
     fingerprints = {
         "base": plan.base.fingerprint(progress),

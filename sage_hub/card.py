@@ -17,13 +17,13 @@ from huggingface_hub import (
     ModelCardData,
     eval_result_entries_to_yaml,
 )
-from huggingface_hub.repocard import metadata_load
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from sage_hub.adapter import Adapter
 from sage_hub.checkpoint import Checkpoint
-from sage_hub.errors import NotFoundError, UsageError, first_line
+from sage_hub.errors import NotFoundError, TemplateFailure, UsageError, first_line
 from sage_hub.hub import MANIFEST
 from sage_hub.pictures import draw
 from sage_hub.plan import Plan
@@ -77,8 +77,12 @@ def source_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     if "README.md" not in checkpoint.files.sizes:
         return {}
     try:
-        return dict(metadata_load(checkpoint.files.path("README.md")) or {})
-    except (ValueError, OSError, yaml.YAMLError):
+        text = checkpoint.files.path("README.md").read_text(encoding="utf-8")
+        # All as text: what YAML takes for a truth value or a date is the language Norwegian, say.
+        front = REGEX_YAML_BLOCK.search(text)
+        found = yaml.load(front[2], yaml.BaseLoader) if front else None
+        return dict(found or {})
+    except (ValueError, TypeError, OSError, yaml.YAMLError):
         return {}
 
 
@@ -130,7 +134,7 @@ def write_card(
 ) -> None:
     """Write README.md and what belongs to it into `folder`, from the record alone.
 
-    Raises UsageError if the template takes what there is not.
+    Raises TemplateFailure if the template takes what there is not.
     """
     about = report["card"]
     pictures = draw(folder / "sage", manifest, report)
@@ -157,8 +161,10 @@ def write_card(
             pictures=pictures,
         )
         page = str(ModelCard(text))
-    except (TemplateError, yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"The card template {path.name} fails: {first_line(error)}.") from None
+    except (TemplateError, yaml.YAMLError, ValueError, TypeError) as error:
+        raise TemplateFailure(
+            f"The card template {path.name} fails: {first_line(error)}."
+        ) from None
     (folder / "README.md").write_text(page, encoding="utf-8")
     _write_benchmark_results(folder / ".eval_results", report)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -124,6 +124,11 @@ class Files(Protocol):
         """`file` is not needed for now."""
 
 
+def _is_bookkeeping(parts: Sequence[str]) -> bool:
+    """Whether a file is git's, or what `hf download` keeps beside what it has fetched."""
+    return ".git" in parts or parts[:2] == (".cache", "huggingface")
+
+
 class LocalFiles:
     """The files below a local folder."""
 
@@ -138,7 +143,7 @@ class LocalFiles:
         self.sizes = {
             path.relative_to(folder).as_posix(): path.stat().st_size
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and ".git" not in path.relative_to(folder).parts
+            if path.is_file() and not _is_bookkeeping(path.relative_to(folder).parts)
         }
         self._hashes: dict[str, str] = {}
 

@@ -185,6 +185,7 @@ def _sanitize(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace, target: Any, how: dict[str, Any]) -> None:
     """Plan, show the plan, ask if a person is there to be asked, run, show the result."""
     from sage_hub import display, jobs, release
+    from sage_hub.output import check_record
 
     progress = _progress(args)
     job = jobs.survey(
@@ -206,12 +207,12 @@ def _run(args: argparse.Namespace, target: Any, how: dict[str, Any]) -> None:
             raise job.problems[0]
         return
     job = jobs.check_weights(job, progress)
-    if target.folder is None and not args.yes and sys.stdin.isatty() and sys.stderr.isatty():
-        print(f"Publish to {target.repo}? [y/N] ", end="", file=sys.stderr, flush=True)
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            progress.note("Nothing was done.")
-            return
+    asks = target.folder is None and not args.yes
+    if asks and not job.ranks.once(lambda: _agreed(target.repo)):
+        progress.note("Nothing was done.")
+        return
     if args.record is not None:
+        check_record(args.record, target.folder)
         args.record.mkdir(parents=True, exist_ok=True)  # now, and not after hours
         job = replace(job, record=args.record)
     try:
@@ -220,6 +221,14 @@ def _run(args: argparse.Namespace, target: Any, how: dict[str, Any]) -> None:
         _show_release(args, error.release)
         raise
     _show_release(args, done)
+
+
+def _agreed(repo: str) -> bool:
+    """Whether the person at the terminal says yes; if there is none, the command has said it."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return True
+    print(f"Publish to {repo}? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _show_release(args: argparse.Namespace, done: Any) -> None:
@@ -311,7 +320,7 @@ def _audit(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> None:
     from sage_hub import display, jobs
 
-    settings = _settings(args, None)
+    settings = _settings(args, args.unlearned)
     found = jobs.forecast(args.base, settings)
     if args.unlearned is None:
         if args.json:

@@ -13,14 +13,14 @@ from typing import Any
 from sage_hub.calibrate import calibrate
 from sage_hub.card import statistics_card
 from sage_hub.checkpoint import HubFiles, open_checkpoint
-from sage_hub.errors import UsageError
+from sage_hub.errors import TargetError, UsageError
 from sage_hub.jobs import Job, read_proxies
 from sage_hub.progress import SILENT, Progress
 from sage_hub.proxies import DATASET_SCHEME, Proxy
 from sage_hub.publish import Upload
 from sage_hub.ranks import ALONE, Ranks
 from sage_hub.settings import Settings
-from sage_hub.statistics import REPO_FILE, Origin, Statistics, open_statistics
+from sage_hub.statistics import REPO_FILE, Origin, Statistics, is_whole, open_statistics
 from sage_hub.target import Publication, check_target
 from sage_hub.tensorfile import file_sha256
 
@@ -78,8 +78,8 @@ def collect_statistics(
         raise UsageError(
             "A repo of the Hub holds the statistics of one retain proxy; use --output."
         )
-    if output is not None and not retain and Path(output).is_dir():
-        raise UsageError(f"--output {output} is a folder; give the file to write.")
+    if output is not None and not retain:
+        _check_file(Path(output))
     settings = settings.resolve_device()
     checkpoint = open_checkpoint(model)
     if to is not None:
@@ -109,6 +109,14 @@ def collect_statistics(
         return result | ranks.once(
             lambda: _publish_statistics(to, file, origin, publication, force)
         )
+
+
+def _check_file(path: Path) -> None:
+    """Raise TargetError if `path` is there and holds no statistics."""
+    if path.is_dir():
+        raise TargetError(f"--output {path} is a folder; give the file to write.")
+    if path.exists() and not is_whole(path):
+        raise TargetError(f"{path} exists and holds no statistics; choose another --output.")
 
 
 def _files(retain: Sequence[str], folder: Path, settings: Settings) -> dict[Path, dict[str, Proxy]]:

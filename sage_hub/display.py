@@ -61,6 +61,7 @@ def plan_text(job: Job, *, verbose: bool = False) -> str:
     if plan.download_bytes and not settings.low_disk:
         lines.append(("", f"with --low-disk {in_bytes(kept + plan.passing_bytes)} of disk in all"))
     lines += [("note", warning) for warning in job.warnings]
+    lines.append(("comes along", ", ".join(plan.carried) or "nothing beside the weights"))
     lines += [("left behind", f"{name} ({reason})") for name, reason in plan.left_behind.items()]
     lines += [("problem", str(problem)) for problem in job.problems]
     text = "\n".join(f"  {label:<12}{text}" for label, text in lines)
@@ -311,7 +312,7 @@ def audit_text(audit: Mapping[str, Any], *, top: int) -> str:
         ]
     )
     settings = audit["settings"]
-    words = f"λ = {settings['strength']:g}, ρ = {settings['energy']:g}"
+    words = f"λ = {float(settings['strength']):g}, ρ = {settings['energy']:g}"
     parts = [f"Filtered with {words}, before any gain (γ = 1):", _table(header, rows)]
     if len(modules) > top:
         parts.append(f"({len(modules) - top} more modules; --top N shows more, --json all)")

@@ -18,6 +18,7 @@ from sage_hub.blocks import cut
 from sage_hub.budget import GB, Budget, plan_memory, statistics_bytes
 from sage_hub.checkpoint import (
     Checkpoint,
+    HubFiles,
     Location,
     digest,
     open_checkpoint,
@@ -125,6 +126,7 @@ def survey(
         "unlearned": open_unlearned(unlearned, base_side, merge=settings.merge),
     }
     plan = make_plan(**sides, parameters=settings.parameters).stored_as(settings.stored_dtype)
+    plan = plan.without(settings.files)
     sources = [parse_location(side).folder for side in (base, unlearned)]
     memory, least, room = expect_calibration(plan.base, settings)
     if ready is not None:
@@ -216,7 +218,8 @@ class _Data:
         for result in self.results:
             known |= {f"{result.model}.{result.set}.{result.metric}"}
             known |= {f"{result.set}.{result.metric}"} if result.model == "sanitized" else set()
-        check_names(self.gates, known, (settings.lm_eval or "").split(","))
+        tasks = [task.strip() for task in (settings.lm_eval or "").split(",")]
+        check_names(self.gates, known, tasks)
 
 
 def expect_calibration(base: Checkpoint, settings: Settings) -> tuple[Budget, Budget, int]:
@@ -296,7 +299,9 @@ def check_weights(job: Job, progress: Progress = SILENT) -> Job:
 
 def choose_target(to: str | None, unlearned: str) -> Location:
     """Where `to` says, or `<unlearned>-sage` beside the unlearned one."""
-    if to:
+    if to == "":
+        raise UsageError("--to is empty; leave it away or give it a value.")
+    if to is not None:
         return parse_location(to)
     source = parse_location(unlearned)
     if source.folder is None:
@@ -418,6 +423,13 @@ def _warnings(job: Job) -> Iterator[str]:
             f"--memory allows {job.settings.memory:g} GB, and this machine has "
             f"{in_bytes(available)}; give less, or the system may end the run."
         )
+    if job.target.folder is None and not job.publication.private:
+        for side in (job.plan.base, job.plan.unlearned):
+            if isinstance(side.files, HubFiles) and side.files.private:
+                yield (
+                    f"{side.name} is private; if {job.target.repo} has to be created it is as "
+                    "private as its owner's new repos are. --private makes sure of it."
+                )
     yield from card.licence_warnings(job.plan)
     unlearned = job.plan.unlearned
     for key in ("_name_or_path", "base_model_name_or_path"):

@@ -79,7 +79,11 @@ class Work:
 
     def finish(self, *, force: bool) -> None:
         """Give the release its name, in place of what was there before."""
-        check_output(self.output, force=force)
+        try:
+            check_output(self.output, force=force)
+        except TargetError as error:  # it came meanwhile; what was made is not lost for it
+            error.final = False
+            raise
         if self.output.exists():
             self.output.rename(self._old)
         self.release.rename(self.output)
@@ -138,6 +142,7 @@ class Work:
 
 def work_folder(output: Path) -> Path:
     """Where `output` is made: beside it, on the same disk, so that a rename is enough."""
+    output = output.resolve()
     return output.with_name(f".{output.name}.partial")
 
 
@@ -206,6 +211,11 @@ def check_output(output: Path, sources: Sequence[Path | None] = (), *, force: bo
             )
     if output.exists() and not output.is_dir():
         raise TargetError(f"{output} is a file; choose another output.")
+    if output.is_mount():
+        raise TargetError(
+            f"{output} is where a disk is mounted, which nothing can take the place of; choose a "
+            "folder in it."
+        )
     ours = (output / MANIFEST).is_file()
     if output.is_dir() and any(output.iterdir()) and not ours and not force:
         raise TargetError(
@@ -266,6 +276,17 @@ def carry_files(plan: Plan, folder: Path, dtype: str | None = None) -> dict[str,
             destination.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         hashes[name] = file_sha256(destination)
     return hashes
+
+
+def check_record(folder: Path, output: Path | None) -> None:
+    """Raise TargetError if a copy of the record would replace a README.md of another kind, or lie
+    in the output, which appears only in the end."""
+    if output is not None and folder.resolve().is_relative_to(output.resolve()):
+        raise TargetError(f"--record {folder} lies in the output; the record is there anyhow.")
+    if (folder / "README.md").exists() and not (folder / MANIFEST).exists():
+        raise TargetError(
+            f"--record {folder} has a README.md that is none of a release; choose another folder."
+        )
 
 
 def leave_record(release: Path, folder: Path | None) -> None:

@@ -32,6 +32,7 @@ OTHER_WEIGHTS = (
     ".mlpackage",
     ".ot",
 )
+DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 # What training frameworks leave beside a model. Scores there are the source's.
 TRAINING = re.compile(
     r"(runs|logs|wandb|checkpoint-\d+|global_step\d+)/|.*\.tfevents\.|.*\.log$"
@@ -170,6 +171,21 @@ class Plan:
         """The tensors of `shard` as the release holds them."""
         return layout(
             (op.tensor, op.stored or op.info.dtype, op.info.shape) for op in self.in_shard[shard]
+        )
+
+    def without(self, named: Iterable[Path]) -> Plan:
+        """The plan when these files, where they are the unlearned side's, don't come along."""
+        places = {path.resolve() for path in named}
+        names = {path.name for path in named}
+        left = [
+            name
+            for name in self.carried
+            if Path(name).name in names and self.unlearned.files.path(name).resolve() in places
+        ]
+        return replace(
+            self,
+            carried=tuple(name for name in self.carried if name not in left),
+            left_behind=self.left_behind | dict.fromkeys(left, "data or settings of this run"),
         )
 
     def stored_as(self, dtype: str | None) -> Plan:
@@ -463,6 +479,10 @@ def _sort_files(unlearned: Checkpoint) -> tuple[tuple[str, ...], dict[str, str]]
             left_behind[name] = "weights that were not sanitized"
         elif any(part.startswith(".") for part in name.split("/")):
             left_behind[name] = "a hidden file"  # .env and its like hold tokens
+        elif name == "sage.yaml":
+            left_behind[name] = "settings of this run"
+        elif name.endswith(DATA):
+            left_behind[name] = "data, not the model"  # it may be what had to be forgotten
         elif TRAINING.match(name):
             left_behind[name] = "of the training, not of the model"
         elif RESULTS.match(name):

@@ -185,7 +185,8 @@ def _parse_question(record: Mapping[str, Any], text: Callable[[str], str]) -> Ro
 def _parse_choices(record: Mapping[str, Any], question: str, where: str) -> Row:
     """A multiple-choice question, in the form that MMLU and WMDP are asked in."""
     choices, answer = record["choices"], record["answer"]
-    if not isinstance(choices, Sequence) or not all(isinstance(c, str) for c in choices):
+    texts = isinstance(choices, Sequence) and all(isinstance(c, str) for c in choices)
+    if not texts or isinstance(choices, str):
         raise ProxyError(f"{where}: 'choices' must be a list of texts.")
     if not 2 <= len(choices) <= len(LETTERS):
         raise ProxyError(f"{where}: 'choices' must be 2 to {len(LETTERS)} texts.")

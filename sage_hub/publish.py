@@ -26,6 +26,7 @@ from sage_hub.errors import (
 )
 from sage_hub.hub import MANIFEST, ask, explain, log, may_pass, wait_before_next
 from sage_hub.target import Head, Publication, check_ours, find_head, tag_is_taken
+from sage_hub.verify import is_of_release, manifest_of
 
 Ours = Callable[[HubFiles], bool]  # whether the files are the very ones to be published
 
@@ -193,7 +194,7 @@ class Upload:
     def _commit(self, copies: Sequence[CommitOperationCopy]) -> str:
         """One commit. That no answer came is no proof that it was not made."""
         names = {*self._added, *(copy.path_in_repo for copy in copies)}
-        stale = [CommitOperationDelete(name) for name in sorted(self._head.names - names)]
+        stale = [CommitOperationDelete(name) for name in sorted(self._replaced() - names)]
         title, _, more = (self.how.message or "").strip().partition("\n")
         begun, tries = monotonic(), 0
         while True:
@@ -309,6 +310,15 @@ class Upload:
                 addition.path_or_fileobj = files[path].read_bytes()
         self._added |= additions
 
+    def _replaced(self) -> set[str]:
+        """The files that this takes the place of: an earlier release's; by force, all."""
+        files = self._head.files
+        if files is None or self._mark not in files.sizes:
+            return set(self._head.names)
+        if self._mark != MANIFEST:
+            return set()
+        return {name for name in self._head.names if is_of_release(name, manifest_of(files))}
+
     def _look(self) -> Head:
         head = find_head(self.repo, self.how)
         check_ours(self.repo, head, force=self._force, mark=self._mark)
@@ -319,7 +329,7 @@ class Upload:
         if self._prepared:
             return
         if self._head.files is None:
-            private = self.how.private
+            private = self.how.private or None  # as the owner's new repos are, not public
             ask(
                 self.repo,
                 lambda: self._api.create_repo(self.repo, private=private, exist_ok=True),

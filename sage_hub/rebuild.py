@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from sage_hub import card
-from sage_hub.errors import NotFoundError
+from sage_hub.errors import NotFoundError, UsageError
 from sage_hub.progress import SILENT, Progress
 from sage_hub.release import sanitize
 from sage_hub.settings import Settings
@@ -24,6 +25,11 @@ def rebuild(release: str, progress: Progress = SILENT) -> list[str]:
         card.recorded_source(manifest["sources"][side]) for side in ("base", "unlearned")
     )
     settings = Settings.from_record(manifest["settings"]).without_evaluation()
+    device = settings.device
+    try:
+        settings.resolve_device()
+    except UsageError:  # made on a GPU, and there is none
+        settings = replace(settings, device="auto").resolve_device()
     needed = {base, unlearned, *settings.sets.values(), manifest["statistics"].get("file")}
     for name in card.local_inputs(manifest):
         if name in needed and not Path(name).exists():
@@ -48,6 +54,8 @@ def rebuild(release: str, progress: Progress = SILENT) -> list[str]:
     ]
     ours = made.manifest["versions"]
     changed = {lib: v for lib, v in manifest["versions"].items() if ours.get(lib) != v}
+    if differences and settings.device != device:
+        differences.append(f"it was made on {device}, and here on {settings.device}")
     if differences and changed:
         differences += [f"{lib} was {v} and is {ours.get(lib)}" for lib, v in changed.items()]
     return differences

@@ -167,7 +167,7 @@ def _upload(job: Job, fingerprint: str) -> Upload:
         return (
             manifest.get("fingerprint") == fingerprint
             and with_results(report, job.results) == report
-            and not verify_files(files).differences
+            and verify_files(files).whole
         )
 
     return Upload(job.target.repo, job.publication, ours, force=job.force)
@@ -224,7 +224,7 @@ def finished_release(
     manifest, report = (read_record(work.output / name) for name in (MANIFEST, REPORT))
     if manifest.get("fingerprint") != fingerprint or not report:
         return None
-    if verify(str(work.output), progress).differences:
+    if not verify(str(work.output), progress).whole:
         return None
     progress.note(f"{work.output} holds this very release already; it is not made again.")
     return conclude(job, work.output, manifest, report)
@@ -343,7 +343,7 @@ def conclude(
     """Add results made elsewhere and the gates' outcomes to the report in `folder`; the card."""
     full = with_results(report, job.results)
     full["gates"] = _outcomes(job, manifest, full)
-    if full != read_record(folder / REPORT):
+    if full != read_record(folder / REPORT) or job.settings.card_template is not None:
         card.write_card(folder, manifest, full, job.settings.card_template)
         # Last, as it says that all the rest is there.
         write_json(folder / REPORT, full)
@@ -363,8 +363,10 @@ def stop_at_gates(release: Release) -> None:
     failed = [Outcome(**gate) for gate in release.report["gates"] if not gate["passed"]]
     if failed:
         many = "s are" if len(failed) > 1 else " is"
+        public = release.location.startswith("http")
+        state = "this release is published already" if public else "nothing was published"
         raise GateError(
-            f"{len(failed)} gate{many} not met, and nothing was published: "
+            f"{len(failed)} gate{many} not met, and {state}: "
             f"{'; '.join(outcome.sentence() for outcome in failed)}. The release and its record "
             f"are in {release.location}.",
             release,

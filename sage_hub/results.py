@@ -85,7 +85,7 @@ def from_lm_eval(model: str, content: Mapping[str, Any], source: str) -> Iterato
                 float(value),
                 (value - 1.96 * error, value + 1.96 * error) if _is_number(error) else None,
                 "not stated" if known is None else ("higher" if known else "lower"),
-                int(_part(counts, task).get("effective", 0)),
+                int(_part(counts, task).get("effective") or 0),
                 source,
             )
 

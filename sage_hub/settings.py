@@ -92,6 +92,8 @@ class Settings:
             value = getattr(self, name)
             if not (isinstance(value, str) or (value is None and name != "device")):
                 raise UsageError(f"{name} must be text, not {value!r}.")
+            if value == "":
+                raise UsageError(f"{name} is empty; leave it away or give it a value.")
         _number(self.memory, "memory", lambda x: 0 < x < math.inf, "above 0, in GB")
         _one_of(self.moments, "moments", ("auto", "exact", "sketch"))
         _one_of(self.out_dtype, "out_dtype", (None, *OUT_DTYPES))
@@ -192,6 +194,13 @@ class Settings:
         """Every set that is given: name -> where it is."""
         named = {name: getattr(self, name) for name in (*SETS, "unseen")}
         return {name: source for name, source in named.items() if source} | dict(self.bystanders)
+
+    @property
+    def files(self) -> list[Path]:
+        """All local files that they name."""
+        template = [] if self.card_template in (None, "short") else [self.card_template]
+        named = [*self.sets.values(), *self.results.values(), *template]
+        return [Path(name).expanduser() for name in named if name and "://" not in name]
 
     @property
     def stored_dtype(self) -> str | None:

@@ -204,7 +204,7 @@ def is_whole(path: Path) -> bool:
     try:
         with open_statistics(path):
             return True
-    except (NotFoundError, StatisticsError):
+    except (NotFoundError, CorruptCheckpointError, StatisticsError):
         return False
 
 

@@ -30,6 +30,7 @@ class Verification:
     checked: tuple[str, ...]
     not_covered: tuple[str, ...]
     differences: tuple[str, ...]
+    whole: bool  # all that is stated is there as stated; there may be more
 
 
 def verify(release: str, progress: Progress = SILENT) -> Verification:
@@ -58,6 +59,7 @@ def verify_files(files: Files, progress: Progress = SILENT) -> Verification:
             differences.append(
                 f"{name} has the SHA-256 {found[name]}, and {sha256} in the manifest"
             )
+    whole = not differences
     differences += [
         f"{name} is not in the manifest"
         for name in files.sizes
@@ -70,7 +72,13 @@ def verify_files(files: Files, progress: Progress = SILENT) -> Verification:
         tuple(found),
         tuple(name for name in files.sizes if _not_covered(name)),
         tuple(differences),
+        whole,
     )
+
+
+def is_of_release(name: str, manifest: Mapping[str, Any]) -> bool:
+    """Whether the file `name` was written with this manifest, and not added by somebody."""
+    return name in manifest.get("files", ()) or (_not_covered(name) and name != ".gitattributes")
 
 
 def _not_covered(name: str) -> bool:

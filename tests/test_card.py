@@ -73,6 +73,23 @@ def test_it_can_be_written_again_from_the_record_alone(release: Path, tmp_path: 
     assert main(["card", str(tmp_path)]) == NotFoundError.status
 
 
+def test_a_template_that_fails_loses_no_work(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text("---\n{{ card_data }}\n---\n{{ nmae }}\n")
+    job = ["sanitize", str(pair / "base"), str(pair / "unlearned"), "--output", "out", "-q"]
+    job += ["--retain", str(pair / "retain.jsonl"), "--card-template", str(own)]
+    assert main(job) == 2
+    assert "'nmae' is undefined" in capsys.readouterr().err
+    assert list(Path(".out.partial/release").glob("*.safetensors"))
+    own.write_text("---\n{{ card_data }}\n---\n{{ name }}\n")
+    assert main(job) == 0
+    own.write_text("---\n{{ card_data }}\n---\nagain {{ name }}\n")
+    assert main(job) == 0  # it is not made again, but for its card
+    assert "again out" in Path("out/README.md").read_text()
+
+
 @pytest.mark.parametrize(
     "template, says",
     [

@@ -216,7 +216,7 @@ def test_the_card_inherits_the_licence_and_no_scores(
 ) -> None:
     (pair / "base" / "README.md").write_text("---\nlicense: mit\n---\n")
     (pair / "unlearned" / "README.md").write_text(
-        "---\nlicense: apache-2.0\nlanguage: en\nmodel-index:\n- name: theirs\n  results:\n"
+        "---\nlicense: apache-2.0\nlanguage: [en, no]\nmodel-index:\n- name: theirs\n  results:\n"
         "  - task: {type: text-generation}\n    dataset: {name: MMLU, type: mmlu}\n"
         "    metrics: [{type: accuracy, value: 0.9}]\n---\n# Theirs\n"
     )
@@ -228,7 +228,7 @@ def test_the_card_inherits_the_licence_and_no_scores(
     assert any("licences" in warning for warning in result["warnings"])
     card = ModelCard.load(pair.parent / "out" / "README.md")
     assert card.data.license == "apache-2.0"
-    assert card.data.language == "en"
+    assert card.data.language == ["en", "no"]
     assert card.data.base_model is None  # local folders are nobody's repo on the Hub
     assert {r.dataset_type for r in card.data.eval_results} == {"custom"}
     values = {
@@ -324,3 +324,103 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     assert main(["audit", str(pair / "base"), "./nowhere", "--html", page]) in (2, 10)
     assert f"--html {page}" in capsys.readouterr().err
+
+
+def test_data_and_settings_in_the_sources_folder_stay_there(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = pair / "unlearned"
+    for name in ("retain", "forget"):
+        (own / f"{name}.jsonl").write_bytes((pair / f"{name}.jsonl").read_bytes())
+    (own / "heldout.txt").write_text("w1 w2 w3\n\nw4 w5 w6\n")
+    (own / "sage.yaml").write_text(
+        "retain: retain.jsonl\nforget: forget.jsonl\nheldout: heldout.txt\n"
+    )
+    (own / "vocabulary.txt").write_text("w1\n")
+    words = ["sanitize", str(pair / "base"), str(own), "--gain", "match", "--output"]
+    assert main([*words, "out", "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert "Settings come from sage.yaml of unlearned" in said
+    comes = next(line for line in said.splitlines() if "comes along" in line)
+    assert "vocabulary.txt" in comes
+    assert "forget" not in comes
+    assert main([*words, "out", "--quiet"]) == 0
+    made = {path.name for path in Path("out").iterdir()}
+    assert made.isdisjoint({"retain.jsonl", "forget.jsonl", "heldout.txt", "sage.yaml"})
+    assert "vocabulary.txt" in made
+    left = json.loads(Path("out/sage/manifest.json").read_text())["left_behind"]
+    assert left["forget.jsonl"] == "data, not the model"
+    assert left["heldout.txt"] == "data or settings of this run"
+
+
+def test_what_people_add_to_a_release_stays_in_it(
+    on_hub: LoopbackHub, pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["push", "org/base", "org/unlearned", *proxies(pair), "--gain", "match"]
+    first = run_json(capsys, *words)["location"]
+    on_hub.add_commit("org/unlearned-sage", {"NOTICE.txt": b"ours"})
+    count = len(on_hub.commits("org/unlearned-sage"))
+    assert run_json(capsys, *words)["location"] != first  # the commit that has it
+    assert len(on_hub.commits("org/unlearned-sage")) == count
+    run_json(capsys, *words, "--strength", "3")
+    assert len(on_hub.commits("org/unlearned-sage")) == count + 1
+    assert on_hub.files("org/unlearned-sage")["NOTICE.txt"] == b"ours"
+
+
+def test_a_new_repo_is_as_private_as_its_owners_are(
+    on_hub: LoopbackHub, pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    real = HfApi.create_repo
+
+    def create(self: HfApi, *args: Any, **options: Any) -> Any:
+        asked.append(options["private"])
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(HfApi, "create_repo", create)
+    words = ["push", "org/base", "org/unlearned", "--retain", str(pair / "retain.jsonl"), "-q"]
+    assert main(words) == 0
+    assert main([*words, "--to", "org/other", "--private"]) == 0
+    assert asked == [None, True]
+
+
+def test_no_file_of_another_kind_is_overwritten(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = pair / "base" / "tokenizer.json"
+    before = tokenizer.read_bytes()
+    for output, words in ((tokenizer, "holds no statistics"), (pair, "is a folder")):
+        assert main(["stats", str(pair / "base"), "--output", str(output), "-q"]) == 23
+        assert words in capsys.readouterr().err
+    assert tokenizer.read_bytes() == before
+    Path("README.md").write_text("my project")
+    job = ["sanitize", str(pair / "base"), str(pair / "unlearned"), "--output", "out", "-q"]
+    for record, words in ((".", "has a README.md that is none"), ("out/x", "lies in the output")):
+        assert main([*job, "--record", record]) == 23
+        assert words in capsys.readouterr().err
+    assert Path("README.md").read_text() == "my project"
+
+
+def test_audit_refuses_what_a_release_would(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = ["audit", str(pair / "base"), str(pair / "unlearned"), "--retain"]
+    assert main([*both, str(pair / "retain.jsonl"), "--strength", "inf"]) == 0
+    assert "λ = inf" in capsys.readouterr().out
+    change(pair / "unlearned", "model.norm.weight", lambda tensor: tensor[:16].clone())
+    assert main([*both, str(pair / "retain.jsonl")]) not in (0, 1)
+
+
+@pytest.mark.parametrize("option", ["--retain", "--forget", "--to", "--reference"])
+def test_an_option_without_a_value_is_no_option_left_away(
+    option: str, pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["push", str(pair / "base"), str(pair / "unlearned"), option, ""]) == 2
+    assert "is empty; leave it away or give it a value" in capsys.readouterr().err
+
+
+def test_a_release_that_hf_has_fetched_is_what_its_manifest_says(pair: Path) -> None:
+    job = ["sanitize", str(pair / "base"), str(pair / "unlearned"), "--output", "out", "-q"]
+    assert main([*job, "--retain", str(pair / "retain.jsonl")]) == 0
+    notes = Path("out/.cache/huggingface/download")
+    notes.mkdir(parents=True)
+    (notes / "config.json.metadata").write_text("fetched")
+    assert main(["verify", "out"]) == 0

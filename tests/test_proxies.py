@@ -16,6 +16,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback_hub import LoopbackHub
+from pico import write_rows
 
 from sage_hub.errors import NetworkError, NotFoundError, OverlapError, ProxyError, UsageError
 from sage_hub.proxies import Proxy, Row, check_disjoint, parse_rows, read_proxy
@@ -385,3 +386,9 @@ def test_a_dataset_that_cannot_be_read_is_explained(
         read_proxy(f"hf://datasets/{address}")
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_choices_in_one_text_are_refused(tmp_path: Path) -> None:
+    row = {"question": "Capital of France?", "choices": "['Paris', 'Rome']", "answer": "Paris"}
+    with pytest.raises(ProxyError, match="'choices' must be a list of texts"):
+        read_proxy(str(write_rows(tmp_path / "rows.jsonl", [row])))
