@@ -23,7 +23,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from sage_hub.adapter import Adapter
 from sage_hub.checkpoint import Checkpoint
-from sage_hub.errors import NotFoundError, TemplateFailure, UsageError, first_line
+from sage_hub.errors import NotFoundError, UsageError, first_line
 from sage_hub.hub import MANIFEST
 from sage_hub.pictures import draw
 from sage_hub.plan import Plan
@@ -134,7 +134,7 @@ def write_card(
 ) -> None:
     """Write README.md and what belongs to it into `folder`, from the record alone.
 
-    Raises TemplateFailure if the template takes what there is not.
+    Raises UsageError if the template takes what there is not.
     """
     about = report["card"]
     pictures = draw(folder / "sage", manifest, report)
@@ -162,9 +162,9 @@ def write_card(
         )
         page = str(ModelCard(text))
     except (TemplateError, yaml.YAMLError, ValueError, TypeError) as error:
-        raise TemplateFailure(
-            f"The card template {path.name} fails: {first_line(error)}."
-        ) from None
+        failure = UsageError(f"The card template {path.name} fails: {first_line(error)}.")
+        failure.final = False  # all but the card is done, and fits another template
+        raise failure from None
     (folder / "README.md").write_text(page, encoding="utf-8")
     _write_benchmark_results(folder / ".eval_results", report)
 

@@ -170,12 +170,6 @@ class ResultsError(SageHubError):
     status = 31
 
 
-class TemplateFailure(UsageError):  # noqa: N818 - an error of the template
-    """A card template that takes what there is not; the release is finished, but for its card."""
-
-    final = False
-
-
 class OutOfMemoryError(SageHubError):
     """Host or device memory ran out."""
 

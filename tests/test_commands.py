@@ -409,7 +409,7 @@ def test_audit_refuses_what_a_release_would(pair: Path, capsys: pytest.CaptureFi
     assert main([*both, str(pair / "retain.jsonl")]) not in (0, 1)
 
 
-@pytest.mark.parametrize("option", ["--retain", "--forget", "--to", "--reference"])
+@pytest.mark.parametrize("option", ["--retain", "--forget", "--to", "--reference", "--device"])
 def test_an_option_without_a_value_is_no_option_left_away(
     option: str, pair: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

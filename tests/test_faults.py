@@ -69,11 +69,13 @@ class World:
     def head(self) -> str | None:
         return self.hub.commits(TARGET)[-1].sha if self.there else None
 
-    def is_complete(self) -> bool:
-        """Whether the target is the release, byte for byte."""
+    def is_complete(self, *, beside: Mapping[str, bytes] = {}) -> bool:
+        """Whether the target is the release, byte for byte, and what was there `beside` it."""
         if not self.there:
             return False
         found = self.hub.files(TARGET)
+        if any(found.pop(name, None) != data for name, data in beside.items()):
+            return False
         return lasting(found) == self.whole and found.keys() >= CHANGING
 
     def is_untouched(self, head: str | None) -> bool:
@@ -267,9 +269,10 @@ def test_a_target_that_moves_during_the_run(
         world.begin(with_older=True)
         where = aim(world, chance, lambda request: request in later)
         moved: list[str] = []
+        theirs = {"notes.txt": b"somebody's"}
 
-        def move(moved: list[str] = moved) -> None:
-            moved.append(world.hub.add_commit(TARGET, {"notes.txt": b"somebody's"}))
+        def move(moved: list[str] = moved, theirs: dict[str, bytes] = theirs) -> None:
+            moved.append(world.hub.add_commit(TARGET, theirs))
 
         world.hub.disturb(what=move, **where)
         assert world.run() == 24
@@ -278,7 +281,7 @@ def test_a_target_that_moves_during_the_run(
         counts["struck"] += 1
         counts["refused"] += 1
         assert world.run() == 0
-        assert world.is_complete()
+        assert world.is_complete(beside=theirs)
         counts["finished by the next run"] += 1
     tell("the target moves", counts, capsys)
 
