@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 
+def local_path(text: str) -> Path:
+    """A path as shells have it: `--output=~/release` reaches us with its tilde."""
+    return Path(text).expanduser()
+
+
 def add_publication(command: argparse._ActionsContainer) -> None:
     """How it goes to a repo of the Hub."""
     command.add_argument("--private", action="store_true", help="create the target repo private")
@@ -65,7 +70,7 @@ def add_release_options(command: argparse._ActionsContainer) -> None:
     )
     command.add_argument(
         "--record",
-        type=Path,
+        type=local_path,
         metavar="DIR",
         help="leave a copy of the card and the record (sage/) in this folder too",
     )
@@ -176,7 +181,7 @@ class _Named(argparse.Action):
 def add_stats_cache(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--stats-cache",
-        type=Path,
+        type=local_path,
         metavar="DIR",
         help="take statistics from this folder if they are there, else leave them there",
     )

@@ -25,6 +25,7 @@ from sage_hub.options import (
     add_settings,
     add_sources,
     add_stats_cache,
+    local_path,
     whole,
 )
 
@@ -209,7 +210,7 @@ def _sanitize(command: argparse.ArgumentParser) -> None:
     add_data(command, "retain", "forget", "heldout")
     release = command.add_argument_group("the release")
     release.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="write it into this folder"
+        "--output", type=local_path, required=True, metavar="DIR", help="write it into this folder"
     )
     add_release_options(release)
     add_evaluation(command)
@@ -237,7 +238,7 @@ def _stats(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="Hub repo[@revision] or folder")
     where = command.add_mutually_exclusive_group(required=True)
     where.add_argument(
-        "--output", type=Path, metavar="FILE", help="write them into this file, or folder"
+        "--output", type=local_path, metavar="FILE", help="write them into this file, or folder"
     )
     where.add_argument("--to", metavar="REPO", help="publish them to this repo of the Hub")
     add_publication(command)
@@ -263,7 +264,10 @@ def _audit(command: argparse.ArgumentParser) -> None:
         "--top", type=whole, default=15, metavar="N", help="modules to show (default: 15)"
     )
     command.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page with pictures into this file too"
+        "--html",
+        type=local_path,
+        metavar="FILE",
+        help="write a page with pictures into this file too",
     )
     add_data(command, "retain", "forget")
     add_settings(command, skip=("gain",))
@@ -279,7 +283,9 @@ def _eval(command: argparse.ArgumentParser) -> None:
 
 
 def _card(command: argparse.ArgumentParser) -> None:
-    command.add_argument("release", metavar="DIR", type=Path, help="the folder of the release")
+    command.add_argument(
+        "release", metavar="DIR", type=local_path, help="the folder of the release"
+    )
     add_card_template(command)
     add_output_options(command)
 
@@ -298,7 +304,7 @@ def _verify(command: argparse.ArgumentParser) -> None:
 def _demo(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--output",
-        type=Path,
+        type=local_path,
         default=Path("sage-demo"),
         metavar="DIR",
         help="write everything into this folder (default: sage-demo)",
