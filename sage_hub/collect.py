@@ -116,7 +116,9 @@ def _check_file(path: Path) -> None:
     if path.is_dir():
         raise TargetError(f"--output {path} is a folder; give the file to write.")
     if path.exists() and not is_whole(path):
-        raise TargetError(f"{path} exists and holds no statistics; choose another --output.")
+        raise TargetError(
+            f"{path} exists and holds no statistics of this version; choose another --output."
+        )
 
 
 def _files(retain: Sequence[str], folder: Path, settings: Settings) -> dict[Path, dict[str, Proxy]]:

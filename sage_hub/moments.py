@@ -225,7 +225,7 @@ def _products_as_exact_as(x: Tensor) -> Iterator[None]:
     """Within it float32 products on the CPU are those of numbers as short as those of `x`.
 
     Numbers in bfloat16 are multiplied exactly by units made for them, and summed in float32 as
-    ever. That takes half the time where oneDNN has a kernel for it: with AMX, not with AVX-512.
+    ever, where oneDNN has a kernel for it; on AVX-512 without AMX it takes that of float32.
     """
     library: Any = torch.backends.mkldnn
     backend = library.matmul

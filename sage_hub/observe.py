@@ -70,13 +70,13 @@ class View:
                 f"{len(self.mask)} tokens); this architecture is not supported yet."
             )
         kept = flat[self.mask]
-        if kept.is_floating_point() and not torch.isfinite(kept.abs().max()):
+        if kept.is_floating_point() and not _all_finite(kept):
             raise self._broken(name, flat)
         return kept
 
     def finite(self, name: str, inputs: Tensor) -> Tensor:
         """Inputs of an expert, as they are; what it makes of them no other module need see."""
-        if not torch.isfinite(inputs.abs().max()):
+        if not _all_finite(inputs):
             raise self._overflow(name, "some row")
         return inputs
 
@@ -103,6 +103,11 @@ class View:
                 moment.add_one_hot(self.ids[self.mask])
             elif site.sees == "one":
                 moment.add(torch.ones(int(self.mask.sum()), 1, device=states.device))
+
+
+def _all_finite(x: Tensor) -> bool:
+    """Whether `x` holds neither NaN nor Inf, found out in one pass."""
+    return bool(torch.isfinite(x.abs().max()))
 
 
 def _input_hook(site: Site, moment: Moment, view: View) -> Any:
