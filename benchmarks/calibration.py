@@ -91,10 +91,10 @@ def main() -> None:
             options = [*OPTIONS[args.only[0]], "--max-tokens", str(args.tokens[-1])]
             profile(*stats, *options)
             return
-        sage_hub = [sys.executable, "-m", "sage_hub.cli", *stats]
+        sage_hub = [sys.executable, "-m", "sage_hub.cli.main", *stats]
         imports = {
             "import forward": [sys.executable, "-c", "from transformers import LlamaForCausalLM"],
-            "import sage-hub": [sys.executable, "-c", "import sage_hub.release"],
+            "import sage-hub": [sys.executable, "-c", "import sage_hub.commands.push"],
         }
         if args.peer:
             imports[IMPORTS[PEER]] = [
@@ -138,9 +138,9 @@ def build(folder: Path, size: float) -> Path:
 
 def write_rows(model: str, tokens: str, file: str, proxy: str | None = None) -> None:
     """Write the batches that `sage-hub stats` runs into `file`: ids and mask of each."""
-    from sage_hub.checkpoint import open_checkpoint
-    from sage_hub.encoding import batches, take_rows
-    from sage_hub.proxies import read_proxy
+    from sage_hub.checkpoint.index import open_checkpoint
+    from sage_hub.rows.encoding import batches, take_rows
+    from sage_hub.rows.sources import read_proxy
     from sage_hub.settings import Settings
 
     settings = Settings(max_tokens=int(tokens), max_length=LENGTH)

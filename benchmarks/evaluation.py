@@ -5,7 +5,7 @@
 These run in turn, in one process, on the same tokens with the same batch size:
 
 - lm-eval: `HFLM` on the model as transformers loads it, tokens in, log-likelihoods out;
-- whole: `sage_hub.scoring.score` with all weights in memory;
+- whole: `sage_hub.evaluation.scoring.score` with all weights in memory;
 - blocks: the same with one block of layers in memory at a time. Its weights are read anew each
   time, and that is included; the others have theirs loaded before.
 
@@ -38,12 +38,13 @@ from streaming import machine, print_row
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from sage_hub.blocks import BlockModel, open_blocks
-from sage_hub.checkpoint import Checkpoint, open_checkpoint
-from sage_hub.encoding import Encoded, encode, load_tokenizer, row_limit
-from sage_hub.proxies import read_proxy
-from sage_hub.scoring import Scored, score
-from sage_hub.weights import Weights, open_weights
+from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
+from sage_hub.evaluation.scoring import Scored, score
+from sage_hub.model.blocks import BlockModel, open_blocks
+from sage_hub.model.weights import Weights, open_weights
+from sage_hub.rows.encoding import Encoded, encode, load_tokenizer, row_limit
+from sage_hub.rows.sources import read_proxy
+from sage_hub.settings import Settings
 
 LETTERS = (" A", " B", " C", " D")
 LENGTH = 512  # of the longest row, in tokens
@@ -83,7 +84,7 @@ def main() -> None:
 def write_smollm2(folder: Path, dtype: str) -> Path:
     """SmolLM2 as a checkpoint of that type, from its package."""
     # Private names, because a release has no use for SmolLM2 without fine-tuning.
-    from sage_hub.demo_models import load_smollm2
+    from sage_hub.commands.demo_models import load_smollm2
 
     model, tokenizer = load_smollm2()
     model.to(getattr(torch, dtype)).save_pretrained(folder)
@@ -174,9 +175,8 @@ def by_lm_eval(harness: Any, rows: Rows) -> Scores:
 def by_sage_hub(model: BlockModel, weights: Weights, rows: Rows, batch_size: int) -> Scores:
     """The same by sage-hub, the hidden states of all rows waiting in memory."""
     with tempfile.TemporaryDirectory() as folder:
-        found: list[Scored] = score(
-            model, weights, rows, batch_size=batch_size, scratch=Path(folder), memory=4e9
-        )
+        settings = Settings(batch_size=batch_size, memory=16)  # of which a quarter waits
+        found: list[Scored] = score(model, weights, rows, settings, Path(folder))
     return [(float(one.logprobs.sum(dtype="float64")), bool(one.hits.all())) for one in found]
 
 

@@ -20,15 +20,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sage_hub.architecture import empty_model
-from sage_hub.blocks import open_blocks
-from sage_hub.checkpoint import open_checkpoint
-from sage_hub.encoding import batches, encode, load_tokenizer
-from sage_hub.moments import SecondMoment, SketchedMoment, Spectrum, sketch_width, spectrum
-from sage_hub.proxies import read_proxy
-from sage_hub.sage import filter_update, suppression
-from sage_hub.sites import Site, find_sites
-from sage_hub.weights import Weights, open_weights
+from sage_hub.checkpoint.index import open_checkpoint
+from sage_hub.method.moments import SecondMoment, SketchedMoment, Spectrum, sketch_width, spectrum
+from sage_hub.method.sage import filter_update, suppression
+from sage_hub.model.blocks import open_blocks
+from sage_hub.model.sites import Site, find_sites
+from sage_hub.model.weights import Weights, open_weights
+from sage_hub.rows.encoding import batches, encode, load_tokenizer
+from sage_hub.rows.sources import read_proxy
 
 
 def main() -> None:
@@ -122,7 +121,7 @@ def observed(
     """Sites of `layers`, the inputs (tokens, in) that they see, and the update of their maps."""
     checkpoint = open_checkpoint(base)
     rows = encode(read_proxy(proxy), load_tokenizer(checkpoint), chat_template=True, max_length=512)
-    parts, sites = list(batches(rows, 8)), find_sites(empty_model(checkpoint))
+    parts, sites = list(batches(rows, 8)), find_sites(checkpoint.empty_model())
     hidden: dict[int, Tensor] = {}
     with ExitStack() as stack:
         ours = stack.enter_context(open_weights(checkpoint))
@@ -130,7 +129,7 @@ def observed(
         model = stack.enter_context(open_blocks(checkpoint, ours, "cpu"))
         for block in model.blocks:
             inside = block.begins in layers and block.ends > block.begins
-            own = [site for site in model.sites_of(block, sites) if site.sees == "input"]
+            own = [site for site in model.sites_of(block, sites) if not site.expert]
             seen: dict[str, list[Tensor]] = {site.name: [] for site in own if inside}
             with model.holding(block, ours), ExitStack() as hooks:
                 for name, kept in seen.items():

@@ -159,17 +159,16 @@ def build_statistics(pair: str, rank: int) -> None:
     """
     import torch
 
-    from sage_hub.architecture import empty_model
-    from sage_hub.checkpoint import open_checkpoint
-    from sage_hub.journal import Journal, journal_of
-    from sage_hub.moments import Spectrum
-    from sage_hub.proxies import read_proxy
+    from sage_hub.calibration.journal import Journal, journal_of
+    from sage_hub.calibration.statistics import Origin, write_statistics
+    from sage_hub.checkpoint.index import open_checkpoint
+    from sage_hub.method.moments import Spectrum
+    from sage_hub.model.sites import find_sites
+    from sage_hub.rows.sources import read_proxy
     from sage_hub.settings import Settings
-    from sage_hub.sites import find_sites
-    from sage_hub.statistics import Origin, write_statistics
 
     base, energy = open_checkpoint(f"{pair}/base"), Settings().sharpness[1]
-    sites = [site for site in find_sites(empty_model(base)) if site.sees == "input"]
+    sites = [site for site in find_sites(base.empty_model()) if not site.expert]
     used = {"rows_used": 0, "tokens_used": 0, "rows_truncated": 0, "row_hashes": []}
     origin = Origin(
         model=base.name,
@@ -194,7 +193,7 @@ def build_statistics(pair: str, rank: int) -> None:
 
 def measure_all(pairs: list[Path], repeats: int, mergekit: str | None) -> Iterator[Run]:
     """Measure every job `repeats` times; in each round another one comes first."""
-    imports = {IMPORTS["sage-hub"]: [sys.executable, "-c", "import sage_hub.release"]}
+    imports = {IMPORTS["sage-hub"]: [sys.executable, "-c", "import sage_hub.commands.push"]}
     if mergekit:
         imports[IMPORTS["mergekit"]] = [mergekit, "-c", "import mergekit.scripts.run_yaml"]
     for job in in_turn(imports, repeats):
@@ -202,7 +201,7 @@ def measure_all(pairs: list[Path], repeats: int, mergekit: str | None) -> Iterat
     for pair in pairs:
         jobs = {
             "copy": own(copy, str(pair)),
-            "sage-hub": [sys.executable, "-m", "sage_hub.cli", *sanitize(pair)],
+            "sage-hub": [sys.executable, "-m", "sage_hub.cli.main", *sanitize(pair)],
         }
         if mergekit:
             jobs["mergekit"] = merge(mergekit, pair)
@@ -288,7 +287,7 @@ def profile(*arguments: str) -> None:
     import cProfile
     import pstats
 
-    from sage_hub.cli import main as sage_hub
+    from sage_hub.cli.main import main as sage_hub
 
     profiler = cProfile.Profile()
     if status := profiler.runcall(sage_hub, arguments):

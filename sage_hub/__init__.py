@@ -14,28 +14,32 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "audit": "auditing",
-    "collect_statistics": "collect",
-    "evaluate_models": "compare",
-    "Publication": "target",
-    "push": "release",
-    "sanitize": "release",
-    "Release": "release",
+    "audit": "commands.audit",
+    "collect_statistics": "commands.stats",
+    "evaluate_models": "commands.eval",
+    "Publication": "publish.target",
+    "push": "commands.push",
+    "sanitize": "commands.push",
+    "Release": "record.release",
     "Settings": "settings",
     "SageHubError": "errors",
+    "Progress": "runtime.progress",
+    "Run": "runtime.run",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
-    from sage_hub.auditing import audit as audit
-    from sage_hub.collect import collect_statistics as collect_statistics
-    from sage_hub.compare import evaluate_models as evaluate_models
+    from sage_hub.commands.audit import audit as audit
+    from sage_hub.commands.eval import evaluate_models as evaluate_models
+    from sage_hub.commands.push import push as push
+    from sage_hub.commands.push import sanitize as sanitize
+    from sage_hub.commands.stats import collect_statistics as collect_statistics
     from sage_hub.errors import SageHubError as SageHubError
-    from sage_hub.release import Release as Release
-    from sage_hub.release import push as push
-    from sage_hub.release import sanitize as sanitize
+    from sage_hub.publish.target import Publication as Publication
+    from sage_hub.record.release import Release as Release
+    from sage_hub.runtime.progress import Progress as Progress
+    from sage_hub.runtime.run import Run as Run
     from sage_hub.settings import Settings as Settings
-    from sage_hub.target import Publication as Publication
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 import sys
 
-from sage_hub.cli import main
+from sage_hub.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

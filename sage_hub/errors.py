@@ -16,9 +16,13 @@ class SageHubError(Exception):
     final = True  # the same command will fail the same way: its finished parts need not be kept
 
     def __str__(self) -> str:
-        """One line, whatever a hostile file put into it: what a terminal obeys is escaped."""
-        text = super().__str__()
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        """One line, whatever a hostile file put into it."""
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with all that a terminal obeys or hides escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:

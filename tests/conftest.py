@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from loopback_hub import LoopbackHub
+from support.loopback_hub import LoopbackHub
 
 # huggingface_hub reads these when it is imported, so they come before every other import.
 _HOME = tempfile.TemporaryDirectory(prefix="sage-hub-tests-")
@@ -23,16 +24,38 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_UPDATE_DOWNLOAD_COUNTS="0",
     HF_XET_CACHE=f"{_HOME.name}/xet",
+    # On pico models a second thread only waits for the first, and on a busy machine for long.
+    OMP_NUM_THREADS="1",
 )
 for _name in ("GITHUB_ACTIONS", "GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY"):
     os.environ.pop(_name, None)  # the tests of a job are not its results
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from pico import make_pair  # noqa: E402
+from hypothesis import is_hypothesis_test, settings  # noqa: E402
+from support.pico import make_pair  # noqa: E402
+from support.quick import hurry, take_time  # noqa: E402
 
-# On pico models a second thread only waits for the first, and on a busy machine for long.
 torch.set_num_threads(1)
+
+settings.register_profile("lean", max_examples=40, deadline=None)
+settings.register_profile("soak", max_examples=2_000, deadline=None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("soak" if is_soak(config) else "lean")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What holds of any example is tried on many more in the soak."""
+    for item in items:
+        if is_soak(config) and is_hypothesis_test(getattr(item, "obj", None)):
+            item.add_marker("soak")
+
+
+def is_soak(config: pytest.Config) -> bool:
+    return bool(config.getoption("markexpr") == "soak")
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +67,26 @@ def _in_an_empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     os.chdir(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _hurried() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        hurry(patch.setattr)
+        yield
+
+
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are proved and pictures drawn; see support/quick.py."""
+    take_time(monkeypatch.setattr)
+
+
 @pytest.fixture(autouse=True)
 def _no_time_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that fail are tried again as often as ever, and at once."""
     from huggingface_hub import file_download
     from huggingface_hub.utils import _http
 
-    from sage_hub import hub
+    from sage_hub.hub import client as hub
 
     monkeypatch.setattr(hub, "WAITS", (0.01,) * len(hub.WAITS))
     hurried = SimpleNamespace(**{**vars(time), "sleep": lambda _: None})
@@ -88,3 +124,20 @@ def pair(_pair: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "pair"
     shutil.copytree(_pair, folder)
     return folder
+
+
+@pytest.fixture
+def on_hub(hub: LoopbackHub, pair: Path) -> LoopbackHub:
+    """The Hub with both sides of the pair on it."""
+    for side in ("base", "unlearned"):
+        hub.add_repo(f"org/{side}", pair / side)
+    return hub
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts, also where the tests run in the background: what is started there ignores
+    it, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import runpy
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +17,17 @@ import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from loopback_hub import LoopbackHub
+from jsonschema import Draft202012Validator
+from support.loopback_hub import LoopbackHub
 
-from sage_hub.checkpoint import HubFiles, LocalFiles
+import sage_hub
+from sage_hub.cli.config import load_settings
+from sage_hub.cli.parser import COMMANDS, make_parser
 from sage_hub.errors import NotFoundError, UsageError
-from sage_hub.settings import Settings, load_settings
+from sage_hub.settings import ABOUT_THE_RECORD, SETTINGS, Setting, Settings
+
+ROOT = Path(sage_hub.__file__).parents[1]
+SCHEMA = ROOT / "sage_hub" / "data" / "sage.schema.json"
 
 
 def load(text: str, name: str = "sage.yaml", **given: object) -> Settings:
@@ -23,8 +35,8 @@ def load(text: str, name: str = "sage.yaml", **given: object) -> Settings:
     path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-    config = None if name == "sage.yaml" else name
-    return load_settings(given, config=config, unlearned=None)
+    config = None if name == "sage.yaml" else path
+    return load_settings(given, config=config, unlearned=None)[0]
 
 
 # Precedence
@@ -36,7 +48,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults() ->
 
 
 def test_without_a_file_the_defaults_hold() -> None:
-    assert load_settings({}, config=None, unlearned=None) == Settings()
+    assert load_settings({}, config=None, unlearned=None) == (Settings(), None)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "---\n"])
@@ -50,15 +62,16 @@ def test_the_named_file_wins_over_the_one_in_the_folder_and_that_over_the_repos(
     def write(path: Path, seed: int) -> None:
         path.write_text(f"seed: {seed}\n")
 
-    def seed_of(config: str | None) -> int:
-        return load_settings({}, config=config, unlearned=LocalFiles(tmp_path)).seed
+    def seed_of(config: Path | None) -> tuple[int, str | None]:
+        found, shown = load_settings({}, config=config, unlearned=str(tmp_path))
+        return found.seed, shown
 
     write(tmp_path / "sage.yaml", 1)
-    assert seed_of(None) == 1
+    assert seed_of(None) == (1, f"sage.yaml of {tmp_path.name}")
     write(Path("sage.yaml"), 2)
-    assert seed_of(None) == 2
+    assert seed_of(None) == (2, "sage.yaml")
     write(Path("other.yaml"), 3)
-    assert seed_of("other.yaml") == 3
+    assert seed_of(Path("other.yaml")) == (3, "other.yaml")
 
 
 def test_every_setting_can_stand_in_the_file() -> None:
@@ -119,13 +132,17 @@ def test_a_home_path_in_the_file_stays_one() -> None:
 
 def test_a_file_that_is_not_there() -> None:
     with pytest.raises(NotFoundError, match=r"absent\.yaml"):
-        load_settings({}, config="absent.yaml", unlearned=None)
+        load_settings({}, config=Path("absent.yaml"), unlearned=None)
 
 
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("strenght: 1", "unknown setting 'strenght'; did you mean 'strength'?"),
+        ("strenght: 1", "sage.yaml, line 1: unknown setting 'strenght'; did you mean 'strength'?"),
+        (
+            "# a\n\nseed: 1\nrnak: 1",
+            "sage.yaml, line 4: unknown setting 'rnak'; did you mean 'rank'",
+        ),
         ("max-tokens: 1", "did you mean 'max_tokens'?"),
         ("wibble: 1", "unknown setting 'wibble'; known are retain, forget,"),
         ("5: 1", "unknown setting 5"),
@@ -189,10 +206,39 @@ def test_a_value_that_does_not_fit_is_refused_by_its_key(key: str, value: object
         Settings(**{key: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ["strength: -1", "retain: 5", "chat_template: maybe"])
-def test_a_wrong_value_in_a_file_is_refused_by_file_and_key(text: str) -> None:
-    with pytest.raises(UsageError, match=rf"^configs/mine\.yaml.*{text.split(':')[0]} must be "):
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("strength: -1", "line 1: strength must be a number of at least 0 or 'inf', not -1."),
+        ("forget: a\nretain: 5", "line 2: retain must be text, not 5."),
+        ("chat_template: maybe", "line 1: chat_template must be true or false, not 'maybe'."),
+        ("seed: 1\ngates:\n  - a\n  - 1", "line 2: gates must be a list of conditions, not"),
+        ("seed: 1\n\nenergy: 2", "line 3: energy must be a number above 0 and at most 1, not 2."),
+        ("{seed: 1,\nrank: 0}", "line 2: rank must be a whole number of at least 1, not 0."),
+        ("bystanders: {gain: a}", "line 1: bystanders must be a mapping of names (small letters,"),
+        ("results: {mine: a}", "line 1: results must be a mapping of base, unlearned or sanitized"),
+        ("x: &x {seed: -1}\n<<: *x", "line 1: seed must be a whole number"),
+        ("rank: 1\n<<: {seed: -1}", "line 2: seed must be a whole number"),
+        ("device: ''", "line 1: device is empty; leave it away or give it a value."),
+    ],
+)
+def test_a_wrong_value_in_a_file_is_refused_by_file_line_and_key(text: str, words: str) -> None:
+    with pytest.raises(UsageError) as refusal:
         load(text, "configs/mine.yaml")
+    assert str(refusal.value).startswith(f"configs/mine.yaml, {words}")
+
+
+def test_values_that_do_not_go_together_are_refused_by_file() -> None:
+    with pytest.raises(UsageError, match=r"^sage\.yaml: A target is what gain 'auto' brings"):
+        load("target: 1\ngain: 2")
+
+
+def test_a_wrong_value_is_shown_in_a_few_words() -> None:
+    """A file of a few lines can hold a value whose text would fill the memory."""
+    lines = ["a0: &a0 [x]", *(f"a{n}: &a{n} [{f'*a{n - 1},' * 9}]" for n in range(1, 30))]
+    with pytest.raises(UsageError) as refusal:
+        load(f"retain: {{{', '.join(lines)}}}")
+    assert len(str(refusal.value)) < 200
 
 
 def test_a_wrong_value_on_the_command_line_is_not_blamed_on_the_file() -> None:
@@ -200,7 +246,6 @@ def test_a_wrong_value_on_the_command_line_is_not_blamed_on_the_file() -> None:
         load("strength: 1", seed=-1)
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     st.text(max_size=40)
     | st.dictionaries(
@@ -217,6 +262,125 @@ def test_any_file_gives_settings_that_can_be_recorded_or_a_refusal(text: str) ->
     json.dumps(found.describe(), allow_nan=False)
 
 
+words = st.text("abc-", min_size=1, max_size=9)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False).filter(lambda x: not x.is_integer())
+    | st.sampled_from(["auto", "match", "inf", "muse", "bfloat16", "exact", "all", ""])
+    | words
+)
+anything = scalars | st.lists(scalars, max_size=3) | st.dictionaries(words, scalars, max_size=3)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from([*SETTINGS, "strenght", "x y"]), anything, max_size=5))
+def test_any_mapping_makes_settings_or_is_refused_in_one_line(mapping: dict[str, Any]) -> None:
+    try:
+        made = Settings.from_record(mapping)
+    except UsageError:
+        with pytest.raises(UsageError, match=r"^sage\.yaml.*: [^\n]+$"):
+            load(yaml.safe_dump(mapping))
+    else:
+        assert load(yaml.safe_dump(mapping)) == made
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.sampled_from(list(SETTINGS)), anything)
+@example("bystanders", {"gain": "a.jsonl"})
+@example("bystanders", {"gains": "a.jsonl"})
+@example("results", {"reference": "a.json"})
+@example("gates", ["a", ""])
+def test_the_schema_takes_what_sage_hub_takes(name: str, value: object) -> None:
+    try:
+        Settings.from_record({name: value})
+        takes = True
+    except UsageError:
+        takes = False
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    assert Draft202012Validator(schema).is_valid({name: value}) is takes
+
+
+def values_of(setting: Setting) -> st.SearchStrategy[Any]:
+    """What a setting takes, of its JSON Schema."""
+
+    def of(schema: Mapping[str, Any]) -> st.SearchStrategy[Any]:
+        if "anyOf" in schema:
+            return st.one_of(*map(of, schema["anyOf"]))
+        if "enum" in schema:
+            return st.sampled_from(schema["enum"])
+        least, most = schema.get("minimum"), schema.get("maximum", 1e9)
+        least = schema.get("exclusiveMinimum", least)
+        above = "exclusiveMinimum" in schema
+        return {
+            "boolean": st.booleans(),
+            "integer": st.integers(least, int(most)),
+            "number": st.floats(
+                least, most, exclude_min=above, allow_nan=False, allow_infinity=False
+            ),
+            "string": words,
+            "array": st.lists(words, max_size=3).map(tuple),
+            "object": st.dictionaries(
+                st.from_regex(schema.get("propertyNames", {}).get("pattern", ""), fullmatch=True),
+                words,
+                max_size=2,
+            ),
+        }[schema["type"]]
+
+    return of(setting.kind.schema)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.fixed_dictionaries({}, optional={n: values_of(one) for n, one in SETTINGS.items()})
+    .filter(lambda values: "target" not in values or values.get("gain", "auto") == "auto")
+    .map(lambda values: Settings(**values))
+)
+def test_settings_survive_the_record_and_a_file(made: Settings) -> None:
+    again = Settings.from_record(json.loads(json.dumps(made.describe(), allow_nan=False)))
+    assert again.describe() == made.describe()
+    strength, energy = made.sharpness
+    about = {name: getattr(made, name) for name in ABOUT_THE_RECORD}
+    assert replace(again, **about) == replace(made, strength=strength, energy=energy)
+    assert load(yaml.safe_dump(asdict(made) | {"gates": list(made.gates)})) == made
+
+
+# What follows from the declarations
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_a_command_has_the_options_that_are_declared(command: str) -> None:
+    taken = {action.dest: action for action in make_parser()[1][command]._actions}
+    declared = {name for name, setting in SETTINGS.items() if command in setting.commands}
+    # `stats --retain` may be given several times, and is no setting there.
+    repeated = {"retain"} if command == "stats" else set()
+    assert taken.keys() & SETTINGS.keys() == declared | repeated
+    for name in declared:
+        assert taken[name].option_strings == [SETTINGS[name].option]
+        assert taken[name].default == argparse.SUPPRESS
+
+
+def test_the_page_and_the_schema_are_what_the_declarations_give() -> None:
+    """If not, `python docs/settings.py` makes them."""
+    made = runpy.run_path(str(ROOT / "docs" / "settings.py"))
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert made["page"](page) == page
+    for setting in SETTINGS.values():
+        assert f"| `{setting.name}` |" in page
+    assert made["schema_text"]() == SCHEMA.read_text(encoding="utf-8")
+    Draft202012Validator.check_schema(json.loads(SCHEMA.read_text(encoding="utf-8")))
+
+
+def test_neither_settings_nor_the_parser_take_the_time_to_import_torch() -> None:
+    program = (
+        "import sys, sage_hub.settings, sage_hub.cli.parser; sage_hub.cli.parser.make_parser();"
+        "print({'torch', 'transformers', 'huggingface_hub', 'numpy'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
 # A sage.yaml that came with a repo on the Hub
 
 
@@ -224,7 +388,7 @@ def hub_settings(hub: LoopbackHub, text: str, **files: bytes) -> Settings:
     """The settings that the sage.yaml of a repo with these files gives."""
     contents = {"sage.yaml": text.encode(), **{f"{n}.jsonl": c for n, c in files.items()}}
     hub.add_repo("org/unlearned", contents)
-    return load_settings({}, config=None, unlearned=HubFiles("org/unlearned", None))
+    return load_settings({}, config=None, unlearned="org/unlearned")[0]
 
 
 def test_a_repo_brings_its_settings_and_sets(hub: LoopbackHub) -> None:

@@ -26,11 +26,10 @@ from filelock import FileLock
 from frontier import mean
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sage_hub.architecture import quiet_transformers
-from sage_hub.calibrate import calibrate
-from sage_hub.checkpoint import open_checkpoint
-from sage_hub.demo_models import load_smollm2
-from sage_hub.progress import SILENT
+from sage_hub.calibration.calibrate import calibrate
+from sage_hub.checkpoint.architecture import quiet_transformers
+from sage_hub.checkpoint.index import open_checkpoint
+from sage_hub.commands.demo_models import load_smollm2
 from sage_hub.settings import Settings
 
 METHODS = ("NPO", "GradDiff", "RMU", "GradAscent", "SimNPO")
@@ -117,7 +116,6 @@ class Workshop:
                 {to / f"{key}.safetensors": sets for key, sets in files.items()},
                 settings,
                 weights=checkpoint.fingerprint(),
-                progress=SILENT,
             )
 
         recipe = {"base": self.base.name, "files": list(files), "version": 2}

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sage_hub.encoding import Encoded, encode
-from sage_hub.proxies import Proxy, parse_rows, read_proxy
+from sage_hub.rows.encoding import Encoded, encode
+from sage_hub.rows.forms import parse_rows
+from sage_hub.rows.proxies import Proxy
+from sage_hub.rows.sources import read_proxy
 
 ROWS_PER_AUTHOR = 20
 HUB = "locuslab/TOFU"

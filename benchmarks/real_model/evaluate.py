@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_hub.encoding import Batch, Encoded, batches
+from sage_hub.rows.encoding import Batch, Encoded, batches
 
 BATCH = 10
 

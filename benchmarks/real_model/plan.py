@@ -22,9 +22,7 @@ class Config:
     strength: Mapping[str, Any]
     gains: tuple[float, ...] = GAINS
     retain: str = MAIN  # which retain proxy
-    # What is outside of the linear maps: as in the "source" or the "base", or "filtered" as
-    # `--parameters all` does.
-    others: str = "source"
+    others: str = "source"  # or "base": what is outside of the linear maps is as there
     drop: float = 0.0  # share of the weights, those with most retain per forget bias, left alone
     weigh: float = 0.0  # the power of forget per retain bias that each weight's gain goes with
     match: bool = False  # the closed-form gain too
@@ -129,7 +127,6 @@ SKETCHES = [
 ]
 PARTS = [
     _sage(10, 0.9, others="base"),
-    _sage(10, 0.9, others="filtered"),
     _sage(10, 0.9, drop=0.1),
     _sage(10, 0.9, drop=0.3),
     _sage(10, 0.9, weigh=0.5),

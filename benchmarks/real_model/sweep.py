@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -25,14 +25,9 @@ from frontier import mean
 from plan import SCALED, Config
 from torch import Tensor
 
-from sage_hub.checkpoint import open_checkpoint
-from sage_hub.gain import turned_up
-from sage_hub.moments import Spectrum
-from sage_hub.plan import make_plan
-from sage_hub.sage import matching_gain
-from sage_hub.shards import Filter
-from sage_hub.statistics import Statistics, open_statistics
-from sage_hub.weights import Blend
+from sage_hub.calibration.statistics import Statistics, open_statistics
+from sage_hub.method.moments import Spectrum
+from sage_hub.method.sage import matching_gain
 
 VERSION = 1
 BIAS_ENERGY = 0.99  # directions beyond it count as their mean in a bias, as in the product
@@ -113,7 +108,7 @@ class Bench:
         """The weights of all linear maps but the head."""
         statistics = self.statistics(MAIN)
         sites = statistics.site_of.items()
-        return [f"{module}.weight" for module, site in sites if site.sees == "input"]
+        return [f"{module}.weight" for module, site in sites if not site.expert]
 
     @cached_property
     def linear(self) -> dict[str, Any]:
@@ -183,26 +178,16 @@ class Bench:
             self.biases[name] = one, other
         return self.biases[name]
 
-    def product(self, config: Config) -> Callable[[float], Blend]:
-        """What sage-hub itself makes of any parameter with `--parameters all`: γ -> weights."""
-        statistics = self.statistics(config.retain)
-        sides = open_checkpoint(str(self.shop.base)), open_checkpoint(str(self.folder))
-        plan = make_plan(*sides, parameters="all").observed(statistics.site_of)
-        return turned_up(plan, statistics, Filter(**config.strength, rank=None), {})
-
     @torch.no_grad()
     def apply(self, config: Config, update: Mapping[str, Tensor], gain: float) -> None:
         """Put W_b + γD into the model; αΔ and LiNeS scale everything, others linear maps."""
         whole = config.method in ("scaled", "lines")
-        blend = self.product(config)(gain) if config.others == "filtered" else None
         for name, weight in self.weights.items():
             base = self.base[name]
             if name in update:
                 weight.copy_(base.float().add(update[name], alpha=gain))
             elif config.others == "base":
                 weight.copy_(base)
-            elif blend is not None:
-                weight.copy_(blend(name, base, base.float().add(self.delta[name])))
             else:
                 weight.copy_(base.float().add(self.delta[name], alpha=gain if whole else 1.0))
 

@@ -15,7 +15,7 @@ from evaluate import answer_logp
 from torch import Tensor
 from torch.nn.functional import logsigmoid, mse_loss
 
-from sage_hub.encoding import Batch, Encoded, batches
+from sage_hub.rows.encoding import Batch, Encoded, batches
 
 Step: TypeAlias = Callable[[Any, "Batches"], Tensor]  # (model, batches of a step) -> loss
 

@@ -1,0 +1,1 @@
+"""What the base model's layers see of the proxies, and what it takes to find out."""

@@ -1,0 +1,233 @@
+"""Run the proxies through the base model, block by block, and write what every site has seen."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sage_hub.calibration.cache import link, statistics_key
+from sage_hub.calibration.journal import Journal, journal_of
+from sage_hub.calibration.observe import View, watching
+from sage_hub.calibration.sets import CalibrationSet, notes_on, origin_of, plan_sets
+from sage_hub.calibration.statistics import is_whole, stored_energy, write_statistics
+from sage_hub.checkpoint.files import digest
+from sage_hub.checkpoint.index import Checkpoint
+from sage_hub.method.moments import (
+    Moment,
+    SecondMoment,
+    SketchedMoment,
+    Spectrum,
+    sketch_width,
+    spectrum,
+)
+from sage_hub.model.blocks import Block, BlockModel, open_blocks
+from sage_hub.model.sites import Site, find_sites
+from sage_hub.model.spill import Spill
+from sage_hub.model.weights import open_weights
+from sage_hub.rows.encoding import Batch
+from sage_hub.rows.proxies import Proxy
+from sage_hub.runtime.ranks import Ranks
+from sage_hub.runtime.run import Run
+from sage_hub.settings import Settings
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    files: Mapping[Path, Mapping[str, Proxy]],
+    settings: Settings,
+    *,
+    weights: str,
+    run: Run = Run(),  # noqa: B008 - frozen
+) -> None:
+    """Calibrate `checkpoint` and write statistics files: path -> its proxies (set -> rows).
+
+    Several files come from one pass over the weights, in which a proxy that is in several of them
+    is run once; each is, byte for byte on a CPU, what it is if it is made alone. `weights` is the
+    checkpoint's fingerprint, which its caller has computed already. The folder `run.stats_cache` is
+    looked into first, and gets what was made; its files are named by all that they depend on.
+
+    Raises OutOfMemoryError if `settings.memory` is too little, NonFiniteError with site and row
+    at the first NaN or Inf in an activation. With several ranks each takes a part of the rows,
+    and the first writes the files, which all must be able to read.
+    """
+    cache, ranks, note = run.stats_cache, run.ranks, run.progress.note
+    if cache is None:
+        _calibrate(checkpoint, files, settings, weights, run)
+        return
+    kept = {
+        path: cache / f"{statistics_key(checkpoint, proxies, settings, weights)}.safetensors"
+        for path, proxies in files.items()
+    }
+    missing = {
+        path: proxies
+        for path, proxies in files.items()
+        if not ranks.once(partial(is_whole, kept[path]))
+    }
+    if not missing:
+        note(f"The statistics are in {cache} already; nothing is calibrated.")
+    elif len(missing) < len(files):
+        found = len(files) - len(missing)
+        note(f"{found} of {len(files)} statistics files are in {cache} already.")
+    if missing:
+        _calibrate(checkpoint, missing, settings, weights, run)
+    for path in files:
+        there, here = (path, kept[path]) if path in missing else (kept[path], path)
+        ranks.once(partial(link, there, here))
+
+
+def _calibrate(
+    checkpoint: Checkpoint,
+    files: Mapping[Path, Mapping[str, Proxy]],
+    settings: Settings,
+    weights: str,
+    run: Run,
+) -> None:
+    ranks, note = run.ranks, run.progress.note
+    sites = find_sites(checkpoint.empty_model())
+    with ExitStack() as stack:
+        reader = stack.enter_context(open_weights(checkpoint))
+        model = stack.enter_context(open_blocks(checkpoint, reader, settings.device))
+        sets, room = plan_sets(checkpoint, files, settings, model, sites)
+        folder = next(iter(files)).parent
+        hidden = [stack.enter_context(Spill(folder, room / len(sets))) for _ in sets]
+        keys = [statistics_key(checkpoint, own, settings, weights) for own in files.values()]
+        key = digest({"files": keys, "processes": ranks.count})
+        journals = {
+            path: stack.enter_context(Journal(journal_of(path), key))
+            for path in files
+            if ranks.first
+        }
+        within = {path: [part for part in sets if path in part.files] for path in files}
+        done = ranks.once(lambda: _go_on(journals, sets))
+        if done:
+            note(f"{done} of {len(model.blocks)} blocks were calibrated already.")
+        total = sum(part.tokens for part in sets)
+        bar = stack.enter_context(run.progress.counter("Calibrating", total, "tok"))
+        place = 0  # of two that each batch has, where its hidden states are
+        for number, block in enumerate(model.blocks if done < len(model.blocks) else ()):
+            # A block that was done is run for what comes behind it alone.
+            seen = model.sites_of(block, sites) if number >= done else []
+            places = place, 1 - place if any(site.expert for site in seen) else place
+            with model.holding(block, reader):
+                for part, states in zip(sets, hidden, strict=True):
+                    look = _Look(model, block, part, settings, ranks)
+                    moments = look.at(seen, states, places, bar)
+                    for site, found in _decompose(seen, moments, settings, ranks):
+                        for path in part.files if ranks.first else ():
+                            journals[path].add(f"{part.name}/{site.name}", found)
+            place = places[1]
+            rows = sum(len(part.rows) for part in sets) * bar.n / total
+            bar.set_postfix_str(f"{rows / (bar.format_dict['elapsed'] or 1):.3g} row/s")
+            for path, journal in journals.items() if number >= done else ():
+                journal.finish_block({part.name: part.starved for part in within[path]})
+        for path, journal in journals.items():
+            origin = origin_of(checkpoint, weights, within[path], settings)
+            write_statistics(path, origin, sites, journal)
+        for journal in journals.values():
+            journal.remove()
+        ranks.all(None)  # the files are there when the others go on
+    for part in sets:
+        for sentence in notes_on(part, sites):
+            note(sentence)
+
+
+def _go_on(journals: Mapping[Path, Journal], sets: Sequence[CalibrationSet]) -> int:
+    """How many blocks are done in all `journals`; `sets` get to be as they were behind them."""
+    done = min(len(journal.notes) for journal in journals.values())
+    for journal in journals.values():
+        journal.keep(done)
+    for part in sets if done else ():
+        part.starved.extend(journals[part.files[0]].notes[-1][part.name])
+    return done
+
+
+def _decompose(
+    sites: Sequence[Site], moments: dict[str, Moment], settings: Settings, ranks: Ranks
+) -> Iterator[tuple[Site, Spectrum]]:
+    """The spectra of `moments`, which are dropped as they are done, in the first rank.
+
+    Every rank decomposes every n-th.
+    """
+    energy = stored_energy(settings)
+    for start in range(0, len(sites), ranks.count):
+        some = sites[start : start + ranks.count]
+        own = [moments[site.name] for site in ranks.mine(some)]
+        found = ranks.to_first([spectrum(moment, energy, settings.rank) for moment in own])
+        for site in some:
+            del moments[site.name]
+        for site, (one,) in zip(some, found, strict=False):
+            yield site, one
+
+
+def _add_up(moments: Collection[Moment], ranks: Ranks) -> None:
+    """Put what all ranks have seen into each of them."""
+    tokens = torch.tensor([moment.tokens for moment in moments])
+    sketches = [moment for moment in moments if isinstance(moment, SketchedMoment)]
+    squares = torch.tensor([moment.squares for moment in sketches], dtype=torch.float64)
+    for tensor in (tokens, squares, *(moment.total for moment in moments)):
+        ranks.add_up(tensor)
+    for moment, count in zip(moments, tokens.tolist(), strict=True):
+        moment.tokens = count
+    for sketch, sum_of in zip(sketches, squares.tolist(), strict=True):
+        sketch.squares = sum_of
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One set on its way through one block."""
+
+    model: BlockModel
+    block: Block
+    part: CalibrationSet
+    settings: Settings
+    ranks: Ranks
+
+    def at(
+        self, sites: Sequence[Site], hidden: Spill, places: tuple[int, int], bar: Any
+    ) -> dict[str, Moment]:
+        """The moments of what `sites` take in, by name. Raises NonFiniteError.
+
+        `hidden` has the states of batch n before the block at 2 n + places[0], and gets those
+        behind it at 2 n + places[1]. An expert sees the tokens that are routed to it. Where those
+        are fewer than it has features, they say too little, and it is shown the input of its whole
+        block instead, in a second pass; the set names these.
+        """
+        part, block, ranks = self.part, self.block, self.ranks
+        moments = {site.name: self._moment(site) for site in sites}
+        view = View(part.rows, f"{part.name} proxy ({part.about['name']})")
+
+        def batches_run() -> Iterator[tuple[int, Batch, Tensor]]:
+            for number, batch in enumerate(ranks.mine(part.batches)):
+                view.show(batch, self.model.device)
+                before = hidden.get(2 * number + places[0])
+                yield number, batch, self.model.run(block, batch, before)
+
+        with watching(self.model, sites, moments, view):
+            for number, batch, states in batches_run():
+                if not block.finishes:
+                    hidden.put(2 * number + places[1], states)
+                bar.update(ranks.count * int(batch.mask.sum()) / len(self.model.blocks))
+        _add_up(moments.values(), ranks)
+        starved = [site for site in sites if site.expert and moments[site.name].tokens < site.size]
+        moments |= {site.name: self._moment(site) for site in starved}
+        with watching(self.model, starved, moments, view, routed=False):
+            for _ in batches_run() if starved else ():
+                pass
+        _add_up([moments[site.name] for site in starved], ranks)
+        part.starved.extend(site.name for site in starved)
+        return moments
+
+    def _moment(self, site: Site) -> Moment:
+        if site.name in self.part.sketched:
+            seed = zlib.crc32(site.name.encode()) ^ self.settings.seed
+            width = sketch_width(site.size, self.settings.rank)
+            return SketchedMoment(site.size, width, seed, self.settings.device)
+        return SecondMoment(site.size, self.settings.device)

@@ -1,0 +1,141 @@
+"""The spectra that a calibration has finished, kept block by block until its file is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from sage_hub.checkpoint.tensorfile import DTYPES, dtype_name, raw_bytes
+from sage_hub.errors import TargetError
+from sage_hub.method.moments import Spectrum
+
+
+def journal_of(path: Path) -> Path:
+    """The folder beside the statistics file `path` in which its journal is kept."""
+    return path.with_name(f".{path.name}.partial")
+
+
+class Journal:
+    """Spectra by name, block by block, in a folder that outlives a run that is stopped.
+
+    One file holds the numbers, another a line of JSON for each finished block, which is written
+    once the numbers are on the disk. What is not of a finished block, or was begun under another
+    `key`, is dropped when it is opened. A context manager; it raises TargetError if another run
+    has the folder.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = folder
+        self.notes: list[dict[str, Any]] = []  # of each finished block, what was said of it
+        self._key = key
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._open_block: dict[str, dict[str, Any]] = {}
+
+    def __enter__(self) -> Journal:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / "lock")
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise TargetError(
+                f"Another run calibrates into {self.folder} at this moment; wait for it, or choose "
+                "another output."
+            ) from None
+        self._data = (self.folder / "spectra").open("a+b")
+        self._index = (self.folder / "blocks.jsonl").open("a+b")
+        self.keep(len(self._recalled()))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._data.close()
+        self._index.close()
+        if not self._entries:  # a block without sites is soon run again
+            self.remove()
+        self._lock.release()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def keep(self, blocks: int) -> None:
+        """Drop all but the first `blocks`."""
+        lines, head = self._recalled()[:blocks], _line({"key": self._key})
+        self._index.truncate(len(head) + sum(len(_line(line)) for line in lines) if lines else 0)
+        if not lines:
+            self._index.write(head)
+            self._index.flush()
+        self._data.truncate(lines[-1]["end"] if lines else 0)
+        self._entries = {name: one for line in lines for name, one in line["entries"].items()}
+        self.notes = [line["note"] for line in lines]
+
+    def add(self, name: str, found: Spectrum) -> None:
+        """Take in a spectrum of the block that is not finished yet."""
+        parts: dict[str, tuple[str, list[int], int]] = {}
+        for part, tensor in (("basis", found.basis), ("values", found.values)):
+            start = self._data.seek(0, os.SEEK_END)
+            parts[part] = dtype_name(tensor.dtype), list(tensor.shape), start
+            self._data.write(raw_bytes(tensor))
+        about = {"trace": found.trace, "tokens": found.tokens, "missed": found.missed}
+        self._open_block[name] = {**about, "parts": parts}
+
+    def finish_block(self, note: Mapping[str, Any]) -> None:
+        """From here on the spectra that were added outlive the run, with a `note`."""
+        self._data.flush()
+        os.fsync(self._data.fileno())
+        end = self._data.seek(0, os.SEEK_END)
+        self._index.write(_line({"entries": self._open_block, "end": end, "note": note}))
+        self._index.flush()
+        os.fsync(self._index.fileno())
+        self._entries |= self._open_block
+        self._open_block = {}
+        self.notes.append(dict(note))
+
+    def scalars(self, name: str) -> dict[str, Any]:
+        """Trace, tokens and what was missed, of a spectrum."""
+        return {key: value for key, value in self._entries[name].items() if key != "parts"}
+
+    def empty(self, name: str, part: str) -> Tensor:
+        """The "basis" or the "values" of a spectrum, without its numbers."""
+        dtype, shape, _ = self._entries[name]["parts"][part]
+        return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+
+    def read(self, name: str, part: str) -> Tensor:
+        """The "basis" or the "values" of a spectrum."""
+        tensor = torch.empty_like(self.empty(name, part), device="cpu")
+        self._data.seek(self._entries[name]["parts"][part][2])
+        self._data.readinto(raw_bytes(tensor))
+        return tensor
+
+    def remove(self) -> None:
+        """Remove all of it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.notes = []
+
+    def _recalled(self) -> list[dict[str, Any]]:
+        """The lines of the finished blocks that were made under this key and are whole."""
+        size = self._data.seek(0, os.SEEK_END)
+        self._index.seek(0)
+        lines = self._index.read().split(b"\n")[:-1]
+        found: list[dict[str, Any]] = []
+        if not lines or lines[0] != _line({"key": self._key}).strip():
+            return found
+        for line in lines[1:]:
+            try:
+                block = json.loads(line)
+            except ValueError:
+                break
+            if block["end"] > size:
+                break
+            found.append(block)
+        return found
+
+
+def _line(about: Mapping[str, Any]) -> bytes:
+    return json.dumps(about).encode() + b"\n"

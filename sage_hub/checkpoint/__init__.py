@@ -1,0 +1,1 @@
+"""What a model is on disk: files, tensors in them, adapters, and what architecture they are of."""

@@ -1,0 +1,141 @@
+"""The files of a checkpoint: of a local folder, or of a Hub repo."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from sage_hub.checkpoint.hubfiles import HubFiles
+from sage_hub.checkpoint.location import Location, parse_location
+from sage_hub.checkpoint.tensorfile import Header, file_sha256, read_header
+from sage_hub.errors import CorruptCheckpointError, NotFoundError, UsageError
+
+
+class Files(Protocol):
+    """The files of one checkpoint, wherever they are."""
+
+    @property
+    def name(self) -> str:
+        """A name fit to publish: no path of this machine."""
+
+    @property
+    def commit(self) -> str | None:
+        """The commit SHA on the Hub, None for a folder."""
+
+    @property
+    def location(self) -> Location:
+        """Where they lie."""
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Every file with its size in bytes."""
+
+    def path(self, file: str) -> Path:
+        """A local path with the bytes of `file`, fetched if need be."""
+
+    def folder(self, files: list[str]) -> Path:
+        """A local folder that holds `files`."""
+
+    def header(self, file: str) -> Header:
+        """The header of a safetensors file, without its data."""
+
+    def sha256(self, file: str) -> str:
+        """The SHA-256 of `file` in hex."""
+
+    def missing_bytes(self, files: list[str]) -> int:
+        """How many bytes of `files` would have to be downloaded."""
+
+    def close(self, file: str) -> None:
+        """`file` is not needed for now."""
+
+
+def _is_bookkeeping(parts: Sequence[str]) -> bool:
+    """Whether a file is git's, or what `hf download` keeps beside what it has fetched."""
+    return ".git" in parts or parts[:2] == (".cache", "huggingface")
+
+
+class LocalFiles:
+    """The files below a local folder."""
+
+    commit: str | None = None
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise NotFoundError(f"The folder {folder} does not exist.")
+        _check_links(folder)
+        self._folder = folder
+        self.location = Location(folder)
+        self.name = self.location.name
+        self.sizes = {
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and not _is_bookkeeping(path.relative_to(folder).parts)
+        }
+        self._hashes: dict[str, str] = {}
+
+    def path(self, file: str) -> Path:
+        return self._folder / file
+
+    def folder(self, files: list[str]) -> Path:
+        return self._folder
+
+    def header(self, file: str) -> Header:
+        return read_header(self._folder / file)
+
+    def sha256(self, file: str) -> str:
+        if file not in self._hashes:
+            self._hashes[file] = file_sha256(self._folder / file)
+        return self._hashes[file]
+
+    def missing_bytes(self, files: list[str]) -> int:
+        return 0
+
+    def close(self, file: str) -> None:
+        pass
+
+
+def _check_links(folder: Path) -> None:
+    """Raise UsageError if a file of `folder` is a link out of it.
+
+    A snapshot in the Hub's cache, whose files are links to the blobs beside it, is whole.
+    """
+    root = folder.resolve()
+    places = [root]
+    for place in (root, *root.parents):
+        if place.parent.name == "snapshots":
+            places.append(place.parent.with_name("blobs"))
+    for path in folder.rglob("*"):
+        if path.is_file() and not any(path.resolve().is_relative_to(p) for p in places):
+            raise UsageError(
+                f"{path.relative_to(folder)} of {folder.name} is a link to a file outside the "
+                "folder; replace it by a copy of the file."
+            )
+
+
+def open_files(text: str) -> Files:
+    """The files of the repo or folder that `text` names. Raises NotFoundError or AccessError."""
+    location = parse_location(text)
+    if location.folder is None:
+        return HubFiles(location.repo, location.revision)
+    return LocalFiles(location.folder)
+
+
+def read_json(files: Files, name: str) -> dict[str, Any]:
+    """The JSON object in file `name`. Raises NotFoundError or CorruptCheckpointError."""
+    if name not in files.sizes:
+        raise NotFoundError(f"{files.name} has no {name}; it is not a transformers checkpoint.")
+    try:
+        content = json.loads(files.path(name).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise CorruptCheckpointError(f"{name} of {files.name} is not a JSON object.")
+    return content
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """A SHA-256 over `content`, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

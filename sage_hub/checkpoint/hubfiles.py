@@ -1,0 +1,147 @@
+"""The files of a Hub repo at one commit, compared with the Hub's own hashes as they are read."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from pathlib import Path
+
+from huggingface_hub import DatasetInfo, HfApi, ModelInfo, hf_hub_download
+from huggingface_hub.errors import SafetensorsParsingError
+from huggingface_hub.utils.sha import git_hash
+
+from sage_hub.checkpoint.location import Location
+from sage_hub.checkpoint.tensorfile import Header, check_header, file_sha256
+from sage_hub.errors import CorruptCheckpointError, NotFoundError
+from sage_hub.hub.client import DamagedError, ask, reading_token
+
+DOWNLOADING = 4  # files at a time
+
+
+class HubFiles:
+    """The files of a Hub repo at one commit, resolved before the first byte is read.
+
+    What is read is compared with the hash that the Hub has of it, and fetched anew if it differs.
+    """
+
+    def __init__(
+        self,
+        repo: str,
+        revision: str | None = None,
+        *,
+        kind: str = "model",
+        api: HfApi | None = None,
+    ) -> None:
+        self._kind = kind
+        self._api = api or HfApi(token=reading_token())
+        self._shown = repo if kind == "model" else f"{kind} {repo}"
+        about = self._api.model_info if kind == "model" else self._api.dataset_info
+        info: ModelInfo | DatasetInfo = ask(
+            self._shown,
+            lambda: about(repo, revision=revision, files_metadata=True),
+            revision,
+        )
+        if info.sha is None or info.siblings is None:
+            raise NotFoundError(f"{repo} has no commit yet.")
+        self.name = repo
+        self.location = Location(None, repo, revision)
+        self.commit: str = info.sha
+        self.private = bool(info.private)
+        self.sizes = {s.rfilename: s.size or 0 for s in info.siblings}
+        self._lfs = {s.rfilename: s.lfs.sha256 for s in info.siblings if s.lfs is not None}
+        self._git = {s.rfilename: s.blob_id for s in info.siblings}
+        self._compared: set[str] = set()
+        self._passing: Path | None = None
+
+    def path(self, file: str) -> Path:
+        passes = bool(
+            self._passing and file.endswith(".safetensors") and self.missing_bytes([file])
+        )
+        anew = False
+
+        def fetch() -> Path:
+            nonlocal anew
+            path = Path(
+                hf_hub_download(
+                    self.name,
+                    file,
+                    repo_type=self._kind,
+                    revision=self.commit,
+                    local_dir=self._passing if passes else None,
+                    force_download=anew,
+                    token=self._api.token,
+                )
+            )
+            if passes or file not in self._compared:
+                anew = True
+                self._compare(file, path)
+                self._compared.add(file)
+            return path
+
+        return ask(self._shown, fetch, self.commit)
+
+    def _compare(self, file: str, path: Path) -> None:
+        """Raise DamagedError if `path` has other bytes than `file` has on the Hub."""
+        if file in self._lfs:
+            same = file_sha256(path) == self._lfs[file]
+        else:
+            same = self._git[file] in (None, git_hash(path.read_bytes()))
+        if not same:
+            raise DamagedError(f"{file} has another hash than on the Hub")
+
+    def passing(self, folder: Path) -> HubFiles:
+        """The same files, of which weights come into `folder` and go when they are closed.
+
+        What is in the cache already is used from there, and stays.
+        """
+        files = copy(self)
+        files._passing = folder
+        return files
+
+    def folder(self, files: list[str]) -> Path:
+        with ThreadPoolExecutor(DOWNLOADING) as pool:
+            paths = list(pool.map(self.path, files))
+        return paths[0].parents[files[0].count("/")]
+
+    def header(self, file: str) -> Header:
+        try:
+            found = ask(
+                self._shown,
+                lambda: self._api.parse_safetensors_file_metadata(
+                    self.name, file, revision=self.commit
+                ),
+                self.commit,
+            )
+        except (SafetensorsParsingError, TypeError, AttributeError):
+            # The client catches some shapes of garbage and stumbles over others.
+            raise CorruptCheckpointError(
+                f"{file} in {self.name} is not a valid safetensors file (its header cannot be "
+                "read); upload it again."
+            ) from None
+        fields = {
+            name: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}
+            for name, t in found.tensors.items()
+        }
+        # Where the data starts is known only once the file is here, and needed only then.
+        return check_header(fields, found.metadata or {}, 0, f"{file} in {self.name}")
+
+    def sha256(self, file: str) -> str:
+        if file in self._lfs:
+            return self._lfs[file]
+        return file_sha256(self.path(file))
+
+    def missing_bytes(self, files: list[str]) -> int:
+        from huggingface_hub import try_to_load_from_cache
+
+        return sum(
+            self.sizes[file]
+            for file in files
+            if not isinstance(
+                try_to_load_from_cache(self.name, file, revision=self.commit, repo_type=self._kind),
+                (str, Path),
+            )
+        )
+
+    def close(self, file: str) -> None:
+        if self._passing is not None:
+            (self._passing / file).unlink(missing_ok=True)

@@ -1,0 +1,119 @@
+"""sage.yaml: found, checked line by line, and its paths taken as relative to it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sage_hub.checkpoint.files import Files, open_files
+from sage_hub.errors import NotFoundError, UsageError
+from sage_hub.settings import SETS, SETTINGS, Settings
+
+CONFIG = "sage.yaml"
+NAME_FILES = (*SETS, "unseen", "bystanders", "reference", "lm_eval", "results", "card_template")
+
+
+def load_settings(
+    given: Mapping[str, Any], *, config: Path | None, unlearned: str | None
+) -> tuple[Settings, str | None]:
+    """Settings from `given` (the command line), then sage.yaml, then the defaults.
+
+    The file is `config`, else sage.yaml in the current folder, else the one in the repo or folder
+    `unlearned`. Returns what it is called too, None if there is none. Raises UsageError with file
+    and line.
+    """
+    if config is None and Path(CONFIG).is_file():
+        config = Path(CONFIG)
+    if config is not None:
+        if not config.is_file():
+            raise NotFoundError(f"The settings file {config} does not exist.")
+        shown = str(config)
+        values = _beside(_parse(config, shown), config.parent)
+    elif unlearned is not None and CONFIG in (files := open_files(unlearned)).sizes:
+        shown, path = f"{CONFIG} of {files.name}", files.path(CONFIG)
+        values = _parse(path, shown)
+        theirs = files.commit is not None
+        values = _in_repo(values, files, shown) if theirs else _beside(values, path.parent)
+    else:
+        return Settings(**given), None
+    return Settings(**{**values, **given}), shown
+
+
+def _parse(path: Path, shown: str) -> dict[str, Any]:
+    """The settings in a file, checked. Raises UsageError with the file and the line."""
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        values = None if node is None else loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{shown}{line}: not valid YAML.") from None
+    if values is None:
+        return {}
+    if not (isinstance(values, dict) and isinstance(node, yaml.MappingNode)):
+        raise UsageError(f"{shown} must be a mapping of settings.")
+    places = {
+        loader.construct_object(key): f"{shown}, line {key.start_mark.line + 1}"
+        for key, _ in node.value
+    }
+    for key, value in values.items():
+        if key not in SETTINGS:
+            close = difflib.get_close_matches(str(key), SETTINGS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(SETTINGS)}."
+            raise UsageError(f"{places[key]}: unknown setting {key!r}; {hint}")
+        _check({key: value}, places[key])
+    _check(values, shown)
+    return values
+
+
+def _check(values: dict[str, Any], place: str) -> None:
+    try:
+        Settings(**values)
+    except UsageError as error:
+        raise UsageError(f"{place}: {error}") from None
+
+
+def _placed(values: dict[str, Any], place: Callable[[str, str], str]) -> dict[str, Any]:
+    """`values` with each file that they name where `place` (setting, file) says it is."""
+
+    def found(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: found(name, one) for key, one in value.items()}
+        if name == "lm_eval":
+            tasks = map(str.strip, value.split(","))
+            return ",".join(place(name, t) if t.endswith((".yaml", ".yml")) else t for t in tasks)
+        is_repo = name == "reference" and not value.startswith((".", "/", "~"))
+        ours = name == "card_template" and value == "short"
+        return value if is_repo or ours or value.startswith("hf://") else place(name, value)
+
+    return {
+        name: found(name, value) if value and name in NAME_FILES else value
+        for name, value in values.items()
+    }
+
+
+def _in_repo(values: dict[str, Any], files: Files, shown: str) -> dict[str, Any]:
+    """A file that came with somebody's repo may name files of that repo, not of this machine."""
+
+    def place(name: str, file: str) -> str:
+        if name == "lm_eval":
+            raise UsageError(f"{shown}: lm_eval must name tasks; a task's file may run code.")
+        if name == "reference":
+            raise UsageError(f"{shown}: reference must be a repo of the Hub.")
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise UsageError(f"{shown}: {name} must be a file of the repo or hf://datasets/….")
+        return str(files.path(file))
+
+    return _placed(values, place)
+
+
+def _beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The paths in a settings file are relative to it."""
+    if folder == Path():
+        return values
+    return _placed(values, lambda _, file: str(folder / Path(file).expanduser()))

@@ -1,0 +1,51 @@
+"""`sage-hub audit`: how much an update disturbs retained inputs, without writing anything."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sage_hub.calibration.statistics import find_ready
+from sage_hub.checkpoint.pair import open_pair
+from sage_hub.commands.job import Job
+from sage_hub.commands.survey import check_given_statistics, read_proxies
+from sage_hub.repair.bias import summarize
+from sage_hub.repair.matching import make_plan
+from sage_hub.repair.update import Filter, Update
+from sage_hub.runtime.run import Run
+from sage_hub.settings import Settings
+
+
+def audit(
+    base: str,
+    unlearned: str,
+    *,
+    settings: Settings = Settings(),  # noqa: B008 - frozen
+    statistics: str | Path | None = None,
+    run: Run = Run(),  # noqa: B008 - frozen
+) -> dict[str, Any]:
+    """Activation bias of the update, per module and for the model; writes no weights.
+
+    The result is that of `bias.summarize`, with the sources' names and the settings.
+    """
+    ready = None if statistics is None else find_ready(statistics)
+    settings = settings.resolve_device()
+    plan = make_plan(open_pair(base, unlearned))
+    if plan.problems:
+        raise plan.problems[0]
+    proxies = read_proxies(settings.to_calibrate(), calibrates=ready is None)
+    fingerprints = {
+        "base": plan.base.fingerprint(run.progress),
+        "tokenizer": plan.base.tokenizer_fingerprint(),
+    }
+    job = Job(plan, settings, proxies, fingerprints, ready, run=run)
+    check_given_statistics(job)
+    how = Filter(*settings.sharpness, settings.rank)
+    with (
+        tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch,
+        job.calibrated(Path(scratch) / "statistics.safetensors", forget=True) as opened,
+    ):
+        update = Update(plan.observed(opened.site_of), opened, how, settings.device)
+        names = {"base": plan.base.name, "unlearned": plan.unlearned.name}
+        return {**names, "settings": settings.describe(), **summarize(update.measure(run))}

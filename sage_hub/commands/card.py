@@ -1,0 +1,23 @@
+"""`sage-hub card`: write the card of a release again, from its record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sage_hub.errors import NotFoundError
+from sage_hub.record.card import write_card
+from sage_hub.record.manifest import MANIFEST, REPORT, REPORT_VERSION, read_record
+
+
+def rewrite(folder: Path, template: str | None = None) -> Path:
+    """Write the card in the release `folder` again, from its record; the path of it.
+
+    Raises NotFoundError if there is no record of this version.
+    """
+    manifest, report = (read_record(folder / name) for name in (MANIFEST, REPORT))
+    if not manifest or report.get("format_version") != REPORT_VERSION:
+        raise NotFoundError(
+            f"{folder} holds no record of this version of sage-hub ({MANIFEST}, {REPORT})."
+        )
+    write_card(folder, manifest, report, template)
+    return folder / "README.md"

@@ -1,0 +1,61 @@
+"""`sage-hub eval`: any models on the same rows, and how they differ from the first."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
+from sage_hub.checkpoint.pair import open_unlearned
+from sage_hub.commands.survey import read_proxies
+from sage_hub.errors import UsageError
+from sage_hub.evaluation import harness
+from sage_hub.evaluation.evaluate import Candidate, Study, evaluate
+from sage_hub.record.manifest import make_report
+from sage_hub.runtime.progress import Clock
+from sage_hub.runtime.run import Run
+from sage_hub.settings import Settings
+
+
+def evaluate_models(
+    models: Sequence[str],
+    *,
+    settings: Settings = Settings(),  # noqa: B008 - frozen
+    run: Run = Run(),  # noqa: B008 - frozen
+) -> dict[str, Any]:
+    """Evaluate `models`, repos of the Hub or folders, on the sets of `settings`, in turn.
+
+    The first is what the others are compared with, and the base of those that are adapters; all
+    see rows as tokens of its tokenizer. The result is a report as in a release (docs/formats.md),
+    with `models` that maps each name to its commit. Raises UsageError without any set.
+    """
+    settings = settings.resolve_device()
+    if len(set(models)) < len(models):
+        raise UsageError("A model is given twice; name each of them once.")
+    if "reference" in models:
+        raise UsageError("A model cannot be called 'reference' here; write ./reference.")
+    if not settings.sets:
+        raise UsageError("Nothing to evaluate on; give --forget, --retain, --heldout or others.")
+    harness.check_available(settings.lm_eval)
+    proxies = read_proxies(settings, calibrates=False)
+    first = open_checkpoint(models[0])
+    sides: dict[str, Checkpoint] = {models[0]: first}
+    sides |= {name: open_unlearned(name, first) for name in models[1:]}
+    candidates = {name: Candidate(side) for name, side in sides.items()}
+    if settings.reference:
+        candidates["reference"] = Candidate(open_checkpoint(settings.reference))
+    study = Study(
+        proxies,
+        tokens_of=first,
+        compared=[(name, models[0]) for name in models[1:]],
+        robust=list(sides),
+        origin=models[0],
+    )
+    clock = Clock()
+    with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
+        found = evaluate(candidates, study, settings, Path(scratch), run)
+    clock.lap("evaluate")
+    report = make_report(found, settings, clock.laps, alpha=None, card={})
+    return {"models": {name: side.commit for name, side in sides.items()}, **report}

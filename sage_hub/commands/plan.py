@@ -1,0 +1,28 @@
+"""`sage-hub plan`: what a run takes, from a config alone."""
+
+from __future__ import annotations
+
+from sage_hub.calibration.estimate import Estimate, estimate, probe
+from sage_hub.checkpoint.files import open_files
+from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
+from sage_hub.rows.encoding import row_limit
+from sage_hub.settings import Settings
+
+
+def forecast(base: str, settings: Settings) -> Estimate:
+    """What it takes to calibrate `base` and to sanitize an update of it, and how long, here.
+
+    `base` may be a config alone. The proxies are taken to be as long as the settings allow.
+    """
+    settings = settings.resolve_device()
+    files = open_files(base)
+    whole = any(name.endswith(".safetensors") for name in files.sizes)
+    checkpoint = open_checkpoint(base) if whole else Checkpoint(files, {})
+    model = checkpoint.empty_model()
+    return estimate(
+        model,
+        settings,
+        tokens=settings.max_tokens,
+        longest=row_limit(checkpoint, settings.max_length),
+        rates=probe(model.dtype, settings.device),
+    )

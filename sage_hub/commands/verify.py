@@ -1,0 +1,83 @@
+"""`sage-hub verify`: whether a release is what its manifest says, and comes out so again."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from sage_hub.commands.push import sanitize
+from sage_hub.errors import NotFoundError, UsageError, VerificationError
+from sage_hub.publish.verify import Verification, read_manifest, verify
+from sage_hub.record import card
+from sage_hub.runtime.run import Run
+from sage_hub.settings import Settings
+
+
+def check(
+    release: str,
+    *,
+    rebuild: bool = False,
+    run: Run = Run(),  # noqa: B008 - frozen
+) -> Verification:
+    """Compare the files of `release` with its manifest; with `rebuild` those made again, too."""
+    found = verify(release, run.progress)
+    if rebuild:
+        found = replace(found, differences=(*found.differences, *_rebuild(release, run)))
+    return found
+
+
+def raise_differences(found: Verification) -> None:
+    """Raise VerificationError if there are any."""
+    if found.differences:
+        raise VerificationError(
+            f"{found.name} is not what its manifest says: {len(found.differences)} "
+            f"difference{'s' if len(found.differences) > 1 else ''}."
+        )
+
+
+def _rebuild(release: str, run: Run) -> list[str]:
+    """Make `release` again from what its manifest states, and compare the hashes of all files.
+
+    Sources on the Hub are taken at the recorded commits, local ones and proxies by their names
+    from the current folder. Returns each difference in one sentence.
+    """
+    manifest = read_manifest(release)
+    base, unlearned = (
+        card.recorded_source(manifest["sources"][side]) for side in ("base", "unlearned")
+    )
+    settings = Settings.from_record(manifest["settings"]).without_evaluation()
+    device = settings.device
+    try:
+        settings.resolve_device()
+    except UsageError:  # made on a GPU, and there is none
+        settings = replace(settings, device="auto").resolve_device()
+    needed = {base, unlearned, *settings.sets.values(), manifest["statistics"].get("file")}
+    for name in card.local_inputs(manifest):
+        if name in needed and not Path(name).exists():
+            raise NotFoundError(
+                f"{release} was made from {name}, and the record does not say in which folder; run "
+                "this where it is."
+            )
+    with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
+        made = sanitize(
+            base,
+            unlearned,
+            Path(scratch) / "rebuilt",
+            settings=settings,
+            statistics=manifest["statistics"].get("file"),
+            run=run,
+        )
+    found = made.manifest["files"]
+    differences = [
+        f"{name} comes out as {found.get(name, 'nothing')}, not {sha256}"
+        for name, sha256 in manifest["files"].items()
+        if found.get(name) != sha256
+    ]
+    ours = made.manifest["versions"]
+    changed = {lib: v for lib, v in manifest["versions"].items() if ours.get(lib) != v}
+    if differences and settings.device != device:
+        differences.append(f"it was made on {device}, and here on {settings.device}")
+    if differences and changed:
+        differences += [f"{lib} was {v} and is {ours.get(lib)}" for lib, v in changed.items()]
+    return differences

@@ -1,0 +1,1 @@
+"""What models make of the sets, in figures, and how they compare."""

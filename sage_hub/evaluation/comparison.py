@@ -1,0 +1,257 @@
+"""Figures from what models made of rows, and how models compare: with what certainty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sage_hub.evaluation.bootstrap import Estimate, combine, estimate
+from sage_hub.evaluation.metrics import (
+    METRICS,
+    Direction,
+    Seen,
+    direction,
+    forget_quality,
+    membership_auc,
+    model_utility,
+    privleak,
+    recovered,
+)
+from sage_hub.evaluation.robustness import choose_taught
+from sage_hub.evaluation.suites import EvaluationSet
+
+UTILITY = ("probability", "rougeL_recall", "truth_ratio")
+# (model, condition) -> set -> its rows as that model sees them.
+Views = Mapping[tuple[str, str | None], Mapping[str, Sequence[Seen]]]
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """What a figure is of. Without a condition it is of the model as it is."""
+
+    model: str
+    set: str
+    metric: str
+    condition: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A figure of one model, with the 95 % bootstrap interval over its rows if it has one."""
+
+    model: str
+    set: str
+    metric: str
+    condition: str | None
+    value: float
+    interval: tuple[float, float] | None
+    direction: Direction
+    rows: int
+    source: str | None = None  # what measured it, if that was not sage-hub
+    imported: bool = False  # read from the file `source`, not measured in this run
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`model` minus `other`, paired by row; better or worse only if it is more than noise."""
+
+    model: str
+    other: str
+    set: str
+    metric: str
+    condition: str | None
+    value: float
+    interval: tuple[float, float]
+    verdict: str  # "better", "worse" or "within noise"
+
+
+def figures(
+    sets: Sequence[EvaluationSet],
+    seen: Views,
+    seed: int,
+    origin: str,
+) -> tuple[dict[Key, Estimate], list[dict[str, str]]]:
+    """All figures there are, and why others are not."""
+    found: dict[Key, Estimate] = {}
+    absent: list[dict[str, str]] = []
+    for (model, condition), views in seen.items():
+        for one in sets:
+            for name in one.metrics if one.name in views else ():
+                figure = mean_over_rows(name, views[one.name], seed)
+                if figure is not None:
+                    found[Key(model, one.name, name, condition)] = figure
+                elif condition is None:
+                    what, reason = f"{name} on {one.name}", METRICS[name].lacking
+                    absent.append({"what": what, "reason": reason})
+    by_name = {one.name: one for one in sets}
+    for model in {model for model, condition in seen if condition is None}:
+        found |= _utility(found, model)
+    if "forget" in by_name:
+        taught = choose_taught(len(by_name["forget"].rows), seed)
+        found |= _relearning(seen, taught, seed, origin)
+    derived, why = _against_reference(seen, by_name)
+    return found | derived, absent + why
+
+
+def mean_over_rows(name: str, rows: Sequence[Seen], seed: int) -> Estimate | None:
+    """The metric `name` over `rows`; None if it has a value for none of them."""
+    metric = METRICS[name]
+    pairs = [(value, metric.weight(row)) for row in rows if (value := metric.of(row)) is not None]
+    if not pairs:
+        return None
+    values, weights = zip(*pairs, strict=True)
+    return estimate(values, weights, seed=seed, finish=metric.finish)
+
+
+def _utility(found: Mapping[Key, Estimate], model: str) -> dict[Key, Estimate]:
+    """TOFU's model utility, where there are all nine figures that it is made of."""
+    retained = "heldout" if Key(model, "heldout", "probability") in found else "retain"
+    parts = [
+        found.get(Key(model, which, metric))
+        for which in (retained, "real_authors", "world_facts")
+        for metric in UTILITY
+    ]
+    if None in parts:
+        return {}
+    return {Key(model, "all", "model_utility"): model_utility([p for p in parts if p is not None])}
+
+
+def _relearning(
+    seen: Views,
+    taught: Sequence[int],
+    seed: int,
+    origin: str,
+) -> dict[Key, Estimate]:
+    """The part of the way back to `origin` that relearning some rows goes on the others."""
+    found: dict[Key, Estimate] = {}
+
+    def level(model: str, condition: str | None) -> Estimate | None:
+        rows = seen.get((model, condition), {}).get("forget", ())
+        others = rows if condition else [r for i, r in enumerate(rows) if i not in taught]
+        return mean_over_rows("probability", others, seed) if others else None
+
+    base = level(origin, None)
+    taught_again = [model for model, condition in seen if condition == "relearned"]
+    for model in taught_again:
+        if model == origin:
+            continue
+        before, after = level(model, None), level(model, "relearned")
+        if base and before and after and base.value > before.value:
+            found[Key(model, "forget", "relearning_recovery", "relearned")] = combine(
+                lambda b, x, y: (y - x) / (b - x), base, before, after
+            )
+    return found
+
+
+def _against_reference(
+    seen: Views,
+    sets: Mapping[str, EvaluationSet],
+) -> tuple[dict[Key, Estimate], list[dict[str, str]]]:
+    """The metrics that take a model which never saw the forget set, and why others are absent."""
+    found: dict[Key, Estimate] = {}
+    forget, reference = sets.get("forget"), seen.get(("reference", None))
+    if forget is None:
+        return {}, []
+    wanted = []
+    if "truth_ratio" in forget.metrics and any(told.perturbed for told in forget.told):
+        wanted.append("forget_quality")
+    if "unseen" in sets:
+        wanted.append("privleak")
+    if reference is None:
+        reason = "it takes a model that never saw the forget set (--reference)"
+        return {}, [{"what": name, "reason": reason} for name in wanted]
+    for (model, condition), views in seen.items():
+        if condition is not None or model == "reference":
+            continue
+        rows, theirs = views["forget"], reference["forget"]
+        if quality := forget_quality(rows, theirs):
+            p, d = (Estimate(value, len(rows)) for value in quality)
+            found[Key(model, "forget", "forget_quality")] = p
+            found[Key(model, "forget", "forget_quality_D")] = d
+        if "unseen" in sets:
+            own = membership_auc(rows, views["unseen"])
+            leak = privleak(own, membership_auc(theirs, reference["unseen"]))
+            found[Key(model, "forget", "privleak")] = Estimate(leak, len(rows))
+    return found, []
+
+
+def result_of(key: Key, found: Estimate) -> Result:
+    return Result(
+        key.model,
+        key.set,
+        key.metric,
+        key.condition,
+        found.value,
+        found.interval,
+        direction(key.metric, key.set),
+        found.rows,
+    )
+
+
+def differences(
+    estimates: Mapping[Key, Estimate], compared: Sequence[tuple[str, str]]
+) -> list[Difference]:
+    found = []
+    for model, other in compared:
+        for key, mine in estimates.items():
+            theirs = estimates.get(replace(key, model=other)) if key.model == model else None
+            way = direction(key.metric, key.set)
+            if theirs is None or way not in ("higher", "lower"):
+                continue
+            gap = combine(lambda a, b: a - b, mine, theirs)
+            if gap.interval is None:
+                continue
+            found.append(
+                Difference(
+                    model,
+                    other,
+                    key.set,
+                    key.metric,
+                    key.condition,
+                    gap.value,
+                    gap.interval,
+                    verdict(gap.interval, way),
+                )
+            )
+    return found
+
+
+def verdict(interval: tuple[float, float], way: Direction) -> str:
+    """What an interval of differences says, if a `way` of change is the better one."""
+    low, high = interval
+    if low <= 0 <= high:
+        return "within noise"
+    return "better" if (low > 0) == (way == "higher") else "worse"
+
+
+def retain_recovered(estimates: Mapping[Key, Estimate]) -> dict[str, Any] | None:
+    """How much of the lost held-out probability came back."""
+    metric = next((m for m in ("probability", "accuracy") if _held(estimates, m)), None)
+    if metric is None:
+        return None
+    share = recovered(
+        *(estimates[Key(model, "heldout", metric)] for model in ("base", "unlearned", "sanitized"))
+    )
+    if share is None:
+        return None
+    return {"metric": metric, "value": share.value, "interval": share.interval, "rows": share.rows}
+
+
+def _held(estimates: Mapping[Key, Estimate], metric: str) -> bool:
+    return all(
+        Key(model, "heldout", metric) in estimates for model in ("base", "unlearned", "sanitized")
+    )
+
+
+def not_finite(estimates: Mapping[Key, Estimate]) -> list[dict[str, str]]:
+    return [
+        {
+            "what": f"{key.metric} of {key.model} on {key.set}"
+            + (f" ({key.condition})" if key.condition else ""),
+            "reason": f"it came out as {found.value}",
+        }
+        for key, found in estimates.items()
+        if not math.isfinite(found.value)
+    ]

@@ -1,0 +1,202 @@
+"""What a model makes of rows: how probable it finds each token of an answer, what it answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from sage_hub.checkpoint.index import Checkpoint
+from sage_hub.evaluation.suites import Answering
+from sage_hub.model.blocks import BlockModel
+from sage_hub.model.spill import Spill
+from sage_hub.model.weights import Weights
+from sage_hub.rows.encoding import Batch, Encoded, batches, end_tokens, load_tokenizer
+from sage_hub.runtime.machine import GB
+from sage_hub.runtime.run import Run
+from sage_hub.settings import Settings
+
+TAIL = 16  # tokens in which the end of an answer is looked for
+LOGITS = 1 << 24  # at a time: 64 MB in float32
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An answer as a model sees it, token by token, each given all that stands before it."""
+
+    logprobs: np.ndarray  # (tokens,) float32, in nats
+    hits: np.ndarray  # (tokens,) bool: whether it is the token that greedy decoding takes
+
+    @property
+    def tokens(self) -> int:
+        return len(self.logprobs)
+
+    @property
+    def loss(self) -> float:
+        """ℓ, the mean negative log-likelihood per answer token, in nats; NaN of no tokens."""
+        return -float(self.logprobs.mean(dtype=np.float64)) if self.tokens else math.nan
+
+
+@torch.inference_mode()
+def score(
+    model: BlockModel,
+    weights: Weights,
+    rows: Sequence[Encoded],
+    settings: Settings,
+    scratch: Path,
+    *,
+    run: Run = Run(),  # noqa: B008 - frozen
+    what: str = "Evaluating",
+) -> list[Scored]:
+    """Score the answer of each of `rows`; of one that was cut away by truncation no tokens.
+
+    Between two blocks of the model a quarter of `settings.memory` is for hidden states, and the
+    others wait in the folder `scratch`; with several ranks each does a part of the rows. Only
+    answer tokens go through the LM head, and rows that differ in nothing but an answer of one
+    token, as the letters of a multiple-choice question do, are run once.
+    """
+    ranks, kept = run.ranks, settings.memory * GB / 4
+    alike: dict[object, list[int]] = {}
+    for place, row in enumerate(rows):
+        alike.setdefault(row.ids[:-1] if row.answer_tokens == 1 else place, []).append(place)
+    groups = list(alike.values())
+    found: dict[int, Scored] = {}
+    own = ranks.mine(list(batches([rows[group[0]] for group in groups], settings.batch_size)))
+    with run.progress.counter(what, len(groups), "row") as bar, Spill(scratch, kept) as hidden:
+        for block in model.blocks:
+            with model.holding(block, weights, head=True):
+                for number, batch in enumerate(own):
+                    states = model.run(block, batch, hidden.get(number))
+                    if block.finishes:
+                        # What each place of the batch stands for: all of its answers' tokens.
+                        wanted = [
+                            [rows[place].ids[rows[place].answer_start :] for place in groups[line]]
+                            for line in batch.rows
+                        ]
+                        for line, scored in zip(
+                            batch.rows, _scored(model, batch, states, wanted), strict=True
+                        ):
+                            found |= dict(zip(groups[line], scored, strict=True))
+                    else:
+                        hidden.put(number, states)
+                    bar.update(ranks.count * len(batch.rows) / len(model.blocks))
+    everything = {place: one for part in ranks.all(found) for place, one in part.items()}
+    return [everything[place] for place in range(len(rows))]
+
+
+def _scored(
+    model: BlockModel,
+    batch: Batch,
+    states: Tensor,
+    wanted: Sequence[Sequence[Sequence[int]]],
+) -> Iterator[list[Scored]]:
+    """Of each row its answers, from the final hidden `states` (rows, tokens, features).
+
+    `wanted` holds the tokens of the answers of each row, which are of one length.
+    """
+    before = batch.answer[:, 1:]  # the state at a token predicts the next one
+    chosen = states[:, :-1][before.to(states.device)]
+    counts = [len(answers[0]) for answers in wanted]
+    most = max(map(len, wanted))
+    # (positions, answers): where a row has fewer answers than another, its first one again.
+    targets = torch.tensor(
+        [
+            [answers[number if number < len(answers) else 0][step] for number in range(most)]
+            for answers in wanted
+            for step in range(len(answers[0]))
+        ],
+        dtype=torch.long,
+    ).reshape(-1, most)
+    logprobs, hits = np.empty(targets.shape, np.float32), np.empty(targets.shape, bool)
+    step = max(1, LOGITS // model.model.get_input_embeddings().weight.shape[0])
+    for start in range(0, len(targets), step):
+        part = slice(start, start + step)
+        own = targets[part].to(states.device)
+        logits = model.logits(chosen[part]).float()
+        logprobs[part] = logits.log_softmax(-1).gather(1, own).cpu().numpy()
+        hits[part] = (logits.argmax(-1, keepdim=True) == own).cpu().numpy()
+    stop = 0
+    for answers, count in zip(wanted, counts, strict=True):
+        part = slice(stop, stop := stop + count)
+        yield [Scored(logprobs[part, n], hits[part, n]) for n in range(len(answers))]
+
+
+@torch.inference_mode()
+def answer(
+    model: BlockModel,
+    tokens_of: Checkpoint,
+    rows: Sequence[Encoded],
+    kind: Answering,
+    batch_size: int,
+    *,
+    run: Run = Run(),  # noqa: B008 - frozen
+    what: str = "Answering",
+) -> list[str]:
+    """The greedy continuation of the prompt of each of `rows`, as `kind` says.
+
+    `model` must be whole, and in memory.
+    """
+    tokenizer, ends, ranks = load_tokenizer(tokens_of), end_tokens(tokens_of), run.ranks
+    order = sorted(range(len(rows)), key=lambda place: (-rows[place].answer_start, place))
+    size = 4 * batch_size  # one token of a row at a time takes little, so more rows fit
+    groups = [order[i : i + size] for i in range(0, len(order), size)]
+    found: dict[int, str] = {}
+    with run.progress.counter(what, len(rows), "row") as bar:
+        for places in ranks.mine(groups):
+            prompts = [rows[place].ids[: rows[place].answer_start] for place in places]
+            texts = _continue(model, tokenizer, prompts, kind, ends)
+            found |= dict(zip(places, texts, strict=True))
+            bar.update(ranks.count * len(places))
+    everything = {place: text for part in ranks.all(found) for place, text in part.items()}
+    return [everything[place] for place in range(len(rows))]
+
+
+def _continue(
+    model: BlockModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    kind: Answering,
+    ends: Sequence[int],
+) -> Iterator[str]:
+    width = max(map(len, prompts))
+    # Padded on the left, so that every row goes on from its own last token.
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for line, prompt in enumerate(prompts):
+        ids[line, width - len(prompt) :] = torch.tensor(prompt)
+        mask[line, width - len(prompt) :] = 1
+    context = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    room = context - width if isinstance(context, int) else kind.max_new_tokens
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max(1, min(kind.max_new_tokens, room)),
+        eos_token_id=list(ends) or None,
+        pad_token_id=ends[0] if ends else 0,
+    )
+
+    def stopped(ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Which rows have come to one of the stops, all of which are shorter than the tail."""
+        tails = tokenizer.batch_decode(ids[:, max(width, ids.shape[1] - TAIL) :])
+        there = [any(stop in tail for stop in kind.stops) for tail in tails]
+        return torch.tensor(there, device=ids.device)
+
+    made = model.model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=config,
+        stopping_criteria=[stopped] if kind.stops else [],
+    )
+    for line in made[:, width:].tolist():
+        if end := [place for place, token in enumerate(line) if token in ends]:
+            line = line[: end[0]]
+        text = str(tokenizer.decode(line, skip_special_tokens=True))
+        for stop in kind.stops:
+            text = text.partition(stop)[0]
+        yield text.strip()

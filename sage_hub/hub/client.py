@@ -1,0 +1,259 @@
+"""Asking the Hugging Face Hub: what may pass is tried again, and what it refuses is explained."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from json import JSONDecodeError
+from typing import Any, TypeVar
+
+from huggingface_hub import set_client_factory
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    OIDCError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SafetensorsParsingError,
+)
+from huggingface_hub.utils import parse_ratelimit_headers
+from huggingface_hub.utils._http import default_client_factory
+
+from sage_hub.errors import (
+    AccessError,
+    CorruptCheckpointError,
+    NetworkError,
+    NotFoundError,
+    SageHubError,
+    UsageError,
+    first_line,
+)
+
+T = TypeVar("T")
+
+LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+
+WAITS = (1, 2, 4, 8, 16, 30)  # seconds between one try of a request and the next
+LONGEST_WAIT = 600  # seconds that the Hub may ask us to stay away; its rate limits reset in 300
+SILENCE = 60  # seconds without a sign of life after which a request has failed
+PASSING = frozenset((408, 425, 429, 500, 502, 503, 504))  # statuses that another try may change
+
+XET_STATUS = re.compile(r"HTTP status \w+ error \((\d+)")  # in what hf_xet says
+
+log = logging.getLogger(__name__)
+
+
+class DamagedError(Exception):
+    """What came is not what the Hub has, by the Hub's own hash of it."""
+
+
+def ask(repo: str, call: Callable[[], T], revision: str | None = None) -> T:
+    """The result of `call`, which asks the Hub about `repo`.
+
+    What may pass (a server error, a rate limit, a time-out, a broken connection, a damaged
+    download) is tried again after each of WAITS, or when the Hub says. Raises one of our errors
+    for what huggingface_hub raises, at once where another try changes nothing.
+    """
+    begun = time.monotonic()
+    tries = 0
+    while True:
+        tries += 1
+        try:
+            return call()
+        except Exception as error:
+            pause = wait_before_next(error, tries)
+            if pause is None:
+                seconds = time.monotonic() - begun
+                explained = explain(error, repo, revision, tries=tries, seconds=seconds)
+                if explained is None:
+                    raise
+                raise explained from None
+            hint = "" if tries > 1 or "/" in repo else f" (A folder is written ./{repo}.)"
+            log.warning("%s; trying again in %.0f s.%s", _what_passed(error, repo), pause, hint)
+        time.sleep(pause)
+
+
+def wait_before_next(error: BaseException, tries: int) -> float | None:
+    """Seconds until a request that failed so often is tried again; None if it is not."""
+    if tries > len(WAITS) or not may_pass(error) or type(error) is ConnectionError:
+        return None  # the last is how hf_xet ends, after minutes of trying by itself
+    response = _response(error)
+    asked = _seconds_asked_for(response.headers) if response is not None else 0.0
+    return None if asked > LONGEST_WAIT else max(WAITS[tries - 1], asked)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether another try may go well."""
+    if isinstance(error, (OfflineModeIsEnabled, SafetensorsParsingError, SageHubError)):
+        return False
+    status = status_of(error)
+    if status is not None:
+        return status in PASSING
+    if isinstance(error, (HTTPError, ConnectionError, TimeoutError, JSONDecodeError, DamagedError)):
+        return True
+    if type(error) is OSError and error.errno is None:
+        return True  # how huggingface_hub says that a download came out too short
+    # A library's own wrapping of one of these.
+    return error.__cause__ is not None and may_pass(error.__cause__)
+
+
+def status_of(error: BaseException) -> int | None:
+    """The status that the Hub answered with, if it did answer."""
+    if (response := _response(error)) is not None:
+        status: int = response.status_code
+        return status
+    told = XET_STATUS.search(str(error)) if type(error) is ConnectionError else None
+    return int(told[1]) if told else None
+
+
+def _response(error: BaseException | None) -> Any:
+    """The Hub's answer in an error, or in what led to it."""
+    while error is not None:
+        if (response := getattr(error, "response", None)) is not None:
+            return response
+        error = error.__cause__
+    return None
+
+
+def _seconds_asked_for(headers: Any) -> float:
+    """What Retry-After, or the Hub's own rate limit header, says."""
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return limit.reset_in_seconds
+    text = headers.get("Retry-After", "").strip()
+    if text.isdigit():
+        return float(text)
+    try:
+        then = parsedate_to_datetime(text).astimezone(timezone.utc)
+    except ValueError:
+        return 0.0
+    return max(0.0, (then - datetime.now(timezone.utc)).total_seconds())
+
+
+def _what_passed(error: BaseException, repo: str) -> str:
+    status = status_of(error)
+    if status is not None:
+        return f"The Hub answered {status} about {repo}"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, DamagedError):
+        return f"A download from {repo} is damaged ({error})"
+    return f"The Hub did not answer about {repo} ({type(error).__name__})"
+
+
+def explain(
+    error: BaseException,
+    repo: str,
+    revision: str | None = None,
+    *,
+    tries: int = 1,
+    seconds: float = 0.0,
+) -> SageHubError | None:
+    """What huggingface_hub raised about `repo`, as one of our errors; None if it is none of that.
+
+    `tries` and `seconds` say how often and how long it was tried.
+    """
+    if isinstance(error, SageHubError):
+        return None
+    if may_pass(error):
+        said = _what_passed(error, repo)
+        often = f", {tries} times in {seconds:.0f} s" if tries > 1 else ""
+        if isinstance(error, DamagedError):
+            return CorruptCheckpointError(f"{said}{often}; run the same command again.")
+        if status_of(error) is None:
+            return NetworkError(
+                f"{said}{often}; check the network and HF_ENDPOINT, and run the same command "
+                f"again. (A folder is written ./{repo}.)"
+            )
+        response = _response(error)
+        asked = _seconds_asked_for(response.headers) if response is not None else 0.0
+        if asked > LONGEST_WAIT:
+            often += f", and asks to wait {asked:.0f} s"
+        return NetworkError(f"{said}{often}; run the same command again later.")
+    if isinstance(error, GatedRepoError):
+        return AccessError(
+            f"{repo} is gated: accept its conditions on its Hub page, then {LOG_IN}."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return NotFoundError(
+            f"{repo} has no revision {revision!r}; give a branch, tag or commit that exists."
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return NotFoundError(
+            f"{repo} does not exist on the Hub, or is private: check the name, or {LOG_IN} "
+            f"with access to it. (A folder is written ./{repo.rpartition('/')[2]}.)"
+        )
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        if status_of(error) is not None:
+            return _explain_answer(error.__cause__ or error, repo)
+        return NetworkError(
+            f"{repo} is not in the local cache and the Hub cannot be reached; "
+            f"check the network, HF_ENDPOINT and HF_HUB_OFFLINE. (A folder is written ./{repo}.)"
+        )
+    if isinstance(error, EntryNotFoundError):
+        return NotFoundError(f"A file is missing from {repo}: {first_line(error)}")
+    if isinstance(error, LocalTokenNotFoundError):
+        return AccessError(f"{repo} needs a token: {LOG_IN}.")
+    if isinstance(error, OIDCError):
+        return AccessError(f"No token for {repo} from this CI's identity: {first_line(error)}")
+    if isinstance(error, HFValidationError):
+        return UsageError(f"{repo!r} is not a valid repo name: {first_line(error)}")
+    return _explain_answer(error, repo) if status_of(error) is not None else None
+
+
+def _explain_answer(error: BaseException, repo: str) -> SageHubError:
+    status, response = status_of(error), _response(error)
+    said = (getattr(error, "server_message", None) or first_line(error)).partition("\n")[0]
+    if response is not None and response.request.url.path == "/oauth/token":
+        return AccessError(
+            f"The Hub gives this CI job no token for HF_OIDC_RESOURCE ({said}): add the workflow "
+            "to the trusted publishers in that repo's settings."
+        )
+    if status == 401:
+        return AccessError(f"The Hub refused the token for {repo} (401): {LOG_IN}.")
+    if status == 403:
+        return AccessError(
+            f"The token may not do this with {repo} (403): use one with access to it, "
+            "with write permission if it is the target."
+        )
+    return NetworkError(f"The Hub answered {status} about {repo}: {said}")
+
+
+def reading_token() -> str | None:
+    """The token to read sources with; None leaves it to huggingface_hub.
+
+    Of its own accord that takes the token of a trusted publisher (HF_OIDC_RESOURCE) for
+    everything. Such a token is for the one repo that it may write, so HF_TOKEN reads.
+    """
+    publishes = "/" in os.environ.get("HF_OIDC_RESOURCE", "")
+    return os.environ.get("HF_TOKEN", "").strip() or None if publishes else None
+
+
+def limit_silence() -> None:
+    """Have requests of this process fail after SILENCE seconds without a sign of life.
+
+    Of its own accord huggingface_hub waits for most answers as long as it takes.
+    """
+
+    def limited(request: Any) -> None:
+        limits = request.extensions.get("timeout", {})
+        phases = ("connect", "read", "write", "pool")
+        limits = {phase: min(limits.get(phase) or SILENCE, SILENCE) for phase in phases}
+        request.extensions = {**request.extensions, "timeout": limits}
+
+    def client() -> Any:
+        made = default_client_factory()
+        made.event_hooks = {"request": [*made.event_hooks["request"], limited]}
+        return made
+
+    set_client_factory(client)

@@ -1,0 +1,1 @@
+"""The mathematics of SAGE: tensors in, tensors out."""

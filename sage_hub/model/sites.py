@@ -1,0 +1,91 @@
+"""Which linear maps share an input, found out in one forward pass of shapes, without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from sage_hub.checkpoint.architecture import is_experts, linear_maps, quiet_transformers
+from sage_hub.errors import ArchitectureError, first_line
+
+_TOKENS = 13  # so many, or any other number
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place whose input is observed once, and the linear maps that it feeds."""
+
+    name: str  # the first of its maps
+    modules: tuple[str, ...]  # the names of its maps
+    size: int  # input features
+    expert: bool = False  # it sees the tokens that are routed to it, not all
+
+
+@contextmanager
+def shapes_alone(model: PreTrainedModel) -> Iterator[Tensor]:
+    """Within it `model`, whose weights are on "meta", can be run on the token ids that are given.
+
+    Nothing is computed but shapes. Raises ArchitectureError for a model with which that fails.
+    """
+    experts = [module for module in model.modules() if is_experts(module)]
+    try:
+        for module in experts:  # which tokens go to which is not known
+            module.forward = lambda hidden, *_, **__: torch.empty_like(hidden)
+        with quiet_transformers(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            yield torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArchitectureError(
+            f"A {model.config.model_type} model cannot be run on shapes alone, so that its sites "
+            f"are not known: {first_line(error)}"
+        ) from None
+    finally:
+        for module in experts:
+            del module.forward
+
+
+def find_sites(model: PreTrainedModel) -> list[Site]:
+    """The sites of `model`, whose weights may be on "meta".
+
+    Modules that are given the very same tensor share a site: q, k and v; gate and up. A module
+    that the pass does not reach has no site.
+    """
+    inputs: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args:
+                inputs.setdefault(name, args[0])
+
+        return hook
+
+    maps = {m.name: m for own in linear_maps(model).values() for m in own}
+    with ExitStack() as hooks, shapes_alone(model) as ids:
+        for name, m in maps.items():
+            if m.expert is None:
+                module = model.get_submodule(name)
+                hooks.enter_context(module.register_forward_pre_hook(note(name)))
+        model(input_ids=ids, use_cache=False)
+
+    fed: dict[int, list[str]] = {}
+    for name, x in inputs.items():
+        fed.setdefault(id(x), []).append(name)
+    sites = [Site(own[0], tuple(own), maps[own[0]].features) for own in fed.values()]
+    experts = (m for m in maps.values() if m.expert is not None)
+    return sites + [Site(m.name, (m.name,), m.features, expert=True) for m in experts]
+
+
+def expert_inputs(module: Any, expert: int, x: Tensor) -> dict[str, Tensor]:
+    """What the parameters of one expert are given when it sees `x` (n, in): kind -> (n, in)."""
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    weight, bias = getattr(module, first)[expert], None
+    if module.has_bias:
+        bias = getattr(module, f"{first}_bias")[expert]
+    y = nn.functional.linear(x, weight.T if module.is_transposed else weight, bias)
+    return {first: x, "down_proj": module._apply_gate(y) if module.has_gate else module.act_fn(y)}

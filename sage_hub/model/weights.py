@@ -1,0 +1,154 @@
+"""The weights of a model by the names of its parameters, each read when it is asked for.
+
+As a checkpoint stores them, with an adapter in them, or part of the way from base to unlearned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sage_hub.checkpoint.adapter import WEIGHTS, Adapter
+from sage_hub.checkpoint.architecture import Architecture, Place, load_whole
+from sage_hub.checkpoint.index import Checkpoint, open_shards
+from sage_hub.checkpoint.merged import Merged
+from sage_hub.checkpoint.tensorfile import RowReader, row_count
+from sage_hub.errors import ArchitectureError
+
+# Name of a parameter or buffer -> its value on the CPU, in a type of its own.
+Weights = Callable[[str], Tensor]
+# Name, the base's value and another one -> a third, as the control's or one with another gain.
+Blend = Callable[[str, Tensor, Tensor], Tensor]
+
+_OPEN = 2  # shards at a time: a layer may begin in one and end in the next
+
+
+@contextmanager
+def open_weights(
+    checkpoint: Checkpoint, base: Checkpoint | None = None, blend: Blend | None = None
+) -> Iterator[Weights]:
+    """The weights that `checkpoint` stands for, or what `blend` makes of the base's and of them.
+
+    The base of an adapter is its own. Asking for a weight that the model or `base` has not raises
+    ArchitectureError.
+    """
+    with ExitStack() as stack:
+        stored = stack.enter_context(_stored(checkpoint.of_model))
+        own, origin = stored, stored
+        if isinstance(checkpoint, Merged):
+            checkpoint = checkpoint.adapter
+        if isinstance(checkpoint, Adapter):
+            tensors = stack.enter_context(checkpoint.open_shard(WEIGHTS))
+            own = partial(_with_adapter, checkpoint, tensors, stored, wide=blend is not None)
+        elif blend is not None and base is not None:
+            origin = stack.enter_context(_stored(base))
+        yield own if blend is None else lambda name: blend(name, origin(name), own(name))
+
+
+def widened(*tensors: Tensor) -> list[Tensor]:
+    """All in the widest of their types, in float32 at least."""
+    wide = torch.float32
+    for tensor in tensors:
+        wide = torch.promote_types(wide, tensor.dtype)
+    return [tensor.to(wide) for tensor in tensors]
+
+
+def part_of_the_way(alpha: float) -> Blend:
+    """W_b + α (W − W_b)."""
+
+    def blend(_: str, base: Tensor, weight: Tensor) -> Tensor:
+        b, w = widened(base, weight)
+        return b + alpha * (w - b)
+
+    return blend
+
+
+def loaded_whole(checkpoint: Checkpoint) -> bool:
+    """Whether transformers changes a weight when it loads it, which takes the whole model.
+
+    Otherwise every weight of the language model is rows of tensors of `checkpoint`.
+    """
+    architecture = checkpoint.architecture
+    return not _row_by_row(architecture, _places(architecture, checkpoint))
+
+
+@contextmanager
+def _stored(checkpoint: Checkpoint) -> Iterator[Weights]:
+    architecture = checkpoint.architecture
+    places = _places(architecture, checkpoint)
+    if not _row_by_row(architecture, places):
+        state = load_whole(checkpoint.model_folder(), checkpoint.name).state_dict()
+        yield lambda name: state[name].clone()
+        return
+
+    def read(name: str) -> Tensor:
+        shape = architecture.parameters.get(name)
+        if shape is None:
+            raise ArchitectureError(f"{checkpoint.name} has no parameter {name!r}.")
+        rows = []
+        for _, tensor in places.get(name) or places[architecture.tied[name]]:
+            reader, info = shard(checkpoint.shard_of[tensor]), checkpoint.info(tensor)
+            rows.append(reader.read_rows(tensor, 0, info.rows))
+        return (torch.cat(rows) if len(rows) > 1 else rows[0]).reshape(shape)
+
+    with open_shards(checkpoint, _OPEN) as shard:
+        yield read
+
+
+def _places(
+    architecture: Architecture, checkpoint: Checkpoint
+) -> dict[str, list[tuple[Place, str]]]:
+    """Parameter -> the tensors that hold its rows, in order."""
+    found: dict[str, list[tuple[Place, str]]] = {}
+    for header in checkpoint.headers.values():
+        for tensor, info in header.tensors.items():
+            place = architecture.place(tensor, info.shape)
+            if place is not None:
+                found.setdefault(place.parameter, []).append((place, tensor))
+    return {name: sorted(own, key=lambda at: at[0].start) for name, own in found.items()}
+
+
+def _row_by_row(
+    architecture: Architecture, places: Mapping[str, Sequence[tuple[Place, str]]]
+) -> bool:
+    for name, shape in architecture.parameters.items():
+        if name.startswith(architecture.outside):
+            continue
+        reached = 0
+        for place, _ in places.get(name) or places.get(architecture.tied.get(name, ""), ()):
+            if place.start != reached:
+                return False
+            reached = place.stop
+        if reached != row_count(shape):
+            return False
+    return True
+
+
+def _with_adapter(
+    adapter: Adapter, tensors: RowReader, stored: Weights, name: str, *, wide: bool
+) -> Tensor:
+    """A weight of the base with what the adapter does to it, unrounded if `wide`.
+
+    PEFT changes one of two weights that are tied, and so does this.
+    """
+    whole = stored(name)
+    if wide:
+        (whole,) = widened(whole)
+    rows = as_rows(whole)
+    for change in adapter.changes.values():
+        if change.place.parameter == name:
+            part = rows[change.place.start : change.place.stop]
+            part.copy_(change.apply(tensors, part, 0))
+    return whole
+
+
+def as_rows(weight: Tensor) -> Tensor:
+    """A weight as the matrix whose rows maps and places count: a vector is a column, experts stack.
+
+    A view of it.
+    """
+    return weight.view(-1, weight.shape[-1]) if weight.ndim > 1 else weight.view(-1, 1)

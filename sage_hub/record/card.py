@@ -1,0 +1,280 @@
+"""The model card: front matter that the Hub reads, and a page that people read, from the record."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+
+from sage_hub.calibration.statistics import Origin
+from sage_hub.checkpoint.adapter import Adapter
+from sage_hub.checkpoint.index import Checkpoint
+from sage_hub.errors import NotFoundError, UsageError, first_line
+from sage_hub.record.pictures import draw
+from sage_hub.record.tables import (
+    highlights,
+    main_lines,
+    metric_table,
+    models_of,
+    not_run,
+    number,
+    robustness_table,
+)
+from sage_hub.repair.plan import Plan
+from sage_hub.settings import SETS, as_words
+
+TEMPLATES = {None: "model_card.md.jinja", "short": "short.md.jinja"}
+# The release only inherits what still holds for it; scores, widgets and the like do not.
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+# Datasets whose results the Hub gathers from `.eval_results/`.
+BENCHMARKS = (
+    "cais/mmlu",
+    "cais/wmdp",
+    "locuslab/TOFU",
+    "muse-bench/MUSE-Books",
+    "muse-bench/MUSE-News",
+)
+
+
+def find_template(name: str | None) -> Path:
+    """The card template of that name, as installed or as in a source checkout, or a file.
+
+    Raises NotFoundError if there is neither, UsageError if it is no Jinja template.
+    """
+    package = Path(__file__).parents[1]
+    if name in TEMPLATES:
+        installed = package / "model_card_templates" / TEMPLATES[name]
+        return installed if installed.is_file() else package.parent / installed.relative_to(package)
+    path = Path(str(name)).expanduser()
+    if not path.is_file():
+        raise NotFoundError(f"The card template {name} does not exist; give a file, or 'short'.")
+    try:
+        SandboxedEnvironment().parse(path.read_text(encoding="utf-8"))
+    except (TemplateError, ValueError) as error:
+        raise UsageError(f"{path.name} is not a Jinja template: {first_line(error)}.") from None
+    return path
+
+
+def source_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The front matter of the checkpoint's own card; empty where there is none that parses."""
+    if "README.md" not in checkpoint.files.sizes:
+        return {}
+    try:
+        text = checkpoint.files.path("README.md").read_text(encoding="utf-8")
+        # All as text: what YAML takes for a truth value or a date is the language Norwegian, say.
+        front = REGEX_YAML_BLOCK.search(text)
+        found = yaml.load(front[2], yaml.BaseLoader) if front else None
+        return dict(found or {})
+    except (ValueError, TypeError, OSError, yaml.YAMLError):
+        return {}
+
+
+def statistics_card(origin: Origin) -> str:
+    """The README of a repo that holds statistics."""
+    at = f"@{origin.commit}" if origin.commit else ""
+    data = "\n".join(
+        f"- {which}: {about['name']}{'@' + about['revision'] if about['revision'] else ''}, "
+        f"{about['rows_used']} rows, {about['tokens_used']} tokens"
+        for which, about in origin.data.items()
+    )
+    front = yaml.safe_dump({"library_name": "sage-hub", "tags": ["sage-hub-statistics"]})
+    return (
+        f"---\n{front}---\n\n# Activation statistics of {origin.model}{at}\n\n"
+        "Second moments of the inputs of its layers, made by sage-hub to repair unlearned models "
+        "of this base. They hold directions of activations and hashes of the rows, not the rows.\n"
+        f"\n{data}\n\n```bash\nsage-hub push {origin.model}{at} UNLEARNED --stats THIS_REPO\n```\n"
+    )
+
+
+def licence_warnings(plan: Plan) -> list[str]:
+    """A warning if the two sides state different licences."""
+    licences = [source_metadata(side).get("license") for side in (plan.base, plan.unlearned)]
+    if None in licences or licences[0] == licences[1]:
+        return []
+    return [
+        f"The licences of the sources differ (base: {licences[0]}, unlearned: {licences[1]}); "
+        "the card states the unlearned one's. Check which applies."
+    ]
+
+
+def describe(plan: Plan, name: str, warnings: Sequence[str]) -> dict[str, Any]:
+    """What the card of the release `name` says beside its figures, for the report."""
+    metadata = source_metadata(plan.base) | source_metadata(plan.unlearned)
+    inherited = {key: metadata[key] for key in INHERITED if metadata.get(key)}
+    return {
+        "name": name,
+        "adapter": isinstance(plan.unlearned, Adapter),
+        "inherited": inherited | {"pipeline_tag": inherited.get("pipeline_tag", "text-generation")},
+        "warnings": list(warnings),
+    }
+
+
+def write_card(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    report: Mapping[str, Any],
+    template: str | None = None,
+) -> None:
+    """Write README.md and what belongs to it into `folder`, from the record alone.
+
+    Raises UsageError if the template takes what there is not.
+    """
+    about = report["card"]
+    pictures = draw(folder / "sage", manifest, report)
+    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["number"] = number
+    path = find_template(template)
+    try:
+        text = environment.from_string(path.read_text(encoding="utf-8")).render(
+            card_data=front_matter(manifest, report).to_yaml(),
+            name=about["name"],
+            manifest=manifest,
+            report=report,
+            warnings=about["warnings"],
+            command=reproduce_command(manifest, about["name"]),
+            local=local_inputs(manifest),
+            highlights=list(highlights(report)),
+            not_run=not_run(report),
+            metrics=metric_table(report),
+            models=models_of(report),
+            robustness=robustness_table(report),
+            published=about["name"] if "/" in about["name"] else f"./{about['name']}",
+            copied=copied_by_reason(manifest),
+            adapter=about["adapter"],
+            pictures=pictures,
+        )
+        page = str(ModelCard(text))
+    except (TemplateError, yaml.YAMLError, ValueError, TypeError) as error:
+        failure = UsageError(f"The card template {path.name} fails: {first_line(error)}.")
+        failure.final = False  # all but the card is done, and fits another template
+        raise failure from None
+    (folder / "README.md").write_text(page, encoding="utf-8")
+    _write_benchmark_results(folder / ".eval_results", report)
+
+
+def copied_by_reason(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """How many tensors that differ were copied unfiltered, by reason."""
+    counts: dict[str, int] = {}
+    for tensor in manifest["tensors"]:
+        if tensor["action"] == "copied":
+            counts[tensor["reason"]] = counts.get(tensor["reason"], 0) + 1
+    return counts
+
+
+def recorded_source(side: Mapping[str, Any]) -> str:
+    """A source of the manifest as a command names it."""
+    return f"{side['name']}@{side['commit']}" if side["commit"] else f"./{side['name']}"
+
+
+def local_inputs(manifest: Mapping[str, Any]) -> list[str]:
+    """What `reproduce_command` takes from the current folder, as the record says no other."""
+    settings = manifest["settings"]
+    names = [recorded_source(side) for side in manifest["sources"].values() if not side["commit"]]
+    sets = [*(settings[name] for name in (*SETS, "unseen")), *settings["bystanders"].values()]
+    names += [source for source in sets if source and "://" not in source]
+    reference, statistics = settings["reference"] or "", manifest["statistics"].get("file") or ""
+    names += [reference] * reference.startswith("./")
+    return names + [statistics] * statistics.endswith(".safetensors")
+
+
+def reproduce_command(manifest: Mapping[str, Any], name: str) -> str:
+    """The command that makes this release again, from the recorded commits and settings."""
+
+    sources, settings = manifest["sources"], manifest["settings"]
+    words = [
+        "sage-hub",
+        "push",
+        *(recorded_source(sources[side]) for side in ("base", "unlearned")),
+    ]
+    words += ["--to", name if "/" in name else f"./{name}"]
+    if file := manifest["statistics"].get("file"):
+        words += ["--stats", file]
+    # These change the speed, and the result by rounding at most.
+    told = {name: v for name, v in settings.items() if name not in ("device", "batch_size")}
+    words += as_words(told)
+    return shlex.join(words)
+
+
+def front_matter(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> ModelCardData:
+    """What the Hub reads. Of the sources only what is on the Hub can be linked to."""
+    about, sources = report["card"], manifest["sources"]
+    sides = ("base",) if about["adapter"] else ("base", "unlearned")
+    parents = [sources[side]["name"] for side in sides if sources[side]["commit"]]
+    relation = "adapter" if about["adapter"] else "merge"
+    related: dict[str, Any] = (
+        {"base_model": parents, "base_model_relation": relation} if parents else {}
+    )
+    results = [
+        _eval_result(result, report["data"].get(result["set"]))
+        for result in report["results"]
+        if result["model"] == "sanitized"
+        and result["condition"] is None
+        and result["set"] != "retain"  # it was calibrated on, so its figures prove nothing
+    ]
+    return ModelCardData(
+        **about["inherited"],
+        **related,
+        library_name="peft" if about["adapter"] else "transformers",
+        tags=["unlearning", "machine-unlearning", "sage-hub", "sage"],
+        model_name=about["name"].rpartition("/")[2],
+        eval_results=results or None,
+    )
+
+
+def _eval_result(result: Mapping[str, Any], data: Mapping[str, Any] | None) -> EvalResult:
+    """A result for the older `model-index`; one made elsewhere has no data of ours."""
+    name = data["name"] if data else str(result["source"] or "several sets")
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=_dataset_id(name) or "custom",
+        dataset_name=f"{result['set']} set ({name})",
+        dataset_revision=data["revision"] if data else None,
+        metric_type=f"{result['set']}_{result['metric']}",
+        metric_name=f"{result['set']} {result['metric']} ({result['direction']} is better)",
+        metric_value=round(result["value"], 6),
+    )
+
+
+def _write_benchmark_results(folder: Path, report: Mapping[str, Any]) -> None:
+    """A file per dataset that the Hub knows as a benchmark, with the main metric of each set."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for line in main_lines(report):
+        data = report["data"].get(line["set"])
+        dataset = _dataset_id(data["name"]) if data else None
+        if dataset not in BENCHMARKS or line["set"] == "retain" or line["sanitized"] is None:
+            continue
+        query = dict(parse_qsl(data["name"].partition("?")[2]))
+        entry = EvalResultEntry(
+            str(dataset),
+            query.get("config", "default"),
+            round(line["sanitized"], 6),
+            dataset_revision=data["revision"],
+            notes=f"{line['metric']} as the {line['set']} set, {line['direction']} is better; by "
+            "sage-hub",
+        )
+        folder.mkdir(exist_ok=True)
+        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+        name = f"{str(dataset).replace('/', '--')}--{line['set']}.yaml"
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _dataset_id(name: str) -> str | None:
+    """The id of a Hub dataset; None for a file."""
+    if not name.startswith("hf://datasets/"):
+        return None
+    return "/".join(name.removeprefix("hf://datasets/").partition("?")[0].split("/")[:2])

@@ -1,0 +1,69 @@
+"""A finished release: what is said of it, and how gates stop it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sage_hub.errors import GateError
+from sage_hub.evaluation.comparison import Result
+from sage_hub.record.card import write_card
+from sage_hub.record.gates import Gate, Outcome, facts_of
+from sage_hub.record.manifest import REPORT, read_record, with_results, write_json
+
+
+@dataclass(frozen=True)
+class Release:
+    """A finished release: where it is, and its record."""
+
+    location: str  # the commit's or PR's URL, or the folder
+    manifest: Mapping[str, Any]
+    report: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is said of a release, and does not change it."""
+
+    gates: Sequence[Gate] = ()
+    results: Sequence[Result] = ()  # made elsewhere
+    card_template: str | None = None
+
+    def outcomes(
+        self, manifest: Mapping[str, Any], report: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """How each gate comes out."""
+        facts = facts_of(manifest, report)
+        return [asdict(gate.check(facts)) for gate in self.gates]
+
+    def conclude(
+        self, folder: Path, manifest: Mapping[str, Any], report: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The report with results made elsewhere and the gates' outcomes, in `folder` with its
+        card."""
+        full = with_results(report, self.results)
+        full["gates"] = self.outcomes(manifest, full)
+        if full != read_record(folder / REPORT) or self.card_template is not None:
+            write_card(folder, manifest, full, self.card_template)
+            # Last, as it says that all the rest is there.
+            write_json(folder / REPORT, full)
+        return full
+
+
+def stop_at_gates(release: Release) -> Release:
+    """The release again. Raises GateError, which has it, if it does not meet a gate."""
+    failed = [Outcome(**gate) for gate in release.report["gates"] if not gate["passed"]]
+    if failed:
+        many = "s are" if len(failed) > 1 else " is"
+        public = release.location.startswith("http")
+        state = "this release is published already" if public else "nothing was published"
+        raise GateError(
+            f"{len(failed)} gate{many} not met, and {state}: "
+            f"{'; '.join(outcome.sentence() for outcome in failed)}. The release and its record "
+            f"are in {release.location}.",
+            release,
+        )
+    return release

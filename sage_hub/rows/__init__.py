@@ -1,0 +1,1 @@
+"""The sets of rows that a run is given: read, checked, and turned into tokens."""

@@ -1,0 +1,83 @@
+"""What a run takes, said before it: from a config alone, and near what it then takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.architectures import make_model
+from support.pico import make_config
+from transformers import LlamaForCausalLM
+
+from sage_hub.calibration.estimate import Rates, estimate, weight_bytes
+from sage_hub.checkpoint.files import open_files
+from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
+from sage_hub.cli.main import main
+from sage_hub.settings import Settings
+
+ONE = Rates(forward=1, moments=1, sketches=1, float64=1, hashing=1)
+
+
+def test_a_config_alone_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_config(hidden_size=4096, intermediate_size=14336, num_hidden_layers=8).save_pretrained(
+        tmp_path
+    )
+    assert main(["plan", str(tmp_path), "--memory", "4", "--json", "--max-tokens", "5000"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["widest"] == 14336
+    assert found["sites"] == 8 * 4
+    by_name = {mode["name"]: mode for mode in found["modes"]}
+    assert by_name["exact"]["budget"]["total"] > 4e9
+    assert by_name["exact"]["budget"]["sketched"] == 0
+    assert by_name["auto"]["budget"]["sketched"] > 0
+    assert by_name["rank 64"]["statistics"] < by_name["sketch"]["statistics"]
+    assert main(["plan", str(tmp_path), "--memory", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "1.81 billion parameters" in out
+    assert "too much" in out
+
+
+def test_the_flops_are_those_of_the_layers(tmp_path: Path) -> None:
+    config = make_config(num_hidden_layers=3)
+    config.save_pretrained(tmp_path)
+    model = Checkpoint(open_files(str(tmp_path)), {}).empty_model()
+    layers = LlamaForCausalLM(config).model.layers
+    weights = sum(parameter.numel() for parameter in layers.parameters())
+    found = estimate(model, Settings(), tokens=100, longest=10, rates=ONE)
+    auto, exact, sketch, _ = found.modes
+    assert exact.forward == 2 * 100 * weights
+    sizes = 3 * [32, 32, 32, 64]  # q k v, o, gate and up, down
+    assert exact.moments == sum(1.125 * 100 * size**2 for size in sizes)
+    assert sketch.moments == sum(4 * 100 * size * (size // 4) for size in sizes)
+    assert auto.budget == exact.budget
+    assert exact.statistics >= sum(4 * size**2 for size in sizes)
+    assert found.modes[0].budget.total > weight_bytes(model) / 3
+
+
+def test_an_expert_costs_what_is_routed_to_it(tmp_path: Path) -> None:
+    make_model("Mixtral").save_pretrained(tmp_path)  # 2 of 4 experts for a token
+    model = open_checkpoint(str(tmp_path)).empty_model()
+    state = model.state_dict(keep_vars=True)
+    layers = {name: t for name, t in state.items() if ".layers." in name}
+    experts = sum(t.numel() for t in layers.values() if t.ndim == 3)
+    others = sum(t.numel() for t in layers.values() if t.ndim < 3)
+    found = estimate(model, Settings(), tokens=10, longest=10, rates=ONE)
+    assert found.modes[0].forward == 2 * 10 * (experts / 2 + others)
+    assert torch.float32 == model.dtype
+
+
+def test_plan_of_two_sides_is_a_dry_run_with_its_price(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(pair.rglob("*"))
+    sides = [str(pair / "base"), str(pair / "unlearned")]
+    assert main(["plan", *sides, "--retain", str(pair / "retain.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert "tensors can be filtered" in out
+    assert "Calibration on at most 131072 tokens" in out
+    assert main(["plan", *sides, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"plan", "settings", "problems", "estimate", "memory"} == found.keys()
+    assert sorted(pair.rglob("*")) == before

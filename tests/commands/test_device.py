@@ -1,0 +1,92 @@
+"""On a device other than the CPU, one that is pretended (see pretend_device.py)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.architectures import check_release, make_model, make_sides, move, single
+from support.checkpoints import load_weights
+from support.pico import make_pair, make_rows, proxies, write_rows
+
+from sage_hub.cli.main import main
+
+SCRIPT = Path(__file__).parents[1] / "support" / "pretend_device.py"
+
+
+def far_away(numbers: str, *commands: list[str]) -> str:
+    """Run commands there; what they say on stdout."""
+    told = [sys.executable, str(SCRIPT), numbers, *map(json.dumps, commands)]
+    run = subprocess.run(told, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize(
+    "numbers, names", [("long", ["Llama", "Mixtral"]), ("short", ["GPT2", "GptOss"])]
+)
+def test_streaming_equals_the_whole_model(numbers: str, names: list[str], tmp_path: Path) -> None:
+    commands = []
+    for name in names:
+        model = make_model(name)
+        arguments = make_sides(tmp_path / name, model, model)
+        move(model)
+        single(model, tmp_path / name / "unlearned")
+        commands.append(arguments)
+    far_away(numbers, *commands)
+    for folder in tmp_path.iterdir():
+        check_release(folder)
+
+
+def shorten(pair: Path) -> None:
+    """Leave few rows: nothing is fast there."""
+    for seed, name in enumerate(("retain", "forget", "heldout")):
+        write_rows(pair / f"{name}.jsonl", make_rows(8, seed))
+
+
+def test_the_whole_job(tmp_path: Path) -> None:
+    make_pair(tmp_path, dtype=torch.float32)
+    shorten(tmp_path)
+    sides = [str(tmp_path / "base"), str(tmp_path / "unlearned")]
+    sets = proxies(tmp_path)
+    there = []
+    for moments, options in (
+        ("exact", [*sets, "--generate-rows", "2"]),
+        ("sketch", [*sets[:2], "--generate-rows", "0"]),
+    ):
+        here = tmp_path / moments
+        job = ["sanitize", *sides, "-q", "--moments", moments, *options, "--output"]
+        assert main([*job, str(here / "near")]) == 0
+        there.append([*job, str(here / "far")])
+    far_away("short", *there)
+    for moments in ("exact", "sketch"):
+        check_alike(tmp_path / moments / "near", tmp_path / moments / "far")
+
+
+def check_alike(near: Path, far: Path) -> None:
+    """Two releases differ by rounding only."""
+    expected, found = load_weights(near), load_weights(far)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    reports = [json.loads((out / "sage" / "report.json").read_text()) for out in (near, far)]
+    assert [report["hardware"]["device"] for report in reports] == ["cpu", "far"]
+    losses = [
+        [one["value"] for one in report["results"] if one["metric"] == "loss"] for report in reports
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_other_commands(pair: Path, tmp_path: Path) -> None:
+    sides = [str(pair / "base"), str(pair / "unlearned")]
+    sets = proxies(pair)
+    shorten(pair)
+    far_away(
+        "short",
+        ["audit", *sides, *sets[:4]],
+        ["plan", sides[0]],
+        ["eval", *sides, *sets, "--generate-rows", "2"],
+    )

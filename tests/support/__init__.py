@@ -1,0 +1,1 @@
+"""What tests share: a Hub on this machine, pico checkpoints, references in float64."""
