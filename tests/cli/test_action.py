@@ -166,6 +166,7 @@ def push(runner: Runner, pair: Path, **inputs: str) -> int:
     for name in ("retain", "forget", "heldout"):
         (runner.workspace / f"{name}.jsonl").write_bytes((pair / f"{name}.jsonl").read_bytes())
     settings = "retain: retain.jsonl\nforget: forget.jsonl\nheldout: heldout.jsonl\n"
+    settings += "generate_rows: 0\ngain: match\n"  # the action does the same whatever they are
     (runner.workspace / "sage.yaml").write_text(settings)
     return runner.run(
         skip=("source", "install"),

@@ -79,6 +79,7 @@ def shell(tmp_path: Path, pair: Path) -> Shell:
         shutil.copy(pair / f"{name}.jsonl", made.folder)
     (made.folder / "sage.yaml").write_text(
         "retain: retain.jsonl\nforget: forget.jsonl\nheldout: heldout.jsonl\n"
+        "generate_rows: 0\ngain: match\n"
     )
     return made
 

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
 
 import pytest
+from support.soak import soak
 
 from sage_hub.cli.main import main
+from sage_hub.commands import demo_models
 
 
-def test_the_demo_repairs_more_than_it_gives_back(capsys: pytest.CaptureFixture[str]) -> None:
+def with_fewer_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the people, who are learnt in half the time."""
+    people = demo_models._RECIPES["people"]
+    learn = dataclasses.replace(people.learn, steps=250, rate=3e-3)
+    fewer = dataclasses.replace(people, retain=16, heldout=16, learn=learn)
+    monkeypatch.setitem(demo_models._RECIPES, "people", fewer)
+
+
+@pytest.mark.parametrize("people", ["fewer", soak("all")])
+def test_the_demo_repairs_more_than_it_gives_back(
+    people: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if people == "fewer":
+        with_fewer_people(monkeypatch)
     assert main(["demo", "--json", "--quiet"]) == 0
     result = json.loads(capsys.readouterr().out)
     value = {

@@ -1,6 +1,6 @@
 """Run commands of sage-hub on a device that is not there, called `far`.
 
-    pretend_device.py long '["stats", "./base", …]' '["plan", "./base"]'
+    python -m support.pretend_device long '["stats", "./base", …]' '["plan", "./base"]'
 
 Its tensors lie and are computed on the CPU, but say that they are elsewhere, and what a GPU would
 refuse is refused: an operation on tensors of two devices and, if told `short` as on MPS, numbers
@@ -114,7 +114,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.inference_mode = no_gradients
     from sage_hub.cli.main import main
+    from support.quick import hurry
 
+    hurry(setattr)
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor() makes its tensors there, then sends
     with Pretend():
         sys.exit(max(main([*json.loads(one), "--device", NAME]) for one in sys.argv[2:]))
