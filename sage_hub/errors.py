@@ -63,7 +63,7 @@ class MissingTensorError(SageHubError):
 
 
 class NothingToDoError(SageHubError):
-    """Base and unlearned hold the same weights."""
+    """Base and unlearned hold the same weights, or differ in nothing that is filtered."""
 
     status = 14
 

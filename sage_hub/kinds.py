@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 import operator
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
+
+from sage_hub.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,25 @@ def files_of(metavar: str, names: str, pattern: str) -> Kind:
     return Kind(metavar, f"a mapping of {names} to files", schema, fits)
 
 
+def texts(metavar: str, noun: str) -> Kind:
+    """A list of texts that are not empty."""
+    return Kind(
+        metavar,
+        f"a list of {noun}",
+        {"type": "array", "items": {"type": "string", "minLength": 1}},
+        lambda value: isinstance(value, tuple) and all(map(_is_text, value)),
+    )
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
+
+
+def _is_date(value: str) -> bool:
+    try:
+        return len(value) == 10 and bool(date.fromisoformat(value))
+    except ValueError:
+        return False
 
 
 def _either(*words: str) -> str:
@@ -91,9 +112,55 @@ def _either(*words: str) -> str:
 
 PROXY = text("PROXY")
 SWITCH = Kind("", "true or false", {"type": "boolean"}, lambda value: isinstance(value, bool))
-CONDITIONS = Kind(
-    "CONDITION",
-    "a list of conditions",
-    {"type": "array", "items": {"type": "string", "minLength": 1}},
-    lambda value: isinstance(value, tuple) and all(map(_is_text, value)),
+DATE = Kind(
+    "DATE",
+    "a date like '2026-01-31'",
+    {"type": "string", "pattern": r"^\d{4}-\d{2}-\d{2}$"},
+    lambda value: isinstance(value, str) and _is_date(value),
 )
+
+
+# The settings that a command has as options: a group, or one by name; "-" leaves one out.
+OPTIONS_OF = {
+    "push": "data release evaluation record method computation",
+    "sanitize": "data release evaluation record method computation",
+    "plan": "data method computation",
+    "stats": "forget energy rank moments computation",
+    "audit": "data -heldout method -gain -target computation",
+    "eval": "data evaluation computation",
+    "card": "card_template",
+    "demo": "method computation",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is declared of a setting."""
+
+    name: str
+    default: Any  # None: it may be left away, and then is None
+    group: str
+    kind: Kind
+    help: str
+    option: str  # of the command line
+    usual: str = ""  # what the default means, where its value does not say it
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands that have it as an option."""
+        has = {command: set(words.split()) for command, words in OPTIONS_OF.items()}
+        mine = {self.group, self.name}
+        return [name for name in has if mine & has[name] and f"-{self.name}" not in has[name]]
+
+    @property
+    def default_words(self) -> str:
+        """The default as people write it; empty where it is nothing."""
+        return self.usual or ("" if self.default in (None, (), {}) else str(self.default).lower())
+
+    def check(self, value: Any) -> None:
+        """Raises UsageError for a value that it does not take."""
+        if value == "":
+            raise UsageError(f"{self.name} is empty; leave it away or give it a value.")
+        if not (self.kind.fits(value) or (value is None and self.default is None)):
+            shown = reprlib.repr(value)[:99]  # a few lines of YAML can hold terabytes
+            raise UsageError(f"{self.name} must be {self.kind.wanted}, not {shown}.")

@@ -6,7 +6,6 @@ The options of the commands, the check of sage.yaml, its JSON Schema and docs/se
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from functools import partial
@@ -14,7 +13,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sage_hub.errors import UsageError
-from sage_hub.kinds import CONDITIONS, PROXY, SWITCH, Kind, choice, files_of, number, text, whole
+from sage_hub.kinds import (
+    DATE,
+    PROXY,
+    SWITCH,
+    Kind,
+    Setting,
+    choice,
+    files_of,
+    number,
+    text,
+    texts,
+    whole,
+)
 
 OUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 SETS = ("retain", "forget", "heldout")
@@ -23,53 +34,10 @@ _TAKEN = (
     *(*SETS, "unseen", "reference", "base", "unlearned", "control", "sanitized", "robustness"),
     *("bias", "gain", "all", "control_alpha", "retain_recovered"),
 )
+MODELS = ("reference", "tokenizer")  # settings that name a repo or a folder
 SEARCH_TOKENS = 16_384  # of each set that a search for the gain evaluates, at most
 # They bear on what is said of a release and not on what it is: a finished one is not made again.
 ABOUT_THE_RECORD = ("gates", "results", "card_template")
-# The settings that a command has as options: a group, or one by name; "-" leaves one out.
-OPTIONS_OF = {
-    "push": "data release evaluation record method computation",
-    "sanitize": "data release evaluation record method computation",
-    "plan": "data method computation",
-    "stats": "forget energy rank moments computation",
-    "audit": "data -heldout method -gain -target computation",
-    "eval": "data evaluation computation",
-    "card": "card_template",
-    "demo": "method computation",
-}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is declared of a setting."""
-
-    name: str
-    default: Any  # None: it may be left away, and then is None
-    group: str
-    kind: Kind
-    help: str
-    option: str  # of the command line
-    usual: str = ""  # what the default means, where its value does not say it
-
-    @property
-    def commands(self) -> list[str]:
-        """The commands that have it as an option."""
-        has = {command: set(words.split()) for command, words in OPTIONS_OF.items()}
-        mine = {self.group, self.name}
-        return [name for name in has if mine & has[name] and f"-{self.name}" not in has[name]]
-
-    @property
-    def default_words(self) -> str:
-        """The default as people write it; empty where it is nothing."""
-        return self.usual or ("" if self.default in (None, (), {}) else str(self.default).lower())
-
-    def check(self, value: Any) -> None:
-        """Raises UsageError for a value that it does not take."""
-        if value == "":
-            raise UsageError(f"{self.name} is empty; leave it away or give it a value.")
-        if not (self.kind.fits(value) or (value is None and self.default is None)):
-            shown = reprlib.repr(value)[:99]  # a few lines of YAML can hold terabytes
-            raise UsageError(f"{self.name} must be {self.kind.wanted}, not {shown}.")
 
 
 def _setting(group: str, default: Any, kind: Kind, what: str, **more: Any) -> Any:
@@ -153,6 +121,15 @@ class Settings:
     chat_template: bool = _computation(
         True, SWITCH, "put rows into the tokenizer's chat template, if it has one"
     )
+    tokenizer: str | None = _computation(
+        None,
+        text("REPO|FOLDER"),
+        "whose tokenizer makes tokens of the rows",
+        usual="the base's, else the unlearned side's, else the reference's",
+    )
+    date: str | None = _computation(
+        None, DATE, "the date for chat templates that write one", usual="that of today"
+    )
     out_dtype: str | None = _release(
         None,
         choice(*OUT_DTYPES),
@@ -164,6 +141,11 @@ class Settings:
     )
     merge: bool = _release(
         False, SWITCH, "where UNLEARNED is an adapter: write the whole model, not an adapter"
+    )
+    carry: tuple[str, ...] = _release(
+        (),
+        texts("GLOB", "names or globs of files"),
+        "bring files along that would stay behind, as 'assets/*'; weights never come",
     )
     suite: str = _evaluation(
         "auto",
@@ -182,7 +164,7 @@ class Settings:
     lm_eval: str | None = _evaluation(None, text("TASKS"), "run these tasks of lm-eval too: a,b")
     gates: tuple[str, ...] = _record(
         (),
-        CONDITIONS,
+        texts("CONDITION", "conditions"),
         "stop unless each is met, as 'heldout.probability >= base - 0.02'",
         option="--gate",
     )
@@ -196,8 +178,9 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.gates, list):  # YAML knows lists alone
-            object.__setattr__(self, "gates", tuple(self.gates))
+        for name in ("gates", "carry"):
+            if isinstance(given := getattr(self, name), list):  # YAML knows lists alone
+                object.__setattr__(self, name, tuple(given))
         strength: object = self.strength
         if strength == "inf":  # JSON has no infinity, so the record says it in a word
             object.__setattr__(self, "strength", math.inf)
@@ -210,15 +193,18 @@ class Settings:
         """The settings for the record, without local paths."""
         strength, energy = self.sharpness
         described = asdict(self) | {"strength": strength, "energy": energy}
-        for name in ABOUT_THE_RECORD:
+        described["carry"] = list(self.carry)
+        for name in ABOUT_THE_RECORD if self.date else (*ABOUT_THE_RECORD, "date"):
             del described[name]
         for name in (*SETS, "unseen"):
             described[name] = _published(described[name])
         described["bystanders"] = {k: _published(v) for k, v in self.bystanders.items()}
         if self.lm_eval:
             described["lm_eval"] = ",".join(Path(task).name for task in self.lm_eval.split(","))
-        if self.reference and Path(self.reference).expanduser().exists():
-            described["reference"] = f"./{Path(self.reference).resolve().name}"
+        for name in MODELS:
+            named = described[name]
+            if named and Path(named).expanduser().exists():
+                described[name] = f"./{Path(named).resolve().name}"
         if math.isinf(strength):
             described["strength"] = "inf"  # JSON has no infinity
         return described
@@ -323,6 +309,8 @@ def as_words(values: Mapping[str, Any]) -> list[str]:
         option, default = SETTINGS[name].option, SETTINGS[name].default
         if isinstance(value, Mapping):
             words += [word for k, v in value.items() for word in (option, f"{k}={v}")]
+        elif isinstance(value, (list, tuple)):
+            words += [word for one in value for word in (option, str(one))]
         elif isinstance(value, bool):
             words += [option] * (value != default)
         elif value is not None:

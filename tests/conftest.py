@@ -76,7 +76,7 @@ def _hurried() -> Iterator[None]:
 
 @pytest.fixture
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks are proved and pictures drawn; see support/quick.py."""
+    """Pictures are drawn; see support/quick.py."""
     take_time(monkeypatch.setattr)
 
 

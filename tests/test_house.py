@@ -36,3 +36,10 @@ def test_no_module_is_longer_than_350_lines(folder: str) -> None:
         if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 350
     }
     assert long == {}
+
+
+def test_the_tests_that_the_docs_name_are_there() -> None:
+    text = (ROOT / "docs" / "inputs.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+/test_\w+\.py)`", text))
+    assert named
+    assert {name for name in named if not (ROOT / "tests" / name).is_file()} == set()

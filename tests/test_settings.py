@@ -24,7 +24,8 @@ import sage_hub
 from sage_hub.cli.config import load_settings
 from sage_hub.cli.parser import COMMANDS, make_parser
 from sage_hub.errors import NotFoundError, UsageError
-from sage_hub.settings import ABOUT_THE_RECORD, SETTINGS, Setting, Settings
+from sage_hub.kinds import Setting
+from sage_hub.settings import ABOUT_THE_RECORD, SETTINGS, Settings
 
 ROOT = Path(sage_hub.__file__).parents[1]
 SCHEMA = ROOT / "sage_hub" / "data" / "sage.schema.json"
@@ -310,6 +311,8 @@ def values_of(setting: Setting) -> st.SearchStrategy[Any]:
             return st.one_of(*map(of, schema["anyOf"]))
         if "enum" in schema:
             return st.sampled_from(schema["enum"])
+        if "pattern" in schema:
+            return st.dates().map(str)
         least, most = schema.get("minimum"), schema.get("maximum", 1e9)
         least = schema.get("exclusiveMinimum", least)
         above = "exclusiveMinimum" in schema
@@ -319,7 +322,7 @@ def values_of(setting: Setting) -> st.SearchStrategy[Any]:
             "number": st.floats(
                 least, most, exclude_min=above, allow_nan=False, allow_infinity=False
             ),
-            "string": words,
+            "string": st.dates().map(str) if "pattern" in schema else words,
             "array": st.lists(words, max_size=3).map(tuple),
             "object": st.dictionaries(
                 st.from_regex(schema.get("propertyNames", {}).get("pattern", ""), fullmatch=True),
@@ -443,6 +446,7 @@ def test_the_record_has_no_local_path_and_is_json() -> None:
     assert described["strength"] == "inf"
     assert json.loads(json.dumps(described, allow_nan=False)) == described
     about_the_record = {"gates", "results", "card_template"}  # no part of what a release is
+    about_the_record |= {"date"}  # which is there only if a chat template asks for one
     assert described.keys() == Settings.__dataclass_fields__.keys() - about_the_record
 
 

@@ -10,7 +10,6 @@ from sage_hub.errors import OutOfMemoryError
 from sage_hub.method.moments import CHUNK, sketch_width
 from sage_hub.model.blocks import BlockModel, cut
 from sage_hub.model.sites import Site, find_sites
-from sage_hub.model.weights import loaded_whole
 from sage_hub.rows.encoding import row_limit
 from sage_hub.runtime.machine import GB
 from sage_hub.runtime.progress import in_bytes
@@ -65,16 +64,14 @@ def plan_memory(
     *,
     tokens: int,
     longest: int,
-    held: float = 0,
 ) -> Budget:
     """How to calibrate on `tokens` tokens, in rows of `longest` at most, with `settings.memory`.
 
-    `held` bytes of weights are in memory all the time, beside what a block takes.
     Hidden states give way first, to the disk; then, with moments "auto", the second moments of
     the largest sites, to sketches.
     """
     state = model.model.state_dict(keep_vars=True)
-    weights = held + float(
+    weights = float(
         sum(state[name].nbytes for name in model.shared)
         + max(sum(state[name].nbytes for name in block.parameters) for block in model.blocks)
         + max(tensor.nbytes for tensor in state.values())
@@ -115,14 +112,7 @@ def expect_calibration(base: Checkpoint, settings: Settings) -> tuple[Budget, Bu
     sites, blocks = find_sites(model), cut(model)
     sets = 1 if settings.gain_rule == "number" else 2
     most, least = (
-        plan_memory(
-            blocks,
-            sites,
-            settings,
-            tokens=tokens,
-            longest=longest,
-            held=base.weight_bytes if loaded_whole(base) else 0,
-        )
+        plan_memory(blocks, sites, settings, tokens=tokens, longest=longest)
         for tokens, longest in (
             (sets * settings.max_tokens, row_limit(base, settings.max_length)),
             (1, 1),

@@ -22,6 +22,7 @@ def statistics_key(
     own = ("rank", "max_tokens", "max_length", "batch_size", "seed", "chat_template")
     described = settings.describe()
     kept = {name: described[name] for name in (*own, "moments", "memory", "device")}
+    kept |= {"date": settings.date} if settings.date else {}
     return digest(
         {
             "model": [checkpoint.name, checkpoint.commit],

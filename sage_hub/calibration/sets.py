@@ -13,7 +13,6 @@ from sage_hub.calibration.statistics import Origin, stored_energy
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.model.blocks import BlockModel
 from sage_hub.model.sites import Site
-from sage_hub.model.weights import loaded_whole
 from sage_hub.rows.encoding import Batch, Encoded, batches, row_limit, take_rows
 from sage_hub.rows.proxies import Proxy
 from sage_hub.settings import SETS, Settings
@@ -49,7 +48,6 @@ def plan_sets(
         for proxies in files.values()
         for own in proxies.items()
     }
-    held = checkpoint.weight_bytes if loaded_whole(checkpoint) else 0
     sets: dict[tuple[str, Proxy, frozenset[str]], CalibrationSet] = {}
     room = math.inf
     for path, proxies in files.items():
@@ -59,7 +57,6 @@ def plan_sets(
             settings,
             tokens=sum(batch.ids.numel() for part in read.values() for batch in part.batches),
             longest=max(len(row.ids) for own in proxies.items() for row in read[own].rows),
-            held=held,
         )
         budget.check()
         room = min(room, budget.hidden)
@@ -125,5 +122,6 @@ def origin_of(
             "seed": settings.seed,
             "chat_template": settings.chat_template,
             "moments": settings.moments,
+            **({"date": settings.date} if settings.date else {}),
         },
     )

@@ -15,9 +15,13 @@ from torch import Tensor
 from sage_hub.checkpoint.architecture import Architecture, Place
 from sage_hub.checkpoint.files import Files, read_json
 from sage_hub.checkpoint.index import Checkpoint
+from sage_hub.checkpoint.layouts import INDEX, SINGLE
+from sage_hub.checkpoint.quantized import refuse_quantized
+from sage_hub.checkpoint.targets import adapts
 from sage_hub.checkpoint.tensorfile import RowReader
 from sage_hub.errors import (
     AdapterError,
+    ArchitectureError,
     CorruptCheckpointError,
     MissingTensorError,
     NotFoundError,
@@ -101,16 +105,33 @@ class Adapter(Checkpoint):
         """What it does to the base, by the tensor of the adapter: A's for a pair.
 
         Raises CorruptCheckpointError for a tensor without its partner or of the wrong shape,
-        MissingTensorError for a module that the base has not.
+        MissingTensorError for a module that the base has not, and for an empty tensor, AdapterError
+        for a tensor that PEFT would ignore.
         """
         found = {}
+        if empty := [tensor for tensor in self.shard_of if 0 in self.info(tensor).shape]:
+            raise MissingTensorError(
+                f"Tensor {empty[0]!r} of {self.name} is empty, as ZeRO-3 leaves what lies on "
+                "other devices; gather the weights and save the adapter again."
+            )
         for tensor in self.shard_of:
             change = self._change(tensor)
             if change is not None:
                 found[tensor] = change
         return found
 
+    def does_something(self) -> bool:
+        """Whether any weight of the base is changed: of a new adapter every B is zero."""
+        changes = [change.by for change in self.changes.values()]
+        if any(isinstance(by, str) for by in changes):
+            return True
+        with self.open_shard(WEIGHTS) as tensors:
+            pairs = (by for by in changes if isinstance(by, LowRank))
+            return any(tensors.read(by.b).any() and tensors.read(by.a).any() for by in pairs)
+
     def _change(self, tensor: str) -> Change | None:
+        if not tensor.startswith(PREFIX):
+            raise self._ignored(tensor, f"its name does not begin with {PREFIX!r}")
         name = tensor.removeprefix(PREFIX)
         for a, b in (
             (".lora_A.weight", ".lora_B.weight"),
@@ -122,16 +143,36 @@ class Adapter(Checkpoint):
                 if tensor.removesuffix(b) + a not in self.shard_of:
                     raise self._broken(f"{tensor!r} has no partner")
                 return None
-        for part in (".base_layer.", ".modules_to_save."):
-            name = name.replace(part, ".")
-        place = self.architecture.place(name, self.info(tensor).shape)
+        if ".lora_" in name or ".modules_to_save." in name:
+            raise self._ignored(tensor, "its name is not one that save_pretrained gives")
+        if f"{tensor.rpartition('.')[0]}.lora_A.weight" in self.shard_of:
+            raise self._ignored(tensor, "its module is adapted, and has it as 'base_layer'")
+        name = name.replace(".base_layer.", ".")
+        return Change(self._place(name, self.info(tensor).shape), tensor)
+
+    def _place(self, name: str, shape: tuple[int, ...]) -> Place:
+        """Where a tensor `name` of the model lies, if it has this `shape`."""
+        parameter = self.architecture.parameter(name)
+        if parameter is not None and parameter != self.architecture.converted(name):
+            raise self._ignored(f"{PREFIX}{name}", f"the model calls it {parameter!r}")
+        whole = self.architecture.parameters.get(parameter or "", shape)
+        of_tokens = self.architecture.embedding, self.architecture.head
+        if parameter in of_tokens and whole[0] != shape[0] and whole[1:] == shape[1:]:
+            raise ArchitectureError(
+                f"The adapter {self.name} was trained on a base of {shape[0]} tokens, and "
+                f"{self.base.name} has {whole[0]}; resize the base "
+                f"(model.resize_token_embeddings({shape[0]})), save it, and pass that."
+            )
+        place = self.architecture.place(name, shape)
         if place is None:
             raise self._unknown(name)
-        return Change(place, tensor)
+        return place
 
     def _pair(self, tensor: str, module: str, partner: str) -> Change:
         if partner not in self.shard_of:
             raise self._broken(f"{tensor!r} has no partner")
+        if not self._adapts(module):
+            raise self._ignored(tensor, f"{module!r} is not of the modules that {CONFIG} adapts")
         a, b = self.info(tensor).shape, self.info(partner).shape
         rank = self._for_module("r", "rank_pattern", module)
         alpha = self._for_module("lora_alpha", "alpha_pattern", module)
@@ -148,10 +189,16 @@ class Adapter(Checkpoint):
         scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         transposed = self.architecture.stored_transposed(f"{module}.weight")
         shape = (a[1], b[0]) if transposed else (b[0], a[1])
-        place = self.architecture.place(f"{module}.weight", shape)
-        if place is None:
-            raise self._unknown(module)
+        place = self._place(f"{module}.weight", shape)
         return Change(place, LowRank(tensor, partner, scale), transposed)
+
+    def _adapts(self, module: str) -> bool:
+        """Whether PEFT adapts `module`, by its name in the file or in the model."""
+        names = {module, str(self.architecture.parameter(f"{module}.weight"))}
+        try:
+            return any(adapts(self.config, name.removesuffix(".weight")) for name in names)
+        except (TypeError, re.error):
+            raise self._wrong("target_modules") from None
 
     def _for_module(self, name: str, pattern: str, module: str) -> float:
         """The setting `name` for `module`, read as PEFT reads it: the first key of `pattern` that
@@ -174,6 +221,12 @@ class Adapter(Checkpoint):
     def _broken(self, why: str) -> CorruptCheckpointError:
         return CorruptCheckpointError(f"{WEIGHTS} of {self.name} is not whole: {why}.")
 
+    def _ignored(self, tensor: str, why: str) -> AdapterError:
+        return AdapterError(
+            f"PEFT ignores the tensor {tensor!r} of {self.name}, because {why}, so the release "
+            "would not do what the update does; save the adapter with PEFT (save_pretrained)."
+        )
+
     def _unknown(self, name: str) -> MissingTensorError:
         return MissingTensorError(
             f"The adapter {self.name} changes {name!r}, which {self.base.name} has not; check "
@@ -195,15 +248,14 @@ def open_adapter(files: Files, base: Checkpoint) -> Adapter:
     if WEIGHTS not in files.sizes:
         raise NotFoundError(f"{files.name} has an {CONFIG}, but no {WEIGHTS}.")
     _refuse(read_json(files, CONFIG), files.name)
-    return Adapter(files, {WEIGHTS: files.header(WEIGHTS)}, base)
+    adapter = Adapter(files, {WEIGHTS: files.header(WEIGHTS)}, base)
+    refuse_quantized(adapter.name, adapter.config, adapter.headers)
+    return adapter
 
 
 def is_adapter(files: Files) -> bool:
     """Whether `files` are an adapter and no whole model."""
-    return CONFIG in files.sizes and not any(
-        name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
-        for name in files.sizes
-    )
+    return CONFIG in files.sizes and not {SINGLE, INDEX} & files.sizes.keys()
 
 
 def _refuse(config: Mapping[str, Any], name: str) -> None:

@@ -42,6 +42,10 @@ from sage_hub.errors import ArchitectureError, first_line
 
 # Conversions at load that stack the experts, and join the parts of each.
 ROWS_STAY_WHOLE = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+# What torch.compile, DataParallel, FSDP and activation checkpointing put into names.
+WRAPPERS = re.compile(
+    r"^((module|_orig_mod)\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 EXPERT_KINDS = ("gate_up_proj", "up_proj", "down_proj")  # fused (expert, out, in) parameters
 
 
@@ -81,6 +85,7 @@ class Architecture:
     tied: dict[str, str]  # parameter that a checkpoint may leave out -> the one it equals
     parameters: dict[str, tuple[int, ...]]  # parameter or buffer name -> shape
     outside: tuple[str, ...]  # prefixes of what is not part of the language model, as its eyes
+    settings: dict[str, Any]  # those of the language model, with the defaults of its class
     _renamings: tuple[WeightRenaming, ...]
     _converters: tuple[WeightConverter, ...]
     _prefix: str
@@ -105,10 +110,26 @@ class Architecture:
             )
         return Place(name, 0, row_count(shape))
 
-    def whole(self, tensor: str) -> Place:
-        """All rows of the parameter that checkpoint tensor `tensor` belongs to."""
+    def parameter(self, tensor: str) -> str | None:
+        """The parameter that checkpoint tensor `tensor` belongs to; None if the model has none."""
         name, _ = self._rename(tensor)
-        return Place(name, 0, row_count(self.parameters[name]))
+        return name if name in self.parameters else None
+
+    def converted(self, tensor: str) -> str:
+        """The name of `tensor` after transformers' conversions, without what it forgives beside."""
+        if tensor in self.parameters:
+            return tensor
+        return str(rename_source_key(tensor, [*self._renamings], [*self._converters])[0])
+
+    def twins(self, parameter: str) -> tuple[str, ...]:
+        """`parameter`, and all that are tied to it.
+
+        Those that a checkpoint holds under their own names are what it says; the others equal the
+        first of their twins that it holds, whichever that is.
+        """
+        source = self.tied.get(parameter, parameter)
+        others = [name for name, origin in self.tied.items() if origin == source]
+        return tuple(dict.fromkeys((parameter, source, *others)))
 
     def stored_transposed(self, tensor: str) -> bool:
         """Whether the parameter of checkpoint tensor `tensor` is stored (in, out)."""
@@ -119,6 +140,7 @@ class Architecture:
         """The parameter of checkpoint tensor `tensor`, and the converter's pattern, if one fits."""
         if tensor in self.parameters:
             return tensor, None
+        tensor = unwrapped(tensor)
         name, pattern = rename_source_key(
             tensor, [*self._renamings], [*self._converters], self._prefix, self.parameters
         )
@@ -131,7 +153,7 @@ class Architecture:
         converter = next(c for c in self._converters if pattern in c.source_patterns)
         steps = [(type(op), getattr(op, "dim", None)) for op in converter.operations]
         head, star, tail = pattern.partition("*")
-        key = apply_renamings(tensor, [*self._renamings])
+        key = apply_renamings(unwrapped(tensor), [*self._renamings])
         number = re.search(rf"{re.escape(head)}(\d+){re.escape(tail)}", key)
         whole = self.parameters[name]
         if steps not in ROWS_STAY_WHOLE or not star or number is None:
@@ -147,11 +169,17 @@ class Architecture:
 
     def may_be_absent(self, tensor: str) -> bool:
         """Whether a whole checkpoint can lack `tensor`: a tied weight or a left-over buffer."""
+        tensor = unwrapped(tensor)
         if tensor in self.tied or any(re.search(p, tensor) for p in self._ignored):
             return True
         return tensor not in self.parameters and tensor.endswith(
             ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
         )
+
+
+def unwrapped(tensor: str) -> str:
+    """The name of `tensor` without what wrappers have put into it."""
+    return WRAPPERS.sub("", tensor)
 
 
 def linear_maps(model: PreTrainedModel) -> dict[str, tuple[Linear, ...]]:
@@ -230,22 +258,6 @@ def build_empty(folder: Path, name: str, first: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-def load_whole(folder: Path, name: str) -> PreTrainedModel:
-    """The whole model in `folder`, called `name`, as transformers loads it, for inference."""
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            model = _auto_class(config).from_pretrained(
-                folder,
-                dtype="auto",
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ArchitectureError(f"transformers cannot load {name}: {first_line(error)}") from None
-    return model.eval()
-
-
 def architecture_of(model: PreTrainedModel) -> Architecture:
     """The architecture of `model`, whose weights may be on "meta"."""
     transforms = get_model_conversion_mapping(model)
@@ -264,6 +276,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
             for name, module in model.named_modules()
             if name and module is not head and not _related(name, language)
         ),
+        settings=model.config.get_text_config().to_dict(),
         _renamings=tuple(t for t in transforms if isinstance(t, WeightRenaming)),
         _converters=tuple(t for t in transforms if isinstance(t, WeightConverter)),
         _prefix=model.base_model_prefix,

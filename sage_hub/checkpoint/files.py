@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ from sage_hub.checkpoint.hubfiles import HubFiles
 from sage_hub.checkpoint.location import Location, parse_location
 from sage_hub.checkpoint.tensorfile import Header, file_sha256, read_header
 from sage_hub.errors import CorruptCheckpointError, NotFoundError, UsageError
+
+MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class Files(Protocol):
@@ -119,7 +122,7 @@ def open_files(text: str) -> Files:
     """The files of the repo or folder that `text` names. Raises NotFoundError or AccessError."""
     location = parse_location(text)
     if location.folder is None:
-        return HubFiles(location.repo, location.revision)
+        return HubFiles(location.repo, location.revision, below=location.below)
     return LocalFiles(location.folder)
 
 
@@ -127,13 +130,28 @@ def read_json(files: Files, name: str) -> dict[str, Any]:
     """The JSON object in file `name`. Raises NotFoundError or CorruptCheckpointError."""
     if name not in files.sizes:
         raise NotFoundError(f"{files.name} has no {name}; it is not a transformers checkpoint.")
+    raw = files.path(name).read_bytes()
+    if is_lfs_pointer(raw):
+        raise CorruptCheckpointError(
+            f"{name} of {files.name} is a Git LFS pointer and not the file; run git lfs pull."
+        )
+    if raw.startswith(MARKS):
+        raise CorruptCheckpointError(
+            f"{name} of {files.name} begins with a byte order mark, with which transformers cannot "
+            "read it; save it in UTF-8 without one."
+        )
     try:
-        content = json.loads(files.path(name).read_text(encoding="utf-8"))
+        content = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise CorruptCheckpointError(f"{name} of {files.name} is not a JSON object.")
     return content
+
+
+def is_lfs_pointer(content: bytes) -> bool:
+    """Whether `content` stands for a large file that git has not fetched."""
+    return content.startswith(b"version https://git-lfs.github.com/spec/")
 
 
 def digest(content: Mapping[str, Any]) -> str:

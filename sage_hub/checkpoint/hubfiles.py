@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
@@ -16,10 +17,13 @@ from sage_hub.errors import CorruptCheckpointError, NotFoundError
 from sage_hub.hub.client import DamagedError, ask, reading_token
 
 DOWNLOADING = 4  # files at a time
+BRANCHES = 10  # of those in which weights are looked for
 
 
 class HubFiles:
     """The files of a Hub repo at one commit, resolved before the first byte is read.
+
+    Of a folder `below` its top, if there is one, and named from there.
 
     What is read is compared with the hash that the Hub has of it, and fetched anew if it differs.
     """
@@ -31,8 +35,10 @@ class HubFiles:
         *,
         kind: str = "model",
         api: HfApi | None = None,
+        below: str = "",
     ) -> None:
         self._kind = kind
+        self._repo, self._below = repo, f"{below}/" if below else ""
         self._api = api or HfApi(token=reading_token())
         self._shown = repo if kind == "model" else f"{kind} {repo}"
         about = self._api.model_info if kind == "model" else self._api.dataset_info
@@ -43,13 +49,20 @@ class HubFiles:
         )
         if info.sha is None or info.siblings is None:
             raise NotFoundError(f"{repo} has no commit yet.")
-        self.name = repo
-        self.location = Location(None, repo, revision)
+        self.location = Location(None, repo, revision, below)
+        self.name = self.location.name
         self.commit: str = info.sha
         self.private = bool(info.private)
-        self.sizes = {s.rfilename: s.size or 0 for s in info.siblings}
-        self._lfs = {s.rfilename: s.lfs.sha256 for s in info.siblings if s.lfs is not None}
-        self._git = {s.rfilename: s.blob_id for s in info.siblings}
+        own = {
+            s.rfilename.removeprefix(self._below): s
+            for s in info.siblings
+            if s.rfilename.startswith(self._below)
+        }
+        if below and not own:
+            raise NotFoundError(f"{repo} has no folder {below!r} at {revision or 'main'}.")
+        self.sizes = {name: s.size or 0 for name, s in own.items()}
+        self._lfs = {name: s.lfs.sha256 for name, s in own.items() if s.lfs is not None}
+        self._git = {name: s.blob_id for name, s in own.items()}
         self._compared: set[str] = set()
         self._passing: Path | None = None
 
@@ -63,8 +76,8 @@ class HubFiles:
             nonlocal anew
             path = Path(
                 hf_hub_download(
-                    self.name,
-                    file,
+                    self._repo,
+                    f"{self._below}{file}",
                     repo_type=self._kind,
                     revision=self.commit,
                     local_dir=self._passing if passes else None,
@@ -108,7 +121,7 @@ class HubFiles:
             found = ask(
                 self._shown,
                 lambda: self._api.parse_safetensors_file_metadata(
-                    self.name, file, revision=self.commit
+                    self._repo, f"{self._below}{file}", revision=self.commit
                 ),
                 self.commit,
             )
@@ -137,11 +150,26 @@ class HubFiles:
             self.sizes[file]
             for file in files
             if not isinstance(
-                try_to_load_from_cache(self.name, file, revision=self.commit, repo_type=self._kind),
+                try_to_load_from_cache(
+                    self._repo,
+                    f"{self._below}{file}",
+                    revision=self.commit,
+                    repo_type=self._kind,
+                ),
                 (str, Path),
             )
         )
 
     def close(self, file: str) -> None:
         if self._passing is not None:
-            (self._passing / file).unlink(missing_ok=True)
+            (self._passing / f"{self._below}{file}").unlink(missing_ok=True)
+
+    def other_branches(self, wanted: Callable[[Sequence[str]], object]) -> list[str]:
+        """Branches whose files are what is `wanted`; the first BRANCHES are looked at."""
+        refs = ask(self._shown, lambda: self._api.list_repo_refs(self._repo, repo_type=self._kind))
+        found = []
+        for branch in [b.name for b in refs.branches if b.target_commit != self.commit][:BRANCHES]:
+            files = HubFiles(self._repo, branch, kind=self._kind, api=self._api)
+            if wanted([*files.sizes]):
+                found.append(branch)
+        return found

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,9 +13,15 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from sage_hub.checkpoint.architecture import Architecture, architecture_of, build_empty
+from sage_hub.checkpoint.architecture import Architecture, Place, architecture_of, build_empty
+from sage_hub.checkpoint.coverage import check_covered
 from sage_hub.checkpoint.files import Files, digest, open_files, read_json
 from sage_hub.checkpoint.hubfiles import HubFiles
+from sage_hub.checkpoint.layouts import INDEX as INDEX
+from sage_hub.checkpoint.layouts import PICKLES as PICKLES
+from sage_hub.checkpoint.layouts import SINGLE as SINGLE
+from sage_hub.checkpoint.layouts import read_headers
+from sage_hub.checkpoint.quantized import refuse_quantized
 from sage_hub.checkpoint.tensorfile import (
     DTYPES,
     FLOATS,
@@ -27,16 +32,12 @@ from sage_hub.checkpoint.tensorfile import (
     file_sha256,
 )
 from sage_hub.errors import (
+    ArchitectureError,
     CorruptCheckpointError,
     NotFoundError,
-    PickledWeightsError,
-    QuantizedError,
 )
 from sage_hub.runtime.progress import SILENT, Progress
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -50,6 +51,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+NAMED_TEMPLATES = "additional_chat_templates/"
 HASHING = 4  # files at a time
 
 
@@ -59,6 +61,8 @@ class Checkpoint:
 
     files: Files
     headers: dict[str, Header]  # shard file -> its header, in the order of the index
+    # Whose tokenizer is used, if not its own.
+    tokenizer: Files | None = field(default=None, kw_only=True)
     config_file: ClassVar[str] = "config.json"
 
     @property
@@ -126,6 +130,30 @@ class Checkpoint:
         """The parameters of its model and where tensors lie in them; no weight is read."""
         return architecture_of(self.empty_model())
 
+    @cached_property
+    def places(self) -> dict[str, Place | None]:
+        """Tensor name -> where it lies in the model, None if in no rows of it.
+
+        Raises ArchitectureError for one that does not fit in. An empty one lies nowhere.
+        """
+        found: dict[str, Place | None] = {}
+        for tensor in self.shard_of:
+            shape = self.info(tensor).shape
+            try:
+                found[tensor] = None if 0 in shape else self.architecture.place(tensor, shape)
+            except ArchitectureError as error:
+                raise ArchitectureError(f"{self.name}: {error}") from None
+        return found
+
+    @cached_property
+    def holders(self) -> dict[str, list[str]]:
+        """Parameter -> the tensors that hold rows of it, in order."""
+        found: dict[str, list[tuple[int, str]]] = {}
+        for tensor, place in self.places.items():
+            if place is not None:
+                found.setdefault(place.parameter, []).append((place.start, tensor))
+        return {name: [tensor for _, tensor in sorted(own)] for name, own in found.items()}
+
     @property
     def of_model(self) -> Checkpoint:
         """The checkpoint whose config describes the model: of an adapter its base."""
@@ -145,34 +173,67 @@ class Checkpoint:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether it comes with a tokenizer, as adapters need not."""
-        return any(name in self.files.sizes for name in TOKENIZER_FILES)
+        """Whether there is a tokenizer, as of adapters there need not be."""
+        return any(name in TOKENIZER_FILES for name in self.tokenizer_files)
+
+    @property
+    def read_from(self) -> Files:
+        """The files that its tokenizer is among."""
+        return self.tokenizer or self.files
+
+    @property
+    def tokenizer_files(self) -> list[str]:
+        """The tokenizer's files, and those of chat templates that have a name."""
+        there = self.read_from.sizes
+        named = [name for name in there if name.startswith(NAMED_TEMPLATES)]
+        return [*(name for name in TOKENIZER_FILES if name in there), *named]
 
     def tokenizer_fingerprint(self) -> str:
         """A SHA-256 over the tokenizer's files."""
-        names = [name for name in TOKENIZER_FILES if name in self.files.sizes]
-        return digest({name: file_sha256(self.files.path(name)) for name in names})
+        names = self.tokenizer_files
+        return digest({name: file_sha256(self.read_from.path(name)) for name in names})
 
     def tokenizer_folder(self) -> Path:
-        """A local folder with the tokenizer and the config."""
-        wanted = ["config.json", *TOKENIZER_FILES]
-        return self.files.folder([name for name in wanted if name in self.files.sizes])
+        """A local folder with the tokenizer, and the config beside it. Raises NotFoundError."""
+        if not self.has_tokenizer:
+            raise NotFoundError(
+                f"{self.name} has no tokenizer, and nothing else that was given has one; name a "
+                "repo or folder that has the model's with --tokenizer."
+            )
+        config = ["config.json"] * ("config.json" in self.read_from.sizes)
+        return self.read_from.folder([*config, *self.tokenizer_files])
 
-    def model_folder(self) -> Path:
-        """A local folder with all that `from_pretrained` needs, and no pickles."""
-        wanted = [*self.headers, "config.json", "generation_config.json", INDEX, *TOKENIZER_FILES]
-        return self.files.folder([name for name in wanted if name in self.files.sizes])
+    def reading_with(self, named: str | None, others: Iterable[Checkpoint] = ()) -> Checkpoint:
+        """The same with the tokenizer that `named` names, else its own, else one of `others`.
+
+        Raises NotFoundError if `named` has none.
+        """
+        if named is not None:
+            files = open_files(named)
+            if not any(name in files.sizes for name in TOKENIZER_FILES):
+                raise NotFoundError(f"--tokenizer {named}: there is no tokenizer in {files.name}.")
+            return replace(self, tokenizer=files)
+        if self.has_tokenizer:
+            return self
+        found = (other for other in others if other.has_tokenizer)
+        return next((replace(self, tokenizer=other.files) for other in found), self)
 
 
 def open_checkpoint(text: str) -> Checkpoint:
     """Open the checkpoint that `text` names: config, index and headers, no weights.
 
     Raises the errors of `sage_hub.errors` for all that would stop a run later: missing, private,
-    pickled, quantized, corrupt.
+    pickled, quantized, corrupt, not whole.
     """
-    files = open_files(text)
-    checkpoint = Checkpoint(files, _read_headers(files))
-    _refuse_quantized(checkpoint)
+    checkpoint = read_index(open_files(text))
+    check_covered(checkpoint)
+    return checkpoint
+
+
+def read_index(files: Files) -> Checkpoint:
+    """The checkpoint in `files`, of whatever model: which tensor lies in which shard."""
+    checkpoint = Checkpoint(files, read_headers(files))
+    refuse_quantized(checkpoint.name, checkpoint.config, checkpoint.headers)
     seen: set[str] = set()
     for shard, header in checkpoint.headers.items():
         if repeated := seen & header.tensors.keys():
@@ -202,65 +263,3 @@ def open_shards(side: Checkpoint, limit: int | None = None) -> Iterator[Callable
 
     with ExitStack() as everything:
         yield reader
-
-
-def _read_headers(files: Files) -> dict[str, Header]:
-    # transformers prefers the single file where both exist; so do we.
-    if SINGLE in files.sizes:
-        return {SINGLE: files.header(SINGLE)}
-    if INDEX in files.sizes:
-        return _read_sharded_headers(files)
-    if "adapter_config.json" in files.sizes:
-        raise NotFoundError(
-            f"{files.name} is an adapter and no whole model; only the unlearned side may be one."
-        )
-    if pickles := [name for name in files.sizes if name.endswith(PICKLES)]:
-        raise PickledWeightsError(
-            f"{files.name} has only pickled weights ({pickles[0]}), which sage-hub never loads; "
-            "convert them to safetensors first (save_pretrained does)."
-        )
-    raise NotFoundError(f"{files.name} has neither {SINGLE} nor {INDEX}.")
-
-
-def _read_sharded_headers(files: Files) -> dict[str, Header]:
-    weight_map = read_json(files, INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptCheckpointError(f"{INDEX} of {files.name} has no weight_map.")
-    indexed: dict[str, set[str]] = {}
-    for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            raise CorruptCheckpointError(
-                f"{INDEX} of {files.name} points to {shard!r}, which is not a safetensors file "
-                "in its own folder."
-            )
-        if shard not in files.sizes:
-            raise CorruptCheckpointError(
-                f"{files.name} lacks {shard}, where its index places tensor {tensor!r}."
-            )
-        indexed.setdefault(shard, set()).add(tensor)
-    headers = {shard: files.header(shard) for shard in sorted(indexed)}
-    for shard, tensors in indexed.items():
-        if absent := tensors - headers[shard].tensors.keys():
-            raise CorruptCheckpointError(
-                f"{shard} of {files.name} lacks tensor {min(absent)!r}, which the index "
-                "places there."
-            )
-    return headers
-
-
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    config = checkpoint.config
-    found = config.get("quantization_config") or config.get("compression_config")
-    if found:
-        kind = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-        raise QuantizedError(
-            f"{checkpoint.name} is quantized ({kind}); pass the checkpoint it was made from, "
-            "and quantize the sanitized one."
-        )
-    for header in checkpoint.headers.values():
-        for name, info in header.tensors.items():
-            if re.fullmatch(r"F[468](_\w+)?", info.dtype):
-                raise QuantizedError(
-                    f"Tensor {name!r} of {checkpoint.name} is stored as {info.dtype}; pass a "
-                    "bfloat16, float16 or float32 checkpoint."
-                )

@@ -17,7 +17,7 @@ from sage_hub.checkpoint.files import Files, digest
 from sage_hub.checkpoint.index import TOKENIZER_FILES, Checkpoint
 from sage_hub.checkpoint.location import Location
 from sage_hub.checkpoint.tensorfile import Header, RowReader
-from sage_hub.errors import AdapterError
+from sage_hub.errors import AdapterError, NothingToDoError
 from sage_hub.runtime.progress import SILENT, Progress
 
 
@@ -134,6 +134,16 @@ class _Overlay:
     def _holder(self, file: str) -> Files:
         taken = file in (*TOKENIZER_FILES, "README.md", "LICENSE")
         return self.adapter if taken and file in self.adapter.sizes else self.base
+
+
+def check_effect(side: Checkpoint) -> None:
+    """Raise NothingToDoError for an adapter, merged or not, that leaves its base as it is."""
+    adapter = side.adapter if isinstance(side, Merged) else side
+    if isinstance(adapter, Adapter) and not adapter.does_something():
+        raise NothingToDoError(
+            f"The adapter {adapter.name} leaves {adapter.base.name} as it is, because of each pair "
+            "A or B is zero, as before training; there is no update to sanitize."
+        )
 
 
 def _refuse_tied(adapter: Adapter) -> None:

@@ -11,10 +11,10 @@ import yaml
 
 from sage_hub.checkpoint.files import Files, open_files
 from sage_hub.errors import NotFoundError, UsageError
-from sage_hub.settings import SETS, SETTINGS, Settings
+from sage_hub.settings import MODELS, SETS, SETTINGS, Settings
 
 CONFIG = "sage.yaml"
-NAME_FILES = (*SETS, "unseen", "bystanders", "reference", "lm_eval", "results", "card_template")
+NAME_FILES = (*SETS, "unseen", "bystanders", *MODELS, "lm_eval", "results", "card_template")
 
 
 def load_settings(
@@ -87,7 +87,7 @@ def _placed(values: dict[str, Any], place: Callable[[str, str], str]) -> dict[st
         if name == "lm_eval":
             tasks = map(str.strip, value.split(","))
             return ",".join(place(name, t) if t.endswith((".yaml", ".yml")) else t for t in tasks)
-        is_repo = name == "reference" and not value.startswith((".", "/", "~"))
+        is_repo = name in MODELS and not value.startswith((".", "/", "~"))
         ours = name == "card_template" and value == "short"
         return value if is_repo or ours or value.startswith("hf://") else place(name, value)
 
@@ -103,8 +103,8 @@ def _in_repo(values: dict[str, Any], files: Files, shown: str) -> dict[str, Any]
     def place(name: str, file: str) -> str:
         if name == "lm_eval":
             raise UsageError(f"{shown}: lm_eval must name tasks; a task's file may run code.")
-        if name == "reference":
-            raise UsageError(f"{shown}: reference must be a repo of the Hub.")
+        if name in MODELS:
+            raise UsageError(f"{shown}: {name} must be a repo of the Hub.")
         if Path(file).is_absolute() or ".." in Path(file).parts:
             raise UsageError(f"{shown}: {name} must be a file of the repo or hf://datasets/….")
         return str(files.path(file))

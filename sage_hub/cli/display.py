@@ -10,6 +10,7 @@ from sage_hub.calibration.estimate import SEARCHED, Estimate
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.cli.terminal import Part
 from sage_hub.commands.job import Job
+from sage_hub.errors import printable
 from sage_hub.publish.verify import Verification
 from sage_hub.record.gates import Outcome
 from sage_hub.record.release import Release
@@ -55,6 +56,8 @@ def _plan_lines(job: Job) -> Iterator[tuple[str, str]]:
         yield "", f"copied: {count} × {reason}"
     for which in SETS:
         yield which, _set(job, which)
+        if which in job.shown:
+            yield "", f"as the model sees it: {printable(job.shown[which])}"
     for gate in job.gates:
         yield "gate", gate.text
     yield (
@@ -128,6 +131,7 @@ def plan_json(job: Job) -> dict[str, Any]:
         "settings": job.settings.describe(),
         "memory": None if job.memory is None else job.memory.describe(),
         "problems": [{"status": p.status, "message": str(p)} for p in job.problems],
+        "warnings": list(job.warnings),
     }
 
 

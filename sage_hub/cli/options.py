@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sage_hub.kinds import PROXY, SWITCH, Kind, whole
-from sage_hub.settings import SETTINGS, Setting
+from sage_hub.kinds import PROXY, SWITCH, Kind, Setting, whole
+from sage_hub.settings import SETTINGS
 
 # The commands that have it, its names, and how argparse takes it.
 Option = tuple[Sequence[str], Sequence[str], Mapping[str, Any]]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sage_hub.calibration.statistics import find_ready
 from sage_hub.checkpoint.pair import open_pair
+from sage_hub.commands.inputs import read_proxies
 from sage_hub.commands.job import Job
-from sage_hub.commands.survey import check_given_statistics, read_proxies
+from sage_hub.commands.survey import check_given_statistics
 from sage_hub.repair.bias import summarize
+from sage_hub.repair.effect import check_filters
 from sage_hub.repair.matching import make_plan
 from sage_hub.repair.update import Filter, Update
+from sage_hub.rows.encoding import check_rows, dated
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
 
@@ -30,11 +34,15 @@ def audit(
     The result is that of `bias.summarize`, with the sources' names and the settings.
     """
     ready = None if statistics is None else find_ready(statistics)
-    settings = settings.resolve_device()
-    plan = make_plan(open_pair(base, unlearned))
+    pair = open_pair(base, unlearned)
+    first = pair.base.reading_with(settings.tokenizer, [pair.unlearned])
+    plan = make_plan(replace(pair, base=first))
+    settings = dated(first, settings.resolve_device())
     if plan.problems:
         raise plan.problems[0]
+    check_filters(plan, settings)
     proxies = read_proxies(settings.to_calibrate(), calibrates=ready is None)
+    check_rows(proxies, plan.base, settings)
     fingerprints = {
         "base": plan.base.fingerprint(run.progress),
         "tokenizer": plan.base.tokenizer_fingerprint(),

@@ -9,11 +9,12 @@ from typing import Any
 
 from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
 from sage_hub.checkpoint.pair import open_unlearned
-from sage_hub.commands.survey import read_proxies
+from sage_hub.commands.inputs import read_proxies
 from sage_hub.errors import UsageError
 from sage_hub.evaluation import harness
 from sage_hub.evaluation.evaluate import Candidate, Study, evaluate
 from sage_hub.record.manifest import make_report
+from sage_hub.rows.encoding import check_rows, dated
 from sage_hub.runtime.progress import Clock
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
@@ -41,14 +42,18 @@ def evaluate_models(
     harness.check_available(settings.lm_eval)
     proxies = read_proxies(settings, calibrates=False)
     first = open_checkpoint(models[0])
+    settings = dated(first, settings)
     sides: dict[str, Checkpoint] = {models[0]: first}
     sides |= {name: open_unlearned(name, first) for name in models[1:]}
     candidates = {name: Candidate(side) for name, side in sides.items()}
     if settings.reference:
         candidates["reference"] = Candidate(open_checkpoint(settings.reference))
+    others = [candidate.side for candidate in candidates.values()]
+    reader = first.reading_with(settings.tokenizer, others)
+    check_rows(proxies, reader, settings, *others)
     study = Study(
         proxies,
-        tokens_of=first,
+        tokens_of=reader,
         compared=[(name, models[0]) for name in models[1:]],
         robust=list(sides),
         origin=models[0],

@@ -46,6 +46,7 @@ class Job:
     publication: Publication = field(default_factory=Publication)  # if the target is on the Hub
     force: bool = False
     run: Run = field(default_factory=Run)
+    shown: Mapping[str, str] = field(default_factory=dict)  # the first row of each set, as seen
     warnings: tuple[str, ...] = ()
     problems: tuple[SageHubError, ...] = ()  # each would stop the run
 

@@ -12,11 +12,12 @@ from typing import Any
 from sage_hub.checkpoint.location import Location
 from sage_hub.checkpoint.pair import open_pair, open_unlearned
 from sage_hub.commands.job import Job
-from sage_hub.commands.survey import check_weights, choose_target, nothing_to_do, survey
+from sage_hub.commands.survey import check_weights, choose_target, survey
 from sage_hub.errors import SageHubError
 from sage_hub.evaluation.evaluate import Candidate, Evaluation, Study, evaluate
 from sage_hub.model.weights import part_of_the_way
 from sage_hub.publish.folder import Work, working_on
+from sage_hub.publish.opened import open_as_user
 from sage_hub.publish.sending import commit_release, finished, is_published, make_shards, published
 from sage_hub.publish.target import Publication
 from sage_hub.publish.upload import Upload
@@ -24,10 +25,12 @@ from sage_hub.record.card import describe
 from sage_hub.record.manifest import MANIFEST, leave_record, make_manifest, make_report, write_json
 from sage_hub.record.release import Release, Terms, stop_at_gates
 from sage_hub.repair.beside import carry_files, write_index
+from sage_hub.repair.effect import check_changes, check_written
 from sage_hub.repair.gain import Trial, choose_gain
 from sage_hub.repair.plan import Plan
 from sage_hub.repair.update import Filter, Update
-from sage_hub.repair.write import norm_matched_alpha
+from sage_hub.repair.write import norm_matched_alpha, rounding_share
+from sage_hub.rows.encoding import describe_prompts
 from sage_hub.runtime.progress import Clock
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
@@ -111,6 +114,8 @@ def _to_hub(job: Job, work: Work) -> Release:
 def _make(job: Job, work: Work, upload: Upload | None = None) -> Release:
     """Make the release in the work folder, and give it its name when it is complete."""
     settings, run, clock = job.settings, job.run, Clock()
+    if not settings.low_disk:  # where each look at a shard is a download
+        run.ranks.once(lambda: check_changes(job.plan))
     with job.calibrated(work.statistics) as statistics:
         clock.lap("calibrate")
         plan = job.plan.observed(statistics.site_of)
@@ -121,8 +126,12 @@ def _make(job: Job, work: Work, upload: Upload | None = None) -> Release:
         chosen = choose_gain(update, trial)
         shards = make_shards(update, chosen.gains, work, upload, run)
         records = [tensor for shard in shards for tensor in shard.tensors]
-        if all(record.action == "identical" for record in records):
-            raise nothing_to_do(plan)
+        check_written(records, plan)
+        if (share := rounding_share(records)) is not None:
+            run.progress.note(
+                f"The two sides are stored in different types; rounding alone explains "
+                f"{100 * share:.2g} % of the update's size (‖Δ‖²)."
+            )
         clock.lap("sanitize")
         hashes = {shard.shard: shard.sha256 for shard in shards}
         hashes |= run.ranks.once(lambda: _write_beside(plan, work, settings))
@@ -131,6 +140,7 @@ def _make(job: Job, work: Work, upload: Upload | None = None) -> Release:
         )
         if job.statistics is not None:
             manifest["statistics"]["file"] = job.statistics.name
+        manifest["prompts"] = describe_prompts(plan.base, settings)
         seen = {about["fingerprint"] for about in statistics.origin.data.values()}
     alpha = norm_matched_alpha(records)
     evaluation = _evaluate(job, plan, work, alpha, seen)
@@ -187,6 +197,7 @@ def _finished(job: Job, work: Work) -> Release | None:
 
 
 def _finish(job: Job, work: Work, upload: Upload | None, manifest: Any, report: Any) -> Release:
+    open_as_user(work.release, job.plan.base)
     write_json(work.release / MANIFEST, manifest)
     made = _conclude(job, work.release, manifest, report)
     if upload is not None:

@@ -14,11 +14,12 @@ from sage_hub.calibration.statistics import REPO_FILE, Origin, is_whole, open_st
 from sage_hub.checkpoint.hubfiles import HubFiles
 from sage_hub.checkpoint.index import open_checkpoint
 from sage_hub.checkpoint.tensorfile import file_sha256
-from sage_hub.commands.survey import read_proxies
+from sage_hub.commands.inputs import read_proxies
 from sage_hub.errors import TargetError, UsageError
 from sage_hub.publish.target import Publication, check_target
 from sage_hub.publish.upload import Upload
 from sage_hub.record.card import statistics_card
+from sage_hub.rows.encoding import check_rows, dated
 from sage_hub.rows.proxies import Proxy
 from sage_hub.rows.sources import DATASET_SCHEME
 from sage_hub.runtime.run import Run
@@ -55,7 +56,8 @@ def collect_statistics(
         _check_file(Path(output))
     once = run.ranks.once
     settings = settings.resolve_device()
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model).reading_with(settings.tokenizer)
+    settings = dated(checkpoint, settings)
     if to is not None:
         check_target(to, publication, force=force, mark=REPO_FILE)
     with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
@@ -65,6 +67,8 @@ def collect_statistics(
             files = _files(retain, file, settings)
         else:
             files = {file: read_proxies(settings.to_calibrate(), calibrates=True)}
+        for proxies in files.values():
+            check_rows(proxies, checkpoint, settings)
         weights = once(lambda: checkpoint.fingerprint(run.progress))
         calibrate(checkpoint, files, settings, weights=weights, run=run)
         if retain:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sage_hub.calibration.budget import Budget, expect_calibration
@@ -13,30 +13,30 @@ from sage_hub.checkpoint.adapter import Adapter
 from sage_hub.checkpoint.hubfiles import HubFiles
 from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
 from sage_hub.checkpoint.location import Location, parse_location
-from sage_hub.checkpoint.merged import Merged
+from sage_hub.checkpoint.merged import Merged, check_effect
+from sage_hub.checkpoint.notes import notes_on
 from sage_hub.checkpoint.pair import Pair
+from sage_hub.commands.inputs import Inputs
 from sage_hub.commands.job import Job
 from sage_hub.errors import (
-    NothingToDoError,
     OutOfMemoryError,
     SageHubError,
     StatisticsError,
     UsageError,
 )
 from sage_hub.evaluation import harness
-from sage_hub.evaluation.comparison import Result
-from sage_hub.evaluation.evaluate import expected_names
-from sage_hub.evaluation.imported import read_results
 from sage_hub.publish.folder import check_disk, check_output
-from sage_hub.publish.target import Publication, check_target
+from sage_hub.publish.target import Publication, check_target, target_warnings
 from sage_hub.record import card
-from sage_hub.record.gates import ALWAYS_KNOWN, Gate, check_names, parse
 from sage_hub.record.manifest import check_record
-from sage_hub.record.tables import MODELS
+from sage_hub.record.metadata import metadata_warnings
+from sage_hub.repair.beside import bring, path_warnings
+from sage_hub.repair.effect import check_filters, no_update
 from sage_hub.repair.matching import make_plan
 from sage_hub.repair.plan import Plan
-from sage_hub.rows.proxies import Proxy, check_disjoint
-from sage_hub.rows.sources import read_proxy
+from sage_hub.repair.readable import unreadable
+from sage_hub.rows.encoding import dated
+from sage_hub.rows.proxies import Hashes, check_disjoint
 from sage_hub.runtime.machine import GB, machine_memory
 from sage_hub.runtime.progress import SILENT, Progress, in_bytes
 from sage_hub.runtime.run import Run
@@ -60,14 +60,19 @@ def survey(
     """
     ready = None if statistics is None else find_ready(statistics)
     settings = settings.resolve_device()
+    reference = open_checkpoint(settings.reference) if settings.reference else None
+    others = [pair.unlearned, *([reference] if reference else [])]
+    pair = replace(pair, base=pair.base.reading_with(settings.tokenizer, others))
+    settings = _pinned(settings, pair.base)
+    settings = dated(pair.base, settings)
     title = f"Sanitize {pair.unlearned.name} with sage-hub"
     publication = replace(publication, message=publication.message or title)
-    plan = make_plan(pair).stored_as(settings.stored_dtype).without(settings.files)
+    plan = bring(make_plan(pair).stored_as(settings.stored_dtype), settings.carry)
+    plan = plan.without(settings.files)
     memory, least, room = expect_calibration(plan.base, settings)
     if ready is not None:
         memory = replace(memory, moments=0, sketched=frozenset())
-    reference = open_checkpoint(settings.reference) if settings.reference else None
-    data = _Data(settings, calibrates=ready is None)
+    data = Inputs(settings, calibrates=ready is None)
     job = Job(
         plan,
         settings,
@@ -82,6 +87,7 @@ def survey(
         run=run,
     )
     checks: list[Callable[[], object]] = [
+        lambda: check_filters(plan, settings),
         lambda: _check_target(job, pair),
         lambda: _check_ranks(job),
         lambda: check_disk(
@@ -91,8 +97,10 @@ def survey(
             low_disk=settings.low_disk,
             keep=target.folder is not None or bool(settings.sets.keys() - {"retain"}),
         ),
+        lambda: check_effect(plan.unlearned),
         lambda: data.read_results(pair.sides),
         data.read_sets,
+        lambda: data.check_rows(plan, reference),
         data.read_gates,
         lambda: card.find_template(settings.card_template),
         lambda: harness.check_available(settings.lm_eval),
@@ -101,8 +109,14 @@ def survey(
         checks.append(lambda: _check_memory(least))
     if plan.base.commit and plan.unlearned.commit:  # the Hub knows the hashes
         checks.append(lambda: _fingerprints(plan, SILENT))
-    problems = (*plan.problems, *_failures(checks))
-    job = replace(job, gates=tuple(data.gates), results=tuple(data.results), problems=problems)
+    problems = (*plan.problems, *_failures(checks), *unreadable(plan))
+    job = replace(
+        job,
+        shown=data.shown,
+        gates=tuple(data.gates),
+        results=tuple(data.results),
+        problems=problems,
+    )
     return replace(job, warnings=tuple(_warnings(job)))
 
 
@@ -135,56 +149,11 @@ def choose_target(to: str | None, pair: Pair) -> Location:
         return parse_location(to)
     source = pair.unlearned.files.location
     if source.folder is None:
-        return Location(folder=None, repo=f"{source.repo}-sage")
+        return Location(
+            None, "-".join(filter(None, [source.repo, *source.below.split("/"), "sage"]))
+        )
     folder = Path(os.path.realpath(source.folder))  # resolve() raises on a loop of links
     return Location(folder=folder.with_name(f"{folder.name}-sage"))
-
-
-@dataclass
-class _Data:
-    """The files that the settings name, as far as they could be read."""
-
-    settings: Settings
-    calibrates: bool
-    proxies: dict[str, Proxy] = field(default_factory=dict)
-    results: list[Result] = field(default_factory=list)
-    gates: list[Gate] = field(default_factory=list)
-
-    def read_results(self, sides: Mapping[str, Checkpoint]) -> None:
-        """Results made elsewhere; what they say of a side must be of it."""
-        for model, path in self.settings.results.items():
-            name, commit = (s.name, s.commit) if (s := sides.get(model)) else ("", None)
-            self.results += read_results(model, path, name=name, commit=commit)
-
-    def read_sets(self) -> None:
-        """The sets, and whether there are those that the gain is found by."""
-        settings = self.settings
-        self.proxies |= read_proxies(settings, calibrates=self.calibrates)
-        if settings.gain == "match" and self.calibrates and "forget" not in self.proxies:
-            raise UsageError("--gain match is measured on the forget proxy; give --forget.")
-        if settings.gain_rule == "search" and "retain" not in self.proxies:
-            raise UsageError(
-                "The gain is searched for on the forget rows, and held back by retain rows, which "
-                "statistics don't hold: give --retain beside --stats, or --gain match."
-            )
-        if settings.target is not None and settings.gain_rule != "search":
-            raise UsageError(
-                "--target is reached by evaluating the forget set; give --forget, no --low-disk."
-            )
-
-    def read_gates(self) -> None:
-        """The gates, after all that they can be about; nothing if the sets could not be read."""
-        settings = self.settings
-        self.gates += map(parse, settings.gates)
-        if not self.proxies.keys() >= settings.sets.keys():
-            return
-        models = [*MODELS, *(["reference"] if settings.reference else [])]
-        known = {*expected_names(self.proxies, settings, models), *ALWAYS_KNOWN}
-        for result in self.results:
-            known |= {f"{result.model}.{result.set}.{result.metric}"}
-            known |= {f"{result.set}.{result.metric}"} if result.model == "sanitized" else set()
-        tasks = [task.strip() for task in (settings.lm_eval or "").split(",")]
-        check_names(self.gates, known, tasks)
 
 
 def _check_memory(least: Budget) -> None:
@@ -198,32 +167,13 @@ def _check_memory(least: Budget) -> None:
         )
 
 
-def read_proxies(settings: Settings, *, calibrates: bool) -> dict[str, Proxy]:
-    """The sets that are given, read and checked to be disjoint.
-
-    Without a retain proxy the general-purpose one stands in, if it is to calibrate on.
-    """
-    sources: dict[str, str | None] = {"retain": None} if calibrates else {}
-    proxies = {which: read_proxy(source) for which, source in (sources | settings.sets).items()}
-    check_disjoint({which: (proxy.name, proxy.row_hashes) for which, proxy in proxies.items()})
-    return proxies
-
-
 def _fingerprints(plan: Plan, progress: Progress) -> dict[str, str]:
     """The fingerprints of both sides. Raises NothingToDoError if they are the same."""
     sides = {"base": plan.base, "unlearned": plan.unlearned}
     found = {name: side.fingerprint(progress) for name, side in sides.items()}
     if found["base"] == found["unlearned"]:
-        raise nothing_to_do(plan)
+        raise no_update(plan)
     return found
-
-
-def nothing_to_do(plan: Plan) -> NothingToDoError:
-    """The error that says so."""
-    return NothingToDoError(
-        f"{plan.base.name} and {plan.unlearned.name} hold the same weights; there is no update to "
-        "sanitize. Check that both arguments are what you meant."
-    )
 
 
 def _check_target(job: Job, pair: Pair) -> None:
@@ -235,14 +185,22 @@ def _check_target(job: Job, pair: Pair) -> None:
         sources = [side.files.location.folder for side in pair.sides.values()]
         check_output(target.folder, sources, force=job.force)
         return
-    if target.revision:
-        raise UsageError("A target takes no @revision; publish to org/name.")
+    if target.revision or target.below:
+        raise UsageError("A target takes no @revision and no folder; publish to org/name.")
     check_target(target.repo, publication, force=job.force)
 
 
 def _check_ranks(job: Job) -> None:
     if job.settings.low_disk and job.run.ranks.count > 1:
         raise UsageError("--low-disk is for one process; run without torchrun.")
+
+
+def _pinned(settings: Settings, base: Checkpoint) -> Settings:
+    """The settings with the commit of the tokenizer that they name, if it is on the Hub."""
+    named = base.tokenizer if settings.tokenizer else None
+    if named is None or named.commit is None:
+        return settings
+    return replace(settings, tokenizer=f"{named.name}@{named.commit}")
 
 
 def _failures(checks: Sequence[Callable[[], object]]) -> Iterator[SageHubError]:
@@ -282,12 +240,8 @@ def check_given_statistics(job: Job) -> None:
                 f"The statistics were made on other {which} rows ({data[which]['name']}) than "
                 f"those of {job.proxies[which].name}, which are only evaluated."
             )
-    others = {
-        which: (proxy.name, proxy.row_hashes)
-        for which, proxy in job.proxies.items()
-        if which != "retain"
-    }
-    check_disjoint({"retain": (seen["name"], seen["row_hashes"]), **others})
+    others = {which: proxy.hashes for which, proxy in job.proxies.items() if which != "retain"}
+    check_disjoint({"retain": Hashes(seen["name"], seen["row_hashes"]), **others})
 
 
 def _warnings(job: Job) -> Iterator[str]:
@@ -315,24 +269,24 @@ def _warnings(job: Job) -> Iterator[str]:
                     f"{side.name} is private; if {job.target.repo} has to be created it is as "
                     "private as its owner's new repos are. --private makes sure of it."
                 )
-    yield from card.licence_warnings(job.plan)
+    yield from notes_on(Pair(job.plan.base, job.plan.unlearned))
+    if job.target.folder is None and not job.problems:
+        yield from target_warnings(job.target.repo, job.publication)
+    yield from metadata_warnings(job.plan)
     unlearned = job.plan.unlearned
-    for key in ("_name_or_path", "base_model_name_or_path"):
-        if str(unlearned.config.get(key, "")).startswith(("/", "~")):
-            yield (
-                f"{unlearned.config_file} of the unlearned model names a folder of the machine it "
-                f"was made on ({key}) and comes along verbatim; change that line first if it is "
-                "private."
-            )
+    yield from path_warnings(job.plan)
+    used = job.plan.base.tokenizer
+    if used is not None:
+        yield f"Rows are put into tokens by the tokenizer of {used.name}."
     if not unlearned.has_tokenizer and not isinstance(unlearned, (Adapter, Merged)):
         yield (
-            "The unlearned side has no tokenizer, and neither will the release have one; put the "
-            "base's tokenizer files beside its weights first if it should."
+            "The unlearned side has no tokenizer, and neither will the release have one; put "
+            "tokenizer files beside its weights first if it should."
         )
     if unlearned.has_tokenizer and (
         unlearned.tokenizer_fingerprint() != job.fingerprints["tokenizer"]
     ):
         yield (
-            "The tokenizer files of the two sides differ; the base's are used for calibration and "
-            "evaluation, the unlearned side's are in the release."
+            "The unlearned side has other tokenizer files than those used for calibration and "
+            f"evaluation ({(used or job.plan.base.files).name}'s); its own are in the release."
         )

@@ -16,6 +16,7 @@ from sage_hub.evaluation.suites import Told
 from sage_hub.rows.proxies import Row
 
 Direction = Literal["higher", "lower", "near zero", "not stated"]
+UNDERFLOW = 700.0  # nats: exp of less is 0, of more ∞
 MIN_K = 0.4  # MUSE's share of the least probable tokens
 
 
@@ -51,31 +52,44 @@ def probability(seen: Seen) -> float:
     Of a question with wrong answers but no other wording of the right one (TOFU's real authors
     and world facts), p(answer) over the sum of it and of all wrong answers'.
     """
-    own = math.exp(-seen.told.answer.loss)
-    others = seen.told.perturbed or seen.told.choices
-    if seen.told.choices:
-        return own / sum(math.exp(-one.loss) for one in others)
-    if others and seen.told.paraphrased is None:
-        return own / (own + sum(math.exp(-one.loss) for one in others))
-    return own
+    told = seen.told
+    if told.choices:
+        own, *all_of_them = _likelihoods(told.answer, *told.choices)
+        return own / sum(all_of_them)
+    if told.perturbed and told.paraphrased is None:
+        own, *others = _likelihoods(told.answer, *told.perturbed)
+        return own / (own + sum(others))
+    return math.exp(-told.answer.loss)
+
+
+def _likelihoods(*answers: Scored) -> list[float]:
+    """exp(−ℓ) of each, all times the same where none of them would be more than 0."""
+    losses = [one.loss for one in answers]
+    least = min(losses) if min(losses) > UNDERFLOW else 0.0
+    return [math.exp(least - loss) for loss in losses]
 
 
 def truth_ratio(seen: Seen) -> float | None:
     """min(R, 1/R) of a row to forget, max(0, 1−R) of any other (TOFU, arXiv 2401.06121)."""
-    ratio = wrong_to_right(seen)
-    if ratio is None:
+    log_ratio = wrong_to_right(seen)
+    if log_ratio is None:
         return None
-    return min(ratio, 1 / ratio) if seen.forgotten else max(0.0, 1 - ratio)
+    ratio = math.exp(min(log_ratio, UNDERFLOW))
+    if seen.forgotten:
+        return ratio if log_ratio <= 0 else 1 / ratio
+    return max(1 - ratio, 0.0)  # in this order NaN stays NaN
 
 
 def wrong_to_right(seen: Seen) -> float | None:
-    """R = exp(−mean ℓ(wrong answers)) / exp(−ℓ(right one, in other words if there are any))."""
+    """ln R, R = exp(−mean ℓ(wrong answers)) / exp(−ℓ(right one, in other words if there are any)).
+
+    As a logarithm, because a model that is sure of a wrong answer has an R beyond all numbers.
+    """
     if not seen.told.perturbed:
         return None
     right = seen.told.paraphrased or seen.told.answer
     wrong = math.fsum(one.loss for one in seen.told.perturbed) / len(seen.told.perturbed)
-    # Where the model is sure of a wrong answer, exp would overflow.
-    return math.exp(min(right.loss - wrong, 700.0))
+    return right.loss - wrong
 
 
 def extraction_strength(seen: Seen) -> float:
@@ -99,6 +113,8 @@ def accuracy(seen: Seen) -> float | None:
     if not seen.told.choices:
         return None
     sums = [float(one.logprobs.sum(dtype=np.float64)) for one in seen.told.choices]
+    if np.isnan(sums).any():
+        return math.nan
     right = [choice.answer for choice in seen.row.choices].index(seen.row.answer)
     return float(int(np.argmax(sums)) == right)
 
@@ -118,6 +134,11 @@ def _scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # takes a second, and few commands need it
 
     return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def _exp(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # ∞ is said to be none
+        return np.asarray(np.exp(values))
 
 
 NOT_ANSWERED = "no answers were generated for these rows"
@@ -140,7 +161,7 @@ METRICS: Mapping[str, Metric] = {
         "higher",
         "",
         weight=lambda seen: seen.told.answer.tokens,
-        finish=np.exp,
+        finish=_exp,
     ),
     "accuracy": Metric(accuracy, "higher", "lower", "the rows have no choices column"),
     "knowmem": Metric(_rouge("fmeasure"), "higher", "lower", NOT_ANSWERED),
@@ -166,7 +187,8 @@ def direction(metric: str, which: str) -> Direction:
 def forget_quality(model: Sequence[Seen], reference: Sequence[Seen]) -> tuple[float, float] | None:
     """The p-value and the D of a two-sample Kolmogorov-Smirnov test (TOFU, arXiv 2401.06121).
 
-    Whether the truth ratios R of the forget rows are those of a model that never saw them. None
+    Whether the truth ratios R of the forget rows are those of a model that never saw them, which
+    the test tells by their order alone, so by that of ln R. None
     where the rows have no wrong answers. With n rows p is no less than 2 / C(2n, n).
     """
     from scipy.stats import ks_2samp

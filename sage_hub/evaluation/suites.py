@@ -8,14 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from sage_hub.checkpoint.index import Checkpoint
-from sage_hub.rows.encoding import (
-    Encoded,
-    encode_row,
-    load_tokenizer,
-    row_limit,
-    take_rows,
-    templated,
-)
+from sage_hub.rows.encoding import Encoded, encoder_of, take_rows
 from sage_hub.rows.proxies import Proxy, Row
 from sage_hub.settings import Settings
 
@@ -134,17 +127,15 @@ def prepare(name: str, proxy: Proxy, tokens_of: Checkpoint, settings: Settings) 
     them, a choice fixed by the seed, have their answer generated.
     """
     encoded, places = take_rows(proxy, tokens_of, settings)
-    tokenizer = load_tokenizer(tokens_of)
-    chat = templated(tokenizer, settings.chat_template)
-    limit = row_limit(tokens_of, settings.max_length)
+    encoder, named = encoder_of(tokens_of, settings), proxy.places
     metrics = metrics_of(proxy.rows, settings.suite)
     rows: list[Row] = []
     told: list[Told[Encoded]] = []
     for place, answer in zip(places, encoded, strict=True):
-        row = proxy.rows[place]
+        row, where = proxy.rows[place], f"{proxy.name}, {named[place]}"
 
-        def tokens(other: Row) -> Encoded:
-            return encode_row(other, tokenizer, chat=chat, max_length=limit)
+        def tokens(other: Row, where: str = where) -> Encoded:
+            return encoder.row(other, where)
 
         if not answer.answer_tokens:
             continue
@@ -152,7 +143,7 @@ def prepare(name: str, proxy: Proxy, tokens_of: Checkpoint, settings: Settings) 
         if "verbmem" in metrics:  # a long passage is compared as far as it is generated
             start = answer.answer_start
             kept = answer.ids[start : start + ANSWERS["verbmem"].max_new_tokens]
-            row = replace(row, answer=str(tokenizer.decode(kept, skip_special_tokens=True)))
+            row = replace(row, answer=str(encoder.tokenizer.decode(kept, skip_special_tokens=True)))
         others = Told(
             answer,
             tokens(row.paraphrased) if row.paraphrased else None,
@@ -160,9 +151,12 @@ def prepare(name: str, proxy: Proxy, tokens_of: Checkpoint, settings: Settings) 
             tokens(asked) if asked else None,
             tuple(map(tokens, row.choices)),
         )
+        cut = any(one.truncated for one in others)
+        if cut and row.perturbed and row.paraphrased is None:
+            continue  # its probability would be of another kind than that of the others
         rows.append(row)
         # Answers of which one is cut are not to be compared.
-        told.append(Told(answer) if any(one.truncated for one in others) else others)
+        told.append(Told(answer) if cut else others)
     some = list(range(len(rows)))
     random.Random(settings.seed).shuffle(some)
     generates = any(metric in ANSWERS for metric in metrics)

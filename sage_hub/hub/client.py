@@ -7,14 +7,16 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from json import JSONDecodeError
 from typing import Any, TypeVar
 
-from huggingface_hub import set_client_factory
+from huggingface_hub import constants, set_client_factory
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     HFValidationError,
     HTTPError,
@@ -27,6 +29,7 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 from huggingface_hub.utils import parse_ratelimit_headers
+from huggingface_hub.utils._auth import _get_token_from_environment, _get_token_from_file
 from huggingface_hub.utils._http import default_client_factory
 
 from sage_hub.errors import (
@@ -193,6 +196,12 @@ def explain(
             f"{repo} does not exist on the Hub, or is private: check the name, or {LOG_IN} "
             f"with access to it. (A folder is written ./{repo.rpartition('/')[2]}.)"
         )
+    if isinstance(error, FileMetadataError) or isinstance(error.__cause__, FileMetadataError):
+        return NetworkError(
+            f"{constants.ENDPOINT} answers about {repo} without saying of which commit "
+            "(X-Repo-Commit), so it is no full mirror of the Hub; set HF_ENDPOINT to one that is, "
+            "or download the repo and give its folder."
+        )
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         if status_of(error) is not None:
             return _explain_answer(error.__cause__ or error, repo)
@@ -213,7 +222,8 @@ def explain(
 
 def _explain_answer(error: BaseException, repo: str) -> SageHubError:
     status, response = status_of(error), _response(error)
-    said = (getattr(error, "server_message", None) or first_line(error)).partition("\n")[0]
+    reason = _reason(error)
+    said = reason or first_line(error)
     if response is not None and response.request.url.path == "/oauth/token":
         return AccessError(
             f"The Hub gives this CI job no token for HF_OIDC_RESOURCE ({said}): add the workflow "
@@ -221,20 +231,68 @@ def _explain_answer(error: BaseException, repo: str) -> SageHubError:
         )
     if status == 401:
         return AccessError(f"The Hub refused the token for {repo} (401): {LOG_IN}.")
+    other = "use one with access to it, with write permission if it is the target."
+    if status == 403 and not reason:
+        return AccessError(f"The token may not do this with {repo} (403): {other}")
     if status == 403:
         return AccessError(
-            f"The token may not do this with {repo} (403): use one with access to it, "
-            "with write permission if it is the target."
+            f"The Hub refuses this with {repo} (403) and says: {reason.rstrip('.')}. If that is "
+            f"the token's fault, {other}"
         )
     return NetworkError(f"The Hub answered {status} about {repo}: {said}")
+
+
+def _reason(error: BaseException) -> str:
+    """What the Hub itself says in its answer, on one line, be it in a header or in the body."""
+    cause: BaseException | None = error
+    while cause is not None and getattr(cause, "response", None) is None:
+        cause = cause.__cause__
+    said = getattr(cause, "server_message", None)
+    if said is None and (response := _response(cause)) is not None:
+        with suppress(ValueError, AttributeError, RuntimeError):  # no JSON, no mapping, not read
+            said = response.json().get("message")  # as LFS has it
+    text = str(said or "")
+    storage = re.search(r"<Message>(.+?)</Message>", text, re.DOTALL)  # as S3 has it
+    lines = (storage[1] if storage else text).strip().splitlines()
+    return lines[0] if lines else ""
+
+
+def usable_token(text: str) -> str:
+    """The token without blanks around it. Raises AccessError for what no token can be."""
+    token = text.strip()
+    if not all("!" <= character <= "~" for character in token):
+        raise AccessError(
+            "The token holds a character that no token has, as a blank or a byte order mark; copy "
+            "it once more, into a file or variable of plain ASCII."
+        )
+    return token
+
+
+def check_usual_token() -> None:
+    """Raise AccessError if the token of the environment, or of `hf auth login`, cannot be one."""
+    try:
+        usable_token(_get_token_from_environment() or _get_token_from_file() or "")
+    except UnicodeDecodeError:
+        usable_token("\0")
+
+
+def explain_any(error: BaseException | None, repo: str) -> SageHubError | None:
+    """The same of what a library has made another error of, without saying so."""
+    while error is not None:
+        if (explained := explain(error, repo)) is not None:
+            return explained
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def reading_token() -> str | None:
     """The token to read sources with; None leaves it to huggingface_hub.
 
     Of its own accord that takes the token of a trusted publisher (HF_OIDC_RESOURCE) for
-    everything. Such a token is for the one repo that it may write, so HF_TOKEN reads.
+    everything. Such a token is for the one repo that it may write, so HF_TOKEN reads. Raises
+    AccessError if what huggingface_hub would take cannot be a token.
     """
+    check_usual_token()
     publishes = "/" in os.environ.get("HF_OIDC_RESOURCE", "")
     return os.environ.get("HF_TOKEN", "").strip() or None if publishes else None
 

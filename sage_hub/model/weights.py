@@ -5,7 +5,7 @@ As a checkpoint stores them, with an adapter in them, or part of the way from ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from sage_hub.checkpoint.adapter import WEIGHTS, Adapter
-from sage_hub.checkpoint.architecture import Architecture, Place, load_whole
 from sage_hub.checkpoint.index import Checkpoint, open_shards
 from sage_hub.checkpoint.merged import Merged
-from sage_hub.checkpoint.tensorfile import RowReader, row_count
+from sage_hub.checkpoint.tensorfile import RowReader
 from sage_hub.errors import ArchitectureError
 
 # Name of a parameter or buffer -> its value on the CPU, in a type of its own.
@@ -67,65 +66,23 @@ def part_of_the_way(alpha: float) -> Blend:
     return blend
 
 
-def loaded_whole(checkpoint: Checkpoint) -> bool:
-    """Whether transformers changes a weight when it loads it, which takes the whole model.
-
-    Otherwise every weight of the language model is rows of tensors of `checkpoint`.
-    """
-    architecture = checkpoint.architecture
-    return not _row_by_row(architecture, _places(architecture, checkpoint))
-
-
 @contextmanager
 def _stored(checkpoint: Checkpoint) -> Iterator[Weights]:
     architecture = checkpoint.architecture
-    places = _places(architecture, checkpoint)
-    if not _row_by_row(architecture, places):
-        state = load_whole(checkpoint.model_folder(), checkpoint.name).state_dict()
-        yield lambda name: state[name].clone()
-        return
+    held = checkpoint.holders
 
     def read(name: str) -> Tensor:
         shape = architecture.parameters.get(name)
         if shape is None:
             raise ArchitectureError(f"{checkpoint.name} has no parameter {name!r}.")
         rows = []
-        for _, tensor in places.get(name) or places[architecture.tied[name]]:
+        for tensor in next(held[twin] for twin in architecture.twins(name) if twin in held):
             reader, info = shard(checkpoint.shard_of[tensor]), checkpoint.info(tensor)
             rows.append(reader.read_rows(tensor, 0, info.rows))
         return (torch.cat(rows) if len(rows) > 1 else rows[0]).reshape(shape)
 
     with open_shards(checkpoint, _OPEN) as shard:
         yield read
-
-
-def _places(
-    architecture: Architecture, checkpoint: Checkpoint
-) -> dict[str, list[tuple[Place, str]]]:
-    """Parameter -> the tensors that hold its rows, in order."""
-    found: dict[str, list[tuple[Place, str]]] = {}
-    for header in checkpoint.headers.values():
-        for tensor, info in header.tensors.items():
-            place = architecture.place(tensor, info.shape)
-            if place is not None:
-                found.setdefault(place.parameter, []).append((place, tensor))
-    return {name: sorted(own, key=lambda at: at[0].start) for name, own in found.items()}
-
-
-def _row_by_row(
-    architecture: Architecture, places: Mapping[str, Sequence[tuple[Place, str]]]
-) -> bool:
-    for name, shape in architecture.parameters.items():
-        if name.startswith(architecture.outside):
-            continue
-        reached = 0
-        for place, _ in places.get(name) or places.get(architecture.tied.get(name, ""), ()):
-            if place.start != reached:
-                return False
-            reached = place.stop
-        if reached != row_count(shape):
-            return False
-    return True
 
 
 def _with_adapter(

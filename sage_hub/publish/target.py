@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from typing import Any
 
 from huggingface_hub import HfApi
 
 from sage_hub.checkpoint.hubfiles import HubFiles
-from sage_hub.errors import AccessError, NetworkError, NotFoundError, TargetError, UsageError
-from sage_hub.hub.client import LOG_IN, ask
+from sage_hub.errors import (
+    AccessError,
+    NetworkError,
+    NotFoundError,
+    TargetError,
+    UsageError,
+)
+from sage_hub.hub.client import LOG_IN, ask, check_usual_token, usable_token
 from sage_hub.record.manifest import MANIFEST
 
 
 @dataclass(frozen=True)
 class Publication:
-    """How something goes to a repo of the Hub. Raises UsageError for what excludes each other."""
+    """How something goes to a repo of the Hub.
+
+    Raises UsageError for what excludes each other, AccessError for a token that cannot be one.
+    """
 
     branch: str | None = None  # made from main if it is not there; None: main
     create_pr: bool = False  # or goes on with the open one of the same title
@@ -33,6 +43,8 @@ class Publication:
                 f"{wrong} and --create-pr exclude each other: a pull request goes to main, and is "
                 "tagged when it is merged."
             )
+        if self.token is not None:
+            object.__setattr__(self, "token", usable_token(self.token) or None)
         for option, value in {
             "branch": self.branch,
             "tag": self.tag,
@@ -57,7 +69,9 @@ class Publication:
 
     @property
     def api(self) -> HfApi:
-        """The Hub, with the token to write with."""
+        """The Hub, with the token to write with. Raises AccessError if that cannot be one."""
+        if self.token is None:
+            check_usual_token()
         return HfApi(token=self.token)
 
     @property
@@ -229,6 +243,31 @@ def _check_writable(repo: str, how: Publication) -> None:
     except NetworkError as error:
         if "answered 404" not in str(error):  # a Hub that does not know the question
             raise
+
+
+def target_warnings(repo: str, how: Publication) -> Iterator[str]:
+    """What is no reason not to publish to `repo`, and should be known."""
+    head = find_head(repo, how)
+    if head.files is None or ".gitattributes" not in head.files.sizes:
+        return
+    rules = head.files.path(".gitattributes").read_text(encoding="utf-8", errors="replace")
+    if rule := readme_rule(rules):
+        yield (
+            f"The .gitattributes of {repo} sends README.md to LFS ({rule}), where the Hub does not "
+            "look for a card; remove that line."
+        )
+
+
+def readme_rule(gitattributes: str) -> str | None:
+    """The pattern that sends README.md to LFS, of rules of which the last one counts."""
+    found = None
+    for line in gitattributes.splitlines():
+        pattern, *attributes = line.split() or [""]
+        if fnmatch("README.md", pattern.removeprefix("/").removeprefix("**/")):
+            for attribute in attributes:
+                if attribute.lstrip("-!").partition("=")[0] == "filter":
+                    found = pattern if attribute == "filter=lfs" else None
+    return found
 
 
 def check_ours(repo: str, head: Head, *, force: bool, mark: str) -> None:

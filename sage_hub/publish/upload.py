@@ -301,6 +301,9 @@ class Upload:
                     create_pr=self._opens_pull_request,
                 ),
             )
+        except ValueError as error:  # that single files are refused is in the body, not in a status
+            said = " ".join(str(error).split())
+            raise PublishError(f"The Hub refuses files of {self.repo}: {said}.") from None
         except RuntimeError as error:  # of hf_xet
             raise NetworkError(
                 f"Uploading to {self.repo} broke off ({first_line(error)}); nothing was published. "

@@ -17,14 +17,13 @@ from huggingface_hub import (
     ModelCardData,
     eval_result_entries_to_yaml,
 )
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from sage_hub.calibration.statistics import Origin
 from sage_hub.checkpoint.adapter import Adapter
-from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.errors import NotFoundError, UsageError, first_line
+from sage_hub.record.metadata import inherited
 from sage_hub.record.pictures import draw
 from sage_hub.record.tables import (
     highlights,
@@ -36,11 +35,9 @@ from sage_hub.record.tables import (
     robustness_table,
 )
 from sage_hub.repair.plan import Plan
-from sage_hub.settings import SETS, as_words
+from sage_hub.settings import MODELS, SETS, as_words
 
 TEMPLATES = {None: "model_card.md.jinja", "short": "short.md.jinja"}
-# The release only inherits what still holds for it; scores, widgets and the like do not.
-INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 # Datasets whose results the Hub gathers from `.eval_results/`.
 BENCHMARKS = (
     "cais/mmlu",
@@ -70,20 +67,6 @@ def find_template(name: str | None) -> Path:
     return path
 
 
-def source_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The front matter of the checkpoint's own card; empty where there is none that parses."""
-    if "README.md" not in checkpoint.files.sizes:
-        return {}
-    try:
-        text = checkpoint.files.path("README.md").read_text(encoding="utf-8")
-        # All as text: what YAML takes for a truth value or a date is the language Norwegian, say.
-        front = REGEX_YAML_BLOCK.search(text)
-        found = yaml.load(front[2], yaml.BaseLoader) if front else None
-        return dict(found or {})
-    except (ValueError, TypeError, OSError, yaml.YAMLError):
-        return {}
-
-
 def statistics_card(origin: Origin) -> str:
     """The README of a repo that holds statistics."""
     at = f"@{origin.commit}" if origin.commit else ""
@@ -101,25 +84,13 @@ def statistics_card(origin: Origin) -> str:
     )
 
 
-def licence_warnings(plan: Plan) -> list[str]:
-    """A warning if the two sides state different licences."""
-    licences = [source_metadata(side).get("license") for side in (plan.base, plan.unlearned)]
-    if None in licences or licences[0] == licences[1]:
-        return []
-    return [
-        f"The licences of the sources differ (base: {licences[0]}, unlearned: {licences[1]}); "
-        "the card states the unlearned one's. Check which applies."
-    ]
-
-
 def describe(plan: Plan, name: str, warnings: Sequence[str]) -> dict[str, Any]:
     """What the card of the release `name` says beside its figures, for the report."""
-    metadata = source_metadata(plan.base) | source_metadata(plan.unlearned)
-    inherited = {key: metadata[key] for key in INHERITED if metadata.get(key)}
+    taken = inherited(plan)
     return {
         "name": name,
         "adapter": isinstance(plan.unlearned, Adapter),
-        "inherited": inherited | {"pipeline_tag": inherited.get("pipeline_tag", "text-generation")},
+        "inherited": taken | {"pipeline_tag": taken.get("pipeline_tag", "text-generation")},
         "warnings": list(warnings),
     }
 
@@ -187,8 +158,8 @@ def local_inputs(manifest: Mapping[str, Any]) -> list[str]:
     names = [recorded_source(side) for side in manifest["sources"].values() if not side["commit"]]
     sets = [*(settings[name] for name in (*SETS, "unseen")), *settings["bystanders"].values()]
     names += [source for source in sets if source and "://" not in source]
-    reference, statistics = settings["reference"] or "", manifest["statistics"].get("file") or ""
-    names += [reference] * reference.startswith("./")
+    names += [side for name in MODELS if (side := settings[name] or "").startswith("./")]
+    statistics = manifest["statistics"].get("file") or ""
     return names + [statistics] * statistics.endswith(".safetensors")
 
 
@@ -214,7 +185,8 @@ def front_matter(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> Mode
     """What the Hub reads. Of the sources only what is on the Hub can be linked to."""
     about, sources = report["card"], manifest["sources"]
     sides = ("base",) if about["adapter"] else ("base", "unlearned")
-    parents = [sources[side]["name"] for side in sides if sources[side]["commit"]]
+    # A folder in a repo is none that the Hub could link to.
+    parents = ["/".join(sources[s]["name"].split("/")[:2]) for s in sides if sources[s]["commit"]]
     relation = "adapter" if about["adapter"] else "merge"
     related: dict[str, Any] = (
         {"base_model": parents, "base_model_relation": relation} if parents else {}

@@ -20,7 +20,7 @@ from sage_hub.method.sage import relative
 from sage_hub.repair.bias import profile_of
 from sage_hub.repair.gain import Chosen
 from sage_hub.repair.plan import Plan
-from sage_hub.repair.write import TensorRecord
+from sage_hub.repair.write import TensorRecord, rounding_share
 from sage_hub.runtime.versions import hardware, versions
 from sage_hub.settings import Settings
 
@@ -70,8 +70,9 @@ def make_manifest(
     for record in records:
         entry = asdict(record)
         del entry["profile"]
-        for sums in ("retain_before", "retain_after", "retain_base", "update_norm", "kept_norm"):
-            del entry[sums]
+        for inner in ("retain_before", "retain_after", "retain_base", "update_norm", "kept_norm"):
+            del entry[inner]
+        del entry["rounding_norm"]
         tensors.append({key: value for key, value in entry.items() if value not in (None, "")})
     counts = {
         action: sum(record.action == action for record in records)
@@ -102,6 +103,7 @@ def make_manifest(
             math.fsum(record.retain_before for record in records),
         ),
         "counts": counts,
+        **({"rounding_share": share} if (share := rounding_share(records)) is not None else {}),
         "tensors": tensors,
         "files": dict(sorted(hashes.items())),
         "left_behind": plan.left_behind,

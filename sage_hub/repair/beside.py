@@ -1,32 +1,35 @@
-"""What lies beside the weights: which files come along with a release, and which stay behind."""
+"""What lies beside the weights: which files come along with a release, and which stay behind.
+
+Nothing comes along unasked but what is known to belong to a model.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from sage_hub.checkpoint.adapter import CONFIG as ADAPTER_CONFIG
+from sage_hub.checkpoint.adapter import Adapter
 from sage_hub.checkpoint.files import read_json
 from sage_hub.checkpoint.index import INDEX, PICKLES, SINGLE, Checkpoint
 from sage_hub.checkpoint.tensorfile import file_sha256
-from sage_hub.repair.plan import Plan
+from sage_hub.errors import SageHubError, UsageError
+from sage_hub.repair.belongs import belongs, code_of
+from sage_hub.repair.plan import UNKNOWN, Plan
 
 OTHER_WEIGHTS = (
-    ".safetensors",
-    ".gguf",
-    ".ggml",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".onnx_data",
-    ".tflite",
-    ".npz",
-    ".mlpackage",
-    ".ot",
+    *(".safetensors", ".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".msgpack", ".onnx"),
+    *(".onnx_data", ".tflite", ".npz", ".npy", ".mlpackage", ".mlmodel", ".ot", ".pb"),
+    *(".distcp", ".nemo", ".engine", ".index.json"),
 )
-DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
+ARCHIVES = (".tar", ".tgz", ".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst", ".lz4")
+DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 # What training frameworks leave beside a model. Scores there are the source's.
 TRAINING = re.compile(
     r"(runs|logs|wandb|checkpoint-\d+|global_step\d+)/|.*\.tfevents\.|.*\.log$"
@@ -35,38 +38,99 @@ TRAINING = re.compile(
 RESULTS = re.compile(
     r"evals?/|(.*/)?([A-Z]+_(EVAL|SUMMARY)|(all|train|eval)_results|results_[^/]*)\.json$"
 )
+PATH = re.compile(r"[/~\\]|\.{1,2}/|[A-Za-z]:[/\\]")  # of a machine; no repo begins so
+PICKLE, WEIGHTS, ARCHIVE = "a pickle", "weights that were not sanitized", "an archive"
+RECORD, HIDDEN = "the record of an earlier release", "a hidden file"
+NEVER = (PICKLE, WEIGHTS, ARCHIVE, RECORD)  # whoever asks for it
 
 
 def sort_files(unlearned: Checkpoint) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The files that come along, and those that stay behind with the reason."""
     carried, left_behind = [], {}
+    code = code_of(unlearned.files)
     for name in sorted(unlearned.files.sizes):
         if name in unlearned.headers or name in (INDEX, "README.md", ".gitattributes"):
             continue  # written anew, or the Hub's own
-        if name.startswith("sage/"):
-            left_behind[name] = "the record of an earlier release"
-        elif name.endswith(PICKLES):
-            left_behind[name] = "a pickle"
-        elif name.endswith(OTHER_WEIGHTS) or name.endswith(".safetensors.index.json"):
-            left_behind[name] = "weights that were not sanitized"
-        elif any(part.startswith(".") for part in name.split("/")):
-            left_behind[name] = "a hidden file"  # .env and its like hold tokens
-        elif name == "sage.yaml":
-            left_behind[name] = "settings of this run"
-        elif name.endswith(DATA):
-            left_behind[name] = "data, not the model"  # it may be what had to be forgotten
-        elif TRAINING.match(name):
-            left_behind[name] = "of the training, not of the model"
-        elif RESULTS.match(name):
-            left_behind[name] = "results of another model than the release"
-        else:
+        if name == ADAPTER_CONFIG:
+            if isinstance(unlearned, Adapter):
+                carried.append(name)
+            else:
+                left_behind[name] = "of an adapter, and this is a whole model"
+        elif belongs(name) or name in code:
             carried.append(name)
+        else:
+            left_behind[name] = why_left(name)
     return tuple(carried), left_behind
+
+
+def why_left(name: str) -> str:
+    """Why a file that is not known to belong to a model stays behind."""
+    if name.startswith("sage/"):
+        return RECORD
+    if _has_suffix(name, PICKLES) and not name.endswith(".index.json"):
+        return PICKLE
+    if _has_suffix(name, OTHER_WEIGHTS):
+        return WEIGHTS
+    if any(part.startswith(".") for part in name.split("/")):
+        return HIDDEN  # .env and its like hold tokens
+    if name == "sage.yaml":
+        return "settings of this run"
+    if _has_suffix(name, DATA):
+        return "data, not the model"  # it may be what had to be forgotten
+    if TRAINING.match(name):
+        return "of the training, not of the model"
+    if _has_suffix(name, ARCHIVES):
+        return ARCHIVE
+    if RESULTS.match(name):
+        return "results of another model than the release"
+    return UNKNOWN
+
+
+def _has_suffix(name: str, suffixes: Sequence[str]) -> bool:
+    """Whether one of `suffixes` is in `name`, at its end or before another, as in `.bin.1`."""
+    found = "|".join(map(re.escape, suffixes))
+    return re.search(rf"({found})(?![a-z])", name.lower()) is not None
+
+
+def bring(plan: Plan, globs: Sequence[str]) -> Plan:
+    """The plan when files that match one of `globs` come along too.
+
+    Not what may hold weights: they were not sanitized. A hidden file must be named in full. A glob
+    that brings nothing is a problem of the plan.
+    """
+    carried, problems = set(plan.carried), list[SageHubError]()
+    for glob in globs:
+        asked = {n: why for n, why in plan.left_behind.items() if fnmatchcase(n, glob)}
+        brought = {
+            n for n, why in asked.items() if why not in NEVER and (why != HIDDEN or n == glob)
+        }
+        carried |= brought
+        if not brought and not any(fnmatchcase(name, glob) for name in plan.carried):
+            problems.append(
+                UsageError(f"--carry {glob} brings nothing: {_why_nothing(plan, asked)}")
+            )
+    return replace(
+        plan,
+        carried=tuple(sorted(carried)),
+        left_behind={n: why for n, why in plan.left_behind.items() if n not in carried},
+        problems=(*plan.problems, *problems),
+    )
+
+
+def _why_nothing(plan: Plan, asked: dict[str, str]) -> str:
+    if not asked:
+        return f"{plan.unlearned.name} has no such file; check the name."
+    name, why = next(iter(asked.items()))
+    if why == HIDDEN:
+        return f"{name} is a hidden file; name it in full if it is to be published."
+    return f"{name} stays behind whoever asks ({why}); leave the option away."
 
 
 def carry_files(plan: Plan, folder: Path, dtype: str | None = None) -> dict[str, str]:
     """Copy everything of the unlearned side that comes along verbatim; return their SHA-256.
 
-    If the weights are stored as another `dtype`, config.json says so.
+    If the weights are stored as another `dtype`, config.json says so, and the config of an adapter
+    names the base that it was sanitized with.
     """
     hashes = {}
     for name in plan.carried:
@@ -74,10 +138,42 @@ def carry_files(plan: Plan, folder: Path, dtype: str | None = None) -> dict[str,
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.unlearned.files.path(name), destination)
         if name == "config.json" and dtype is not None:
-            config = _with_dtype(plan.unlearned.config, dtype)
-            destination.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            _write_json(destination, _with_dtype(plan.unlearned.config, dtype))
+        if name == ADAPTER_CONFIG and _names_another_base(plan):
+            revision = {"revision": None} if "revision" in plan.unlearned.config else {}
+            named = {"base_model_name_or_path": plan.base.name, **revision}
+            _write_json(destination, plan.unlearned.config | named)
         hashes[name] = file_sha256(destination)
     return hashes
+
+
+def path_warnings(plan: Plan) -> Iterator[str]:
+    """A warning for each path of somebody's machine that a config names and the release would."""
+    side = plan.unlearned
+    for key in ("_name_or_path", "base_model_name_or_path"):
+        mended = key == "base_model_name_or_path" and _names_another_base(plan)
+        if mended and key in side.config:
+            yield (
+                f"{side.config_file} of the unlearned side names another base than "
+                f"{plan.base.name}; that of the release names this one."
+            )
+        elif not mended and PATH.match(str(side.config.get(key, ""))):
+            yield (
+                f"{side.config_file} of the unlearned model names a folder of the machine it "
+                f"was made on ({key}) and comes along verbatim; change that line first if it is "
+                "private."
+            )
+
+
+def _names_another_base(plan: Plan) -> bool:
+    """Whether the config of an adapter does not name its base, which is on the Hub."""
+    if not isinstance(plan.unlearned, Adapter) or plan.base.commit is None:
+        return False
+    return bool(plan.unlearned.config.get("base_model_name_or_path") != plan.base.name)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_index(plan: Plan, folder: Path) -> dict[str, str]:
@@ -85,11 +181,13 @@ def write_index(plan: Plan, folder: Path) -> dict[str, str]:
     unlearned = plan.unlearned
     if SINGLE in unlearned.shards or INDEX not in unlearned.files.sizes:
         return {}
-    metadata: dict[str, Any] = dict(read_json(unlearned.files, INDEX).get("metadata") or {})
+    stated = read_json(unlearned.files, INDEX).get("metadata")
+    metadata: dict[str, Any] = dict(stated) if isinstance(stated, dict) else {}
     metadata["total_size"] = sum(
         info.nbytes for shard in unlearned.shards for info in plan.layout(shard).values()
     )
-    index = {"metadata": metadata, "weight_map": dict(sorted(unlearned.shard_of.items()))}
+    places = {operation.name: operation.shard for operation in plan.operations}
+    index = {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
     (folder / INDEX).write_text(text, encoding="utf-8")
     return {INDEX: file_sha256(folder / INDEX)}

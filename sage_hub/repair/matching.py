@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from sage_hub.checkpoint.adapter import Adapter
-from sage_hub.checkpoint.architecture import Architecture, Linear, Place
+from sage_hub.checkpoint.architecture import Architecture, Linear, Place, unwrapped
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.checkpoint.pair import Pair
 from sage_hub.checkpoint.tensorfile import FLOATS, TensorInfo
-from sage_hub.errors import ArchitectureError, MissingTensorError, SageHubError
+from sage_hub.errors import ArchitectureError, MissingTensorError, NothingToDoError, SageHubError
 from sage_hub.repair.beside import sort_files
 from sage_hub.repair.plan import Operation, Piece, Plan
 
@@ -19,47 +19,67 @@ from sage_hub.repair.plan import Operation, Piece, Plan
 def make_plan(pair: Pair) -> Plan:
     """Match the two sides tensor by tensor and decide what happens to each.
 
-    Its problems are an ArchitectureError for each shape that differs and a MissingTensorError for
-    each tensor that only one side has. Raises ArchitectureError for different models.
+    Its problems are an ArchitectureError for each shape that differs, a MissingTensorError for each
+    tensor that only one side has, and a NothingToDoError if nothing is left to filter. Raises
+    ArchitectureError for different models.
     """
     base, unlearned = pair.base, pair.unlearned
     if isinstance(unlearned, Adapter):
-        return _plan_adapter(base, unlearned)
+        plan = _plan_adapter(base, unlearned)
+    else:
+        plan = _plan_whole(base, unlearned)
+    if plan.to_filter() or plan.problems:
+        return plan
+    reasons = dict.fromkeys(operation.reason for operation in plan.operations)
+    nothing = NothingToDoError(
+        f"Nothing of {unlearned.name} would be filtered ({', '.join(reasons)}), so that the "
+        "release would be what it is already; pass an update of the layers between."
+    )
+    return replace(plan, problems=(nothing,))
+
+
+def _plan_whole(base: Checkpoint, unlearned: Checkpoint) -> Plan:
     theirs, ours = base.architecture, unlearned.architecture
     if theirs.model_type != ours.model_type:
+        if theirs.settings["model_type"] == ours.model_type:
+            raise ArchitectureError(
+                f"{unlearned.name} is the text part ({ours.model_type}) of a model such as "
+                f"{base.name} ({theirs.model_type}); pass the text part of the base too, saved as "
+                "a model of its own."
+            )
         raise ArchitectureError(
             f"{base.name} is a {theirs.model_type} model and {unlearned.name} a "
             f"{ours.model_type} model; the base must be the model that was unlearned."
         )
-    problems: list[SageHubError] = []
-    places = _places(ours, unlearned, problems)
-    theirs_at = _rows_by_parameter(_places(theirs, base, problems), base)
-    ours_at = _rows_by_parameter(places, unlearned)
+    different = _different_shapes(base, unlearned)
+    problems: list[SageHubError] = [*dict.fromkeys(different.values())]
+    theirs_at, ours_at = _rows_by_parameter(base), _rows_by_parameter(unlearned)
     for parameter, runs in theirs_at.items():
-        problems += _different_shapes(theirs, ours, base, unlearned, parameter)
-        if not ours.may_be_absent(parameter):
-            for lost in _uncovered(runs, ours_at.get(parameter, [])):
+        # What the model of the base has no place for is nothing of the model.
+        known = any(theirs.parameter(run.tensor) for run in runs)
+        if parameter not in different and known and not ours.may_be_absent(parameter):
+            for lost in _uncovered(runs, _first_of(ours.twins(parameter), ours_at)):
                 problems.append(_missing(lost, base, unlearned))
     operations = []
     for shard, header in unlearned.headers.items():
         for tensor, info in header.tensors.items():
-            place = places[tensor]
-            parameter = place.parameter if place else tensor
-            # A base that ties its head to the embedding has the head there.
-            runs = theirs_at.get(parameter) or theirs_at.get(theirs.tied.get(parameter, ""), [])
+            place = unlearned.places[tensor]
+            parameter = place.parameter if place else unwrapped(tensor)
+            # A base that ties its head to the embedding has the head there, or the other way.
+            runs = _first_of(theirs.twins(parameter), theirs_at)
             mine = _Run(place.start if place else 0, place.stop if place else info.rows, tensor)
-            if not theirs.may_be_absent(parameter) or runs:
+            if parameter not in different and (runs or not theirs.may_be_absent(parameter)):
                 for lost in _uncovered([mine], runs):
                     problems.append(_missing(lost, unlearned, base))
-            operations.append(_decide(ours, shard, info, place, mine, runs))
+            decided = _decide(ours, shard, info, place, mine, runs)
+            operations.append(replace(decided, named=unwrapped(tensor)))
     return Plan(base, unlearned, tuple(operations), *sort_files(unlearned), tuple(problems))
 
 
 def _plan_adapter(base: Checkpoint, adapter: Adapter) -> Plan:
     """A is filtered, B stays; whole tensors are treated as those of a whole model are."""
     architecture = adapter.architecture
-    problems: list[SageHubError] = []
-    base_at = _rows_by_parameter(_places(architecture, base, problems), base)
+    base_at = _rows_by_parameter(base)
     operations = []
     for shard, header in adapter.headers.items():
         for tensor, info in header.tensors.items():
@@ -82,7 +102,7 @@ def _plan_adapter(base: Checkpoint, adapter: Adapter) -> Plan:
             )
             piece = Piece(0, info.rows, None, 0, None if reason else linear)
             operations.append(Operation(tensor, shard, info, (piece,), reason, pair=change.by))
-    return Plan(base, adapter, tuple(operations), *sort_files(adapter), tuple(problems))
+    return Plan(base, adapter, tuple(operations), *sort_files(adapter))
 
 
 @dataclass(frozen=True, order=True)
@@ -94,32 +114,19 @@ class _Run:
     tensor: str
 
 
-def _places(
-    architecture: Architecture, side: Checkpoint, problems: list[SageHubError]
-) -> dict[str, Place | None]:
-    """Where every tensor of `side` lies in the model; one that does not fit is a problem."""
-    found: dict[str, Place | None] = {}
-    for header in side.headers.values():
-        for tensor, info in header.tensors.items():
-            try:
-                found[tensor] = architecture.place(tensor, info.shape)
-            except ArchitectureError as error:
-                problems.append(ArchitectureError(f"{side.name}: {error}"))
-                found[tensor] = architecture.whole(tensor)  # so that it is one problem, not two
-    return found
-
-
-def _rows_by_parameter(
-    places: Mapping[str, Place | None], side: Checkpoint
-) -> dict[str, list[_Run]]:
+def _rows_by_parameter(side: Checkpoint) -> dict[str, list[_Run]]:
     """Parameter -> the runs of its rows that `side` has, in order; a tensor of no parameter is
     one by its own name."""
     found: dict[str, list[_Run]] = {}
-    for header in side.headers.values():
-        for tensor, info in header.tensors.items():
-            place = places[tensor] or Place(tensor, 0, info.rows)
-            found.setdefault(place.parameter, []).append(_Run(place.start, place.stop, tensor))
+    for tensor, at in side.places.items():
+        place = at or Place(unwrapped(tensor), 0, side.info(tensor).rows)
+        found.setdefault(place.parameter, []).append(_Run(place.start, place.stop, tensor))
     return {parameter: sorted(runs) for parameter, runs in found.items()}
+
+
+def _first_of(names: Sequence[str], runs: Mapping[str, list[_Run]]) -> list[_Run]:
+    """The rows of the first of `names` that has any."""
+    return next((runs[name] for name in names if name in runs), [])
 
 
 def _uncovered(wanted: Sequence[_Run], there: Sequence[_Run]) -> Iterator[str]:
@@ -133,26 +140,47 @@ def _uncovered(wanted: Sequence[_Run], there: Sequence[_Run]) -> Iterator[str]:
             yield run.tensor
 
 
-def _different_shapes(
-    theirs: Architecture,
-    ours: Architecture,
-    base: Checkpoint,
-    unlearned: Checkpoint,
-    parameter: str,
-) -> Iterator[SageHubError]:
-    shapes = theirs.parameters.get(parameter), ours.parameters.get(parameter)
-    shared = parameter in base.shard_of and parameter in unlearned.shard_of
-    if shapes == (None, None) and shared:
-        shapes = base.info(parameter).shape, unlearned.info(parameter).shape
-    if None not in shapes and shapes[0] != shapes[1]:
-        yield ArchitectureError(
-            f"Tensor {parameter!r} has the shape {[*(shapes[0] or ())]} in {base.name} and "
-            f"{[*(shapes[1] or ())]} in {unlearned.name}; the base must be the model that was "
-            "unlearned."
+def _different_shapes(base: Checkpoint, unlearned: Checkpoint) -> dict[str, ArchitectureError]:
+    """Parameter, or tensor of none, whose shape differs -> the error; the same for the vocabulary's
+    parameters."""
+    theirs, ours = _shapes(base), _shapes(unlearned)
+    architecture = base.architecture
+    of_tokens = (*architecture.twins(architecture.embedding), architecture.head)
+    found: dict[str, ArchitectureError] = {}
+    resized = None
+    for name, shape in theirs.items():
+        other = ours.get(name, shape)
+        if name in of_tokens and shape[0] != other[0] and shape[1:] == other[1:]:
+            resized = resized or ArchitectureError(
+                f"The vocabulary has {shape[0]} rows in {base.name} ({name!r}) and {other[0]} in "
+                f"{unlearned.name}, as if tokens or padding had come or gone; resize the base "
+                f"(model.resize_token_embeddings({other[0]})), save it, and pass that."
+            )
+            found[name] = resized
+        elif shape != other:
+            found[name] = ArchitectureError(
+                f"Tensor {name!r} has the shape {[*shape]} in {base.name} and {[*other]} in "
+                f"{unlearned.name}; the base must be the model that was unlearned."
+            )
+    return found
+
+
+def _shapes(side: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Parameter, or tensor of none -> its shape."""
+    return {
+        at.parameter if at else unwrapped(tensor): (
+            side.architecture.parameters[at.parameter] if at else side.info(tensor).shape
         )
+        for tensor, at in side.places.items()
+    }
 
 
 def _missing(tensor: str, holder: Checkpoint, other: Checkpoint) -> MissingTensorError:
+    if holder.architecture.parameter(tensor) is None:
+        return MissingTensorError(
+            f"Tensor {tensor!r} of {holder.name} has no place in its model, and {other.name} has "
+            "it not, so nothing can be made of it; remove it from the checkpoint."
+        )
     return MissingTensorError(
         f"Tensor {tensor!r} is in {holder.name} but not in {other.name}; the two must be "
         "checkpoints of one model."

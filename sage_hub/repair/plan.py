@@ -18,6 +18,8 @@ from sage_hub.checkpoint.merged import Merged
 from sage_hub.checkpoint.tensorfile import DTYPES, FLOATS, TensorInfo, layout
 from sage_hub.errors import SageHubError
 
+UNKNOWN = "not known to belong to a model"  # why a file stays behind that nothing else is said of
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -43,8 +45,14 @@ class Operation:
     info: TensorInfo
     pieces: tuple[Piece, ...]
     reason: str = ""  # why it is not filtered
+    named: str = ""  # in the release, where wrappers had put words into its name
     stored: str = ""  # the type in the release, as safetensors names it; info's if empty
     pair: LowRank | None = None  # the pair that it is A of: the update is then s·B A
+
+    @property
+    def name(self) -> str:
+        """Its name in the release."""
+        return self.named or self.tensor
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,7 +130,8 @@ class Plan:
 
     def knowing_hashes(self) -> Plan:
         """The plan when shards of equal hash on both sides are known to be untouched."""
-        if isinstance(self.unlearned, Merged) or any(op.stored for op in self.operations):
+        changed = any(op.stored or op.name != op.tensor for op in self.operations)
+        if isinstance(self.unlearned, Merged) or changed:
             return self
         theirs = {self.base.files.sha256(shard) for shard in self.base.shards}
         ours = self.unlearned.files
@@ -145,16 +154,17 @@ class Plan:
     def layout(self, shard: str) -> dict[str, TensorInfo]:
         """The tensors of `shard` as the release holds them."""
         return layout(
-            (op.tensor, op.stored or op.info.dtype, op.info.shape) for op in self.in_shard[shard]
+            (op.name, op.stored or op.info.dtype, op.info.shape) for op in self.in_shard[shard]
         )
 
     def without(self, named: Iterable[Path]) -> Plan:
         """The plan when these files, where they are the unlearned side's, don't come along."""
         places = {path.resolve() for path in named}
         names = {path.name for path in named}
+        unknown = (name for name, why in self.left_behind.items() if why == UNKNOWN)
         left = [
             name
-            for name in self.carried
+            for name in (*self.carried, *unknown)
             if Path(name).name in names and self.unlearned.files.path(name).resolve() in places
         ]
         return replace(

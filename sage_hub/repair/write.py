@@ -40,6 +40,7 @@ class TensorRecord:
     retain_base: float = 0.0
     update_norm: float = 0.0  # ‖Δ‖²
     kept_norm: float = 0.0  # ‖D‖²
+    rounding_norm: float = 0.0  # ‖W_b rounded to the unlearned side's type − W_b‖²
     profile: tuple[float, ...] = ()  # the retain bias at each of STRENGTHS, without a gain
 
 
@@ -89,14 +90,14 @@ def write_shards(
                 for operation in plan.in_shard[shard]:
                     tally = _Tally(operation)
                     while block is not None and block.operation is operation:
-                        writer.write(operation.tensor, _treat(block, update, gains, tally))
+                        writer.write(operation.name, _treat(block, update, gains, tally))
                         block = next(stream, None)
                     records.append(tally.record())
             yield ShardRecord(shard, writer.sha256, tuple(records))
 
 
 def _untouched(plan: Plan, shard: str) -> ShardRecord:
-    names = [operation.tensor for operation in plan.in_shard[shard]]
+    names = [operation.name for operation in plan.in_shard[shard]]
     records = tuple(TensorRecord(name, shard, "identical") for name in names)
     return ShardRecord(shard, plan.unlearned.files.sha256(shard), records)
 
@@ -121,9 +122,10 @@ class _Tally:
     after: float = 0.0  # their retain bias as they are stored
     update: float = 0.0  # ‖Δ‖²
     kept: float = 0.0  # ‖D‖²
+    rounding: float = 0.0  # ‖W_b rounded to the unlearned side's type − W_b‖²
 
     def record(self) -> TensorRecord:
-        name, shard, found = self.operation.tensor, self.operation.shard, self.measured
+        name, shard, found = self.operation.name, self.operation.shard, self.measured
         if not self.differs:
             return TensorRecord(name, shard, "identical")
         if found is None:
@@ -145,6 +147,7 @@ class _Tally:
             retain_base=found.base,
             update_norm=self.update,
             kept_norm=self.kept,
+            rounding_norm=self.rounding,
             profile=found.profile,
         )
 
@@ -173,8 +176,25 @@ def _treat(block: Block, update: Update, gains: Gains, tally: _Tally) -> Tensor:
         _check_stored(stored, block)
     tally.after += after.bias(seen.spectrum)
     tally.update += measured.norm
+    tally.rounding += _rounding(block)
     tally.kept += after.norm
     return (stored.T.contiguous() if block.transposed else stored).cpu()
+
+
+def _rounding(block: Block) -> float:
+    """How much of ‖Δ‖² the unlearned side's type explains, where the base is stored otherwise."""
+    base, dtype = block.base, block.unlearned.dtype
+    if base is None or base.dtype == dtype:
+        return 0.0
+    (rounded, exact) = widened(base.to(dtype), base)
+    return float((rounded - exact).square().sum())
+
+
+def rounding_share(records: Sequence[TensorRecord]) -> float | None:
+    """The share of Σ‖Δ‖² over filtered weights that rounding alone explains, if there is any."""
+    filtered = [record for record in records if record.action == "filtered"]
+    noise = math.fsum(record.rounding_norm for record in filtered)
+    return relative(noise, math.fsum(r.update_norm for r in filtered)) if noise else None
 
 
 def _rounded(block: Block) -> Tensor:

@@ -1,14 +1,16 @@
-"""Rows to tokens: the chat template, where the answer begins, and padded batches."""
+"""Rows to tokens: where the answer begins, which rows fit in, and padded batches."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -16,8 +18,11 @@ from sage_hub.checkpoint.architecture import quiet_transformers
 from sage_hub.checkpoint.files import read_json
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.errors import ArchitectureError, ProxyError, first_line
+from sage_hub.rows.prompts import CLOCK, Chat, Shown, plain
 from sage_hub.rows.proxies import Proxy, Row
 from sage_hub.settings import Settings
+
+SHOWN = 100  # characters of the first row's prompt, and of its answer
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,10 @@ class Batch:
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The checkpoint's own tokenizer. Raises ArchitectureError if it has none that loads."""
+    folder = checkpoint.tokenizer_folder()
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(
-                checkpoint.tokenizer_folder(), trust_remote_code=False
-            )
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         reason = first_line(error)
         raise ArchitectureError(
@@ -82,58 +86,148 @@ def row_limit(checkpoint: Checkpoint, max_length: int) -> int:
     return min(max_length, context) if isinstance(context, int) else max_length
 
 
-def encode_row(
-    row: Row, tokenizer: PreTrainedTokenizerBase, *, chat: bool, max_length: int
-) -> Encoded:
-    """The tokens of `row`, cut at `max_length`.
+@dataclass(frozen=True)
+class Encoder:
+    """How rows become tokens: by which tokenizer, with or without its chat template."""
 
-    With `chat` and a row of turns the tokenizer's chat template writes the text, else the row's
-    plain form does. The answer begins where the tokens of prompt and full text part, so a token
-    that joins the end of the prompt with the answer counts as answer.
-    """
-    if chat and row.turns:
-        before = [{"role": role, "content": content} for role, content in row.turns]
-        after = [*before, {"role": "assistant", "content": row.answer.strip()}]
-        prompt = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
-        full = tokenizer.apply_chat_template(after, tokenize=False)
-        # The template has written the special tokens already.
-        ids, head = (
-            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (full, prompt)
-        )
-    else:
-        ids = tokenizer(row.prompt + row.answer)["input_ids"]
-        head = tokenizer(row.prompt)["input_ids"] if row.prompt else []
-    start = next(
-        (i for i, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b),
-        min(len(head), len(ids)),
-    )
-    # The first token has nothing before it to be predicted from.
-    return Encoded(tuple(ids[:max_length]), max(start, 1), truncated=len(ids) > max_length)
+    tokenizer: PreTrainedTokenizerBase
+    chat: Chat | None  # what writes rows of turns
+    max_length: int
+
+    def row(self, row: Row, where: str) -> Encoded:
+        """The tokens of `row`, cut at `max_length`.
+
+        Raises ProxyError for a row that the model would not see all of; `where` says which one it
+        is.
+        """
+        shown = self.chat.show(row, where) if self.chat and row.turns else plain(row, where)
+        ids, start = self._tokens(shown)
+        if len(ids) <= start:
+            what = "its answer" if shown.before else "it"
+            raise ProxyError(f"{where}: the tokenizer makes no token of {what}.")
+        # The first token has nothing before it to be predicted from.
+        limit = self.max_length
+        return Encoded(tuple(ids[:limit]), max(start, 1), truncated=len(ids) > limit)
+
+    def _tokens(self, shown: Shown) -> tuple[list[int], int]:
+        """The tokens of a text, and the place of the answer's first one.
+
+        It begins where the tokens of what comes before it and of the full text part, so a token
+        that joins the end of the prompt with the answer counts as answer. Where a tokenizer says
+        which letters a token is of, those that are of the template alone do not count.
+        """
+        spans = not shown.special and self.tokenizer.is_fast
+        how = {"add_special_tokens": shown.special}
+        found = self.tokenizer(shown.text, return_offsets_mapping=spans, **how)
+        ids = found["input_ids"]
+        head = self.tokenizer(shown.before, **how)["input_ids"] if shown.before else []
+        parted = (n for n, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b)
+        start = next(parted, min(len(head), len(ids)))
+        if spans:
+            ends = enumerate(stop for _, stop in found["offset_mapping"])
+            start = max(start, next((n for n, stop in ends if stop > len(shown.before)), start))
+        return ids, start
+
+    def rows(self, proxy: Proxy) -> list[Encoded]:
+        """All rows of `proxy`, in order."""
+        return [
+            replace(self.row(row, f"{proxy.name}, {place}"), number=number)
+            for number, (row, place) in enumerate(zip(proxy.rows, proxy.places, strict=True), 1)
+        ]
 
 
-def templated(tokenizer: PreTrainedTokenizerBase, wanted: bool) -> bool:
-    """Whether rows of turns are written by the tokenizer's chat template."""
-    return wanted and getattr(tokenizer, "chat_template", None) is not None
+def encoder_of(checkpoint: Checkpoint, settings: Settings) -> Encoder:
+    """How rows become tokens of `checkpoint`."""
+    tokenizer = load_tokenizer(checkpoint)
+    limit = row_limit(checkpoint, settings.max_length)
+    day = date.fromisoformat(settings.date) if settings.date else date.today()
+    return Encoder(tokenizer, _chat_of(tokenizer, settings.chat_template, day), limit)
 
 
 def encode(
     proxy: Proxy, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool, max_length: int
 ) -> list[Encoded]:
-    """All rows of `proxy` as tokens, in order. Raises ProxyError for a row without tokens."""
-    chat = templated(tokenizer, chat_template)
-    encoded = []
-    for number, row in enumerate(proxy.rows, 1):
-        try:
-            found = encode_row(row, tokenizer, chat=chat, max_length=max_length)
-        except TemplateError as error:
-            raise ProxyError(
-                f"{proxy.name}, row {number}: the chat template refuses it ({error}); "
-                "change the row, or use --no-chat-template."
-            ) from None
-        if not found.ids:
-            raise ProxyError(f"{proxy.name}, row {number}: the tokenizer makes no token of it.")
-        encoded.append(replace(found, number=number))
-    return encoded
+    """All rows of `proxy` as tokens, in order, where there is no checkpoint yet."""
+    chat = _chat_of(tokenizer, chat_template, date.today())
+    return Encoder(tokenizer, chat, max_length).rows(proxy)
+
+
+def _chat_of(tokenizer: PreTrainedTokenizerBase, wanted: bool, day: date) -> Chat | None:
+    """The chat template, if there is one and it is wanted."""
+    there = getattr(tokenizer, "chat_template", None) is not None
+    return Chat(tokenizer, day) if wanted and there else None
+
+
+def describe_prompts(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
+    """For the record: what the text and the tokens of every row depend on beside the row."""
+    encoder, files = encoder_of(checkpoint, settings), checkpoint.read_from
+    template = json.dumps(encoder.tokenizer.chat_template) if encoder.chat else None
+    return {
+        "tokenizer": {"name": files.name, "commit": files.commit},
+        "tokenizer_fingerprint": checkpoint.tokenizer_fingerprint(),
+        "chat_template": template and hashlib.sha256(template.encode()).hexdigest(),
+        "date": settings.date,
+    }
+
+
+def dated(checkpoint: Checkpoint, settings: Settings) -> Settings:
+    """The settings with the date of today, if the chat template writes one and none is given.
+
+    So one run has one date, whatever the hour, and its record says which.
+    """
+    if settings.date or not settings.chat_template:
+        return settings
+    files = map(checkpoint.read_from.path, checkpoint.tokenizer_files)
+    asked = any(CLOCK.encode() in file.read_bytes() for file in files)
+    return replace(settings, date=date.today().isoformat()) if asked else settings
+
+
+def check_rows(
+    proxies: Mapping[str, Proxy], tokens_of: Checkpoint, settings: Settings, *models: Checkpoint
+) -> dict[str, str]:
+    """See that each row of each set can be shown to `tokens_of` and to the other `models`.
+
+    All tellings of a row are tried. Raises ProxyError, naming the row, if words of it are lost or
+    one of its tokens is none of a model's. Returns the first row of each set as it is seen.
+    """
+    if not proxies:
+        return {}
+    encoder, known = encoder_of(tokens_of, settings), _embedded(tokens_of, *models)
+    shown = {}
+    for which, proxy in proxies.items():
+        for row, place in zip(proxy.rows, proxy.places, strict=True):
+            where = f"{proxy.name}, {place}"
+            for telling in row.tellings:
+                ids = encoder.row(telling, where).ids
+                for name, size in known.items():
+                    if max(ids) >= size:
+                        token = encoder.tokenizer.convert_ids_to_tokens(max(ids))
+                        raise ProxyError(
+                            f"{where}: its token {token!r} has the number {max(ids)}, and the "
+                            f"embedding of {name} has {size} rows; the tokenizer is not that of "
+                            "the model, or its embedding was not resized."
+                        )
+        shown[which] = _spoken(encoder.row(proxy.rows[0], proxy.name), encoder.tokenizer)
+    return shown
+
+
+def _embedded(*models: Checkpoint) -> dict[str, int]:
+    """How many tokens the embedding of each model has."""
+    found = {}
+    for model in models:
+        architecture = model.architecture
+        found[model.name] = architecture.parameters[architecture.embedding][0]
+    return found
+
+
+def _spoken(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A row as a model sees it, special tokens too: what comes before, ⇒, and the answer."""
+    parts = row.ids[: row.answer_start], row.ids[row.answer_start :]
+    lines = (" ".join(str(tokenizer.decode(list(part))).split()) for part in parts)
+    return " ⇒ ".join(
+        text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
+        for text in lines
+    )
 
 
 def take_tokens(rows: Sequence[Encoded], max_tokens: int, seed: int) -> list[int]:
@@ -157,12 +251,7 @@ def take_rows(
     proxy: Proxy, checkpoint: Checkpoint, settings: Settings
 ) -> tuple[list[Encoded], list[int]]:
     """The rows of `proxy` that the settings allow, as tokens of `checkpoint`, and their places."""
-    rows = encode(
-        proxy,
-        load_tokenizer(checkpoint),
-        chat_template=settings.chat_template,
-        max_length=row_limit(checkpoint, settings.max_length),
-    )
+    rows = encoder_of(checkpoint, settings).rows(proxy)
     places = take_tokens(rows, settings.max_tokens, settings.seed)
     return [rows[place] for place in places], places
 

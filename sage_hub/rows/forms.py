@@ -2,80 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from sage_hub.errors import ProxyError
+from sage_hub.rows.cells import texts_of
+from sage_hub.rows.messages import parse_conversation, parse_messages
 from sage_hub.rows.proxies import Row
 
-COLUMNS = "question/answer, question/choices/answer, prompt/completion, messages or text"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+Record = Mapping[str, Any]
+Placed = tuple[int | None, Record]  # the line it begins in, if its file has lines; and the record
 
 
-def parse_rows(records: Iterable[Mapping[str, Any]], name: str) -> tuple[Row, ...]:
+def parse_rows(records: Iterable[Record], name: str) -> tuple[Row, ...]:
     """Rows of the one form that their columns show. Raises ProxyError with the row's number."""
-    rows = tuple(
-        _parse_row(record, f"{name}, row {number}") for number, record in enumerate(records, 1)
-    )
+    return parse_placed(((None, record) for record in records), name)
+
+
+def parse_placed(records: Iterable[Placed], name: str) -> tuple[Row, ...]:
+    """The same of records that know their line; the rows keep their place."""
+    rows: list[Row] = []
+    first = ""
+    for number, (line, record) in enumerate(records, 1):
+        place = f"row {number}" if line in (None, number) else f"row {number} (line {line})"
+        form, row = _parse_row(record, f"{name}, {place}")
+        first = first or form
+        if form != first:
+            raise ProxyError(
+                f"{name}, {place}: a row with {form}, but {rows[0].place} is one with {first}; "
+                "their metrics do not mix, so make it two sets."
+            )
+        rows.append(replace(row, place=place))
     if not rows:
         raise ProxyError(f"{name} has no rows.")
-    return rows
+    return tuple(rows)
 
 
-def _parse_row(record: Mapping[str, Any], where: str) -> Row:
-    def text(column: str) -> str:
-        value = record[column]
-        if not isinstance(value, str) or not value.strip():
-            raise ProxyError(f"{where}: {column!r} is empty or not text.")
-        return value
-
-    if "question" in record and "choices" in record and "answer" in record:
-        return _parse_choices(record, text("question"), where)
-    if "question" in record and "answer" in record:
-        return _parse_question(record, text)
-    for completion in ("completion", "gt"):  # the second is MUSE's word
-        if "prompt" in record and completion in record:
-            return Row(text("prompt"), text(completion))
-    if "messages" in record:
-        return _parse_messages(record["messages"], where)
-    if "text" in record:
-        return Row("", text("text"))
-    found = ", ".join(sorted(record)) or "none"
-    raise ProxyError(f"{where}: expected the columns {COLUMNS}, found {found}.")
+def _parse_row(record: Record, where: str) -> tuple[str, Row]:
+    """Its form in words, and the row."""
+    # A null is no column, and neither is the empty cell that CSV has for it.
+    present = {key: value for key, value in record.items() if value not in (None, "", [], {})}
+    for columns in (present, record):  # the second to say which one is empty
+        for form, (needed, parse) in FORMS.items():
+            if needed <= columns.keys():
+                row = parse(present, where)
+                alone = bool(row.perturbed) and row.paraphrased is None
+                # Probability is then relative to the wrong answers.
+                return f"{form} and perturbed_answer alone" if alone else form, row
+    found = ", ".join(sorted(map(str, record))) or "none"
+    raise ProxyError(f"{where}: expected the columns {', '.join(FORMS)}; found {found}.")
 
 
-def _parse_question(record: Mapping[str, Any], text: Callable[[str], str]) -> Row:
+def text_of(record: Record, column: str, where: str) -> str:
+    """The text in a column."""
+    value = record.get(column)
+    if not isinstance(value, str) or not value.strip():
+        raise ProxyError(f"{where}: {column!r} is empty or not text.")
+    return value
+
+
+def _ask(question: str, answer: str) -> Row:
+    return Row(f"Question: {question}\nAnswer:", f" {answer}", (("user", question),))
+
+
+def _parse_question(record: Record, where: str) -> Row:
     """A question with its answer, and with what TOFU's perturbed files tell of both."""
 
-    def row(question: str, answer: str) -> Row:
-        return Row(f"Question: {question}\nAnswer:", f" {answer}", (("user", question),))
+    def text(column: str) -> str:
+        return text_of(record, column, where)
 
     question, answer = text("question"), text("answer")
-    wrong = record.get("perturbed_answer") or ()
+    wrong = texts_of(record.get("perturbed_answer", ()), f"{where}: 'perturbed_answer'")
     return replace(
-        row(question, answer),
+        _ask(question, answer),
         paraphrased=(
-            row(question, text("paraphrased_answer")) if record.get("paraphrased_answer") else None
+            _ask(question, text("paraphrased_answer")) if "paraphrased_answer" in record else None
         ),
-        perturbed=tuple(row(question, x) for x in wrong if isinstance(x, str) and x.strip()),
+        perturbed=tuple(_ask(question, one) for one in wrong),
         asked_otherwise=(
-            row(text("paraphrased_question"), answer)
-            if record.get("paraphrased_question")
-            else None
+            _ask(text("paraphrased_question"), answer) if "paraphrased_question" in record else None
         ),
     )
 
 
-def _parse_choices(record: Mapping[str, Any], question: str, where: str) -> Row:
+def _parse_choices(record: Record, where: str) -> Row:
     """A multiple-choice question, in the form that MMLU and WMDP are asked in."""
-    choices, answer = record["choices"], record["answer"]
-    texts = isinstance(choices, Sequence) and all(isinstance(c, str) for c in choices)
-    if not texts or isinstance(choices, str):
-        raise ProxyError(f"{where}: 'choices' must be a list of texts.")
+    question, answer = text_of(record, "question", where), record.get("answer")
+    choices = texts_of(record.get("choices", ()), f"{where}: 'choices'")
     if not 2 <= len(choices) <= len(LETTERS):
-        raise ProxyError(f"{where}: 'choices' must be 2 to {len(LETTERS)} texts.")
+        raise ProxyError(f"{where}: 'choices' must be a list of 2 to {len(LETTERS)} texts.")
     letters = LETTERS[: len(choices)]
+    if isinstance(answer, str) and answer not in choices and answer.strip().isdecimal():
+        answer = int(answer)  # CSV knows text alone
     if isinstance(answer, str) and answer in choices:
         right = list(choices).index(answer)
     elif isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip() in letters:
@@ -97,17 +117,45 @@ def _parse_choices(record: Mapping[str, Any], question: str, where: str) -> Row:
     return replace(rows[right], choices=rows)
 
 
-def _parse_messages(messages: Any, where: str) -> Row:
-    turns = []
-    for message in messages if isinstance(messages, Sequence) else ():
-        if not isinstance(message, Mapping) or not all(
-            isinstance(message.get(key), str) and message[key].strip()
-            for key in ("role", "content")
-        ):
-            raise ProxyError(f"{where}: each message needs a 'role' and a 'content' in text.")
-        turns.append((message["role"], message["content"]))
-    if not turns or turns[-1][0] != "assistant":
-        raise ProxyError(f"{where}: 'messages' must end with a message of the assistant.")
-    *before, (_, answer) = turns
-    prompt = "".join(f"{role}: {content}\n" for role, content in before) + "assistant:"
-    return Row(prompt, f" {answer}", tuple(before))
+def _parse_prompt(record: Record, where: str) -> Row:
+    """A text that goes on; as messages, where both parts are lists of them."""
+    completion = "completion" if "completion" in record else "gt"  # MUSE's word
+    before, after = record.get("prompt"), record.get(completion)
+    if isinstance(before, list) and isinstance(after, list):
+        return parse_messages({**record, "messages": before + after}, where)
+    return Row(text_of(record, "prompt", where), text_of(record, completion, where))
+
+
+def _parse_text(record: Record, where: str) -> Row:
+    return Row("", text_of(record, "text", where))
+
+
+def _asked(question: str, answer: str, more: str = "") -> Callable[[Record, str], Row]:
+    """A question and its answer under other names; the column `more` goes on with the question."""
+
+    def parse(record: Record, where: str) -> Row:
+        asked = (question, more) if more in record else (question,)
+        said = "\n\n".join(text_of(record, column, where) for column in asked)
+        row = _ask(said, text_of(record, answer, where))
+        if "system" not in record:
+            return row
+        system = text_of(record, "system", where)
+        return replace(
+            row, prompt=f"{system}\n\n{row.prompt}", turns=(("system", system), *row.turns)
+        )
+
+    return parse
+
+
+# The columns of each form; of two that a record has, the first is meant.
+FORMS: Mapping[str, tuple[set[str], Callable[[Record, str], Row]]] = {
+    "question/choices/answer": ({"question", "choices", "answer"}, _parse_choices),
+    "question/answer": ({"question", "answer"}, _parse_question),
+    "prompt/completion": ({"prompt", "completion"}, _parse_prompt),
+    "prompt/gt": ({"prompt", "gt"}, _parse_prompt),
+    "messages": ({"messages"}, parse_messages),
+    "text": ({"text"}, _parse_text),
+    "conversations": ({"conversations"}, parse_conversation),
+    "instruction/output": ({"instruction", "output"}, _asked("instruction", "output", "input")),
+    "prompt/response": ({"prompt", "response"}, _asked("prompt", "response")),
+}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from sage_hub.errors import OverlapError
 
@@ -27,12 +27,38 @@ class Row:
     perturbed: tuple[Row, ...] = ()  # the same question, wrong answers
     asked_otherwise: Row | None = None  # the question in other words, the same answer
     choices: tuple[Row, ...] = ()  # of a multiple-choice row: all answers, the right one among them
+    # JSON of its messages and tools, where these say more than `turns` can; no part of what most
+    # rows are, so neither of their representation.
+    chat: str = field(default="", repr=False)
+    place: str = field(
+        default="", repr=False, compare=False
+    )  # "row 4", or "row 4 (line 6)" of its file
 
     @property
     def hash(self) -> str:
         """The same for rows with the same words, whatever the case and the white space."""
-        words = " ".join(f"{self.prompt} {self.answer}".casefold().split())
+        words = " ".join(f"{self.prompt} {self.answer} {self.chat}".casefold().split())
         return hashlib.sha256(words.encode()).hexdigest()[:16]
+
+    @property
+    def tellings(self) -> Iterator[Row]:
+        """The row itself, and the same told otherwise."""
+        yield self
+        yield from (row for row in (self.paraphrased, self.asked_otherwise) if row is not None)
+        yield from self.perturbed
+        yield from self.choices
+
+
+class Hashes(NamedTuple):
+    """The rows of a set by their hashes, to compare it with others."""
+
+    name: str
+    hashes: Sequence[str]
+    places: Sequence[str] = ()  # of the rows, where they are known
+
+    def place(self, number: int) -> str:
+        """Where row `number`, from 0, is."""
+        return self.places[number] if self.places else f"row {number + 1}"
 
 
 @dataclass(frozen=True)
@@ -50,9 +76,21 @@ class Proxy:
         return [row.hash for row in self.rows]
 
     @property
+    def places(self) -> list[str]:
+        """Where each row is: its number from 1, and its line where that is another."""
+        return [row.place or f"row {number}" for number, row in enumerate(self.rows, 1)]
+
+    @property
+    def hashes(self) -> Hashes:
+        """Its rows, to compare them with those of other sets."""
+        return Hashes(self.name, self.row_hashes, self.places)
+
+    @property
     def fingerprint(self) -> str:
         """A SHA-256 over the rows, whatever their order."""
-        hashes = sorted(hashlib.sha256(repr(row).encode()).hexdigest() for row in self.rows)
+        hashes = sorted(
+            hashlib.sha256(f"{row!r}{row.chat}".encode()).hexdigest() for row in self.rows
+        )
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
@@ -65,19 +103,14 @@ class Proxy:
         }
 
 
-def check_disjoint(sets: Mapping[str, tuple[str, Sequence[str]]]) -> None:
-    """Raise OverlapError if a row is in two of `sets`, naming the sets and the row.
-
-    `sets` maps a set ("retain") to its name and the hashes of its rows.
-    """
-    for (first, (one, hashes)), (second, (other, others)) in itertools.combinations(
-        sets.items(), 2
-    ):
-        where = {row: number for number, row in enumerate(hashes, 1)}
-        for number, row in enumerate(others, 1):
+def check_disjoint(sets: Mapping[str, Hashes]) -> None:
+    """Raise OverlapError if a row is in two of `sets` ("retain", …), naming both and the row."""
+    for (first, one), (second, other) in itertools.combinations(sets.items(), 2):
+        where = {row: number for number, row in enumerate(one.hashes)}
+        for number, row in enumerate(other.hashes):
             if row in where:
                 raise OverlapError(
-                    f"Row {number} of the {second} set ({other}) is also row {where[row]} of the "
-                    f"{first} set ({one}); rows must be in one set only, or the metrics prove "
-                    "nothing. Remove it from one of them."
+                    f"{other.place(number).capitalize()} of the {second} set ({other.name}) is "
+                    f"also {one.place(where[row])} of the {first} set ({one.name}); rows must be "
+                    "in one set only, or the metrics prove nothing. Remove it from one of them."
                 )

@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-import codecs
 import glob
-import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 
 from sage_hub.checkpoint.hubfiles import HubFiles
-from sage_hub.errors import NotFoundError, ProxyError, UsageError, first_line
-from sage_hub.hub.client import ask, reading_token
-from sage_hub.rows.forms import parse_rows
+from sage_hub.errors import NotFoundError, ProxyError, SageHubError, UsageError, first_line
+from sage_hub.hub.client import ask, explain_any, reading_token
+from sage_hub.rows.forms import Placed, parse_placed, parse_rows
 from sage_hub.rows.proxies import Proxy
+from sage_hub.rows.texts import TEXT_READERS, read_text, refuse_pointer
 
 BUILTIN = Path(__file__).parents[1] / "data" / "general_proxy.jsonl"
 BUILTIN_NAME = "sage-hub general-purpose proxy"
 DATASET_SCHEME = "hf://datasets/"
-READERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
-TEXT_COLUMNS = ("question", "answer", "prompt", "completion", "text")
+FORMATS = (*TEXT_READERS, ".parquet")
 
 
 def read_proxy(source: str | None) -> Proxy:
     """Read the proxy that `source` names; None is the general-purpose one in the package.
 
-    `source` is a local .jsonl, .json, .csv, .parquet or .txt file, or
+    `source` is a local file in one of FORMATS, of which those that are text may be in gzip, or
     `hf://datasets/org/name[@revision][/file][?config=NAME&split=NAME]`. Raises ProxyError with
     the line for a row that cannot be used, NotFoundError for a file that is not there.
     """
     if source is None:
-        rows = parse_rows(_read_file(BUILTIN), BUILTIN_NAME)
+        rows = parse_placed(_read_file(BUILTIN, BUILTIN.name), BUILTIN_NAME)
         return Proxy(BUILTIN_NAME, rows, builtin=True)
     if source.startswith(DATASET_SCHEME):
         return _read_dataset(source)
@@ -50,71 +42,42 @@ def read_proxy(source: str | None) -> Proxy:
         raise NotFoundError(
             f"The proxy file {source} {wrong} (a Hub dataset is written {DATASET_SCHEME}org/name)."
         )
-    return Proxy(path.name, parse_rows(_read_file(path), path.name))
+    return Proxy(path.name, parse_placed(_read_file(path, path.name), path.name))
 
 
-def _read_file(path: Path) -> Iterator[Mapping[str, Any]]:
-    if path.suffix not in READERS:
+def format_of(name: str) -> str:
+    """The ending of a file's name that says how it is read, in small letters, without gzip's."""
+    lower = name.lower()
+    plain = lower.removesuffix(".gz")
+    suffix = Path(plain).suffix
+    return suffix if plain == lower or suffix in TEXT_READERS else ""
+
+
+def _read_file(path: Path, name: str) -> Iterator[Placed]:
+    """The records of the file `path`, called `name` in sentences."""
+    kind = format_of(path.name)
+    if kind not in FORMATS:
         raise ProxyError(
-            f"{path.name} has an unknown format; use one of {', '.join(READERS)} "
+            f"{name} has an unknown format; use one of {', '.join(FORMATS)} "
             "(or the name of a Hub dataset)."
         )
     if path.stat().st_size == 0:
-        raise ProxyError(f"{path.name} is empty.")
-    reader = READERS[path.suffix]
-    if reader == "json":
-        yield from _read_json(path)
+        raise ProxyError(f"{name} is empty.")
+    refuse_pointer(path, name)
+    if kind in TEXT_READERS:
+        yield from TEXT_READERS[kind](read_text(path, name), name)
         return
-    # A word is a word: neither a number nor a missing value, whatever it looks like.
-    options: dict[str, Any] = {}
-    if reader == "csv":
-        options = {"keep_default_na": False, "converters": dict.fromkeys(TEXT_COLUMNS, str)}
-    elif reader == "text":
-        options = {"encoding": "utf-8-sig"}  # as Windows editors write it
     try:
-        for record in _load(reader, data_files=glob.escape(str(path)), split="train", **options):
-            if reader != "text" or record["text"].strip():  # a text file has a row a line
-                yield record
+        for record in _load("parquet", data_files=glob.escape(str(path)), split="train"):
+            yield None, record
+    except SageHubError:
+        raise
     except Exception as error:
-        raise ProxyError(f"{path.name} cannot be read: {_reason(error, path)}") from None
+        said = first_line(error).replace(str(path), name)  # no path of this machine
+        raise ProxyError(f"{name} cannot be read: {said}") from None
 
 
-def _read_json(path: Path) -> Iterator[Mapping[str, Any]]:
-    """JSON Lines, or one array of objects.
-
-    Not by `datasets`, which makes a date of text that looks like one and knows no line numbers.
-    """
-    raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # as Windows editors write it
-    if raw.lstrip()[:1] == b"[":
-        yield from _parse_array(raw, path.name)
-        return
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-                json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
-            except (ValueError, RecursionError):
-                record = None
-            if not isinstance(record, dict):
-                raise ProxyError(f"{path.name}, line {number}: not a JSON object.")
-            yield record
-
-
-def _parse_array(raw: bytes, name: str) -> Iterator[Mapping[str, Any]]:
-    try:
-        records = json.loads(raw)
-        json.dumps(records, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise ProxyError(f"{name}, line {error.lineno}: not valid JSON.") from None
-    except (ValueError, RecursionError):
-        raise ProxyError(f"{name} is not valid JSON.") from None
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            raise ProxyError(f"{name}, row {number}: not a JSON object.")
-        yield record
-
-
-def _load(*args: Any, **kwargs: Any) -> Iterator[Mapping[str, Any]]:
+def _load(*args: Any, **kwargs: Any) -> Iterator[Any]:
     import datasets
 
     with _silent_datasets():
@@ -135,55 +98,76 @@ def _silent_datasets() -> Iterator[None]:
         datasets.logging.set_verbosity(verbosity)
 
 
-def _reason(error: Exception, path: Path) -> str:
-    """The first line of a library's error, without the path of this machine."""
-    return first_line(error).replace(str(path), path.name)
+# The revision as huggingface_hub's file system reads it: a pull request, a conversion by the Hub,
+# which "~" abbreviates, or else all up to the next slash.
+_ADDRESS = re.compile(
+    r"(?P<repo>[\w.-]+/[\w.-]+)"
+    r"(@(?P<revision>refs/pr/\d+|refs/convert/[\w.-]+|[^/?]+))?"
+    r"(/(?P<file>[^?]+))?(\?(?P<query>.*))?"
+)
 
 
 def _read_dataset(source: str) -> Proxy:
-    match = re.fullmatch(
-        r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/?]+))?(/(?P<file>[^?]+))?(\?(?P<query>.*))?",
-        source.removeprefix(DATASET_SCHEME),
-    )
+    match = _ADDRESS.fullmatch(source.removeprefix(DATASET_SCHEME))
     query = dict(parse_qsl(match["query"] or "")) if match else {}
     if match is None or query.keys() - {"config", "split"}:
         raise UsageError(
             f"{source!r} is not a dataset address; write "
             f"{DATASET_SCHEME}org/name[@revision][/file][?config=NAME&split=NAME]."
         )
-    repo, revision = match["repo"], match["revision"]
-    files = HubFiles(repo, revision, kind="dataset")
-    name = source.replace(f"@{revision}", "") if revision else source
-    try:
-        records = _load_dataset(
-            files, query.get("config"), match["file"], query.get("split", "train")
-        )
-    except (ValueError, OSError) as error:
-        said = re.sub(r"\S*/snapshots/\w+/", "", first_line(error))  # of this machine
-        raise ProxyError(f"{name} cannot be read: {said}") from None
-    return Proxy(name, parse_rows(records, name), revision=files.commit)
+    revision = unquote(match["revision"]) if match["revision"] else None
+    if revision and revision.startswith("~"):
+        revision = f"refs/convert/{revision[1:]}"
+    files = HubFiles(match["repo"], revision, kind="dataset")
+    name = source.replace(f"@{match['revision']}", "", 1) if revision else source
+    split = query.get("split", "train")
+    file = match["file"]
+    if file in files.sizes and format_of(file) in FORMATS and split == "train":
+        rows = parse_placed(_read_file(files.path(file), name), name)
+    else:
+        rows = parse_rows(_load_split(files, query.get("config"), file, split, name), name)
+    return Proxy(name, rows, revision=files.commit)
 
 
-def _load_dataset(
-    files: HubFiles, config: str | None, file: str | None, split: str
-) -> list[Mapping[str, Any]]:
+def _load_split(
+    files: HubFiles, config: str | None, file: str | None, split: str, name: str
+) -> list[Any]:
     """The records of a split, of the files that the dataset's own rules name for it.
 
-    Raises ValueError or OSError as `datasets` does.
+    Raises ProxyError for what `datasets` cannot make of them.
     """
     import datasets
 
-    with _silent_datasets():
-        builder = ask(
-            f"dataset {files.name}",
-            lambda: datasets.load_dataset_builder(
-                files.name, config, revision=files.commit, data_files=file, token=reading_token()
-            ),
-        )
-        found = builder.config.data_files or {}
-        if split not in found:
-            raise ValueError(f"it has no split {split!r}, but {', '.join(found) or 'none'}")
-        # The library would read from the Hub directly, and compare nothing with its hashes.
-        names = [url.partition(f"@{files.commit}/")[2] for url in found[split]]
-        builder.config.data_files = {split: [str(files.path(name)) for name in names]}
-        return list(builder.as_streaming_dataset(split))
+    try:
+        with _silent_datasets():
+            builder = ask(
+                f"dataset {files.name}",
+                lambda: datasets.load_dataset_builder(
+                    files.name,
+                    config,
+                    revision=files.commit,
+                    data_files=file,
+                    token=reading_token(),
+                ),
+            )
+            found = {str(key): urls for key, urls in (builder.config.data_files or {}).items()}
+            if split not in found:
+                there = ", ".join(found) or "none"
+                raise ProxyError(
+                    f"{name}: the dataset has no split {split!r}; give one that it has with "
+                    f"?split=NAME, whole ({there})."
+                )
+            # The library would read from the Hub directly, and compare nothing with its hashes.
+            names = [url.partition(f"@{files.commit}/")[2] for url in found[split]]
+            paths = [files.path(one) for one in names]
+            for path in paths:
+                refuse_pointer(path, name)
+            builder.config.data_files = {split: list(map(str, paths))}
+            return list(builder.as_streaming_dataset(split))
+    except SageHubError:
+        raise
+    except Exception as error:  # of whatever a script, a card or a file makes the library raise
+        if (hubs := explain_any(error, f"dataset {files.name}")) is not None:
+            raise hubs from None
+        said = re.sub(r"\S*/snapshots/\w+/", "", first_line(error))  # of this machine
+        raise ProxyError(f"{name} cannot be read: {said}") from None

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from sage_hub.checkpoint import tensorfile
-from sage_hub.checkpoint.index import INDEX, SINGLE, open_checkpoint
+from sage_hub.checkpoint.files import open_files
+from sage_hub.checkpoint.index import INDEX, SINGLE, read_index
 from sage_hub.cli.main import main
 from sage_hub.errors import SageHubError
 
@@ -94,7 +95,7 @@ def watched(size: int) -> Iterator[list[str]]:
 
 def read_all(folder: Path) -> set[str]:
     """Open the checkpoint and read all that is ever read of it; the names of its tensors."""
-    checkpoint = open_checkpoint(str(folder))
+    checkpoint = read_index(open_files(str(folder)))
     for shard in checkpoint.shards:
         with checkpoint.open_shard(shard) as reader:
             for name, info in reader.header.tensors.items():

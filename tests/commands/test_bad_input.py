@@ -141,6 +141,7 @@ def quantized(pair: Path) -> None:
 def no_tokenizer(pair: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (pair / "base" / name).unlink()
+        (pair / "unlearned" / name).unlink()
 
 
 def adapter(pair: Path) -> None:
@@ -171,7 +172,7 @@ def adapter(pair: Path) -> None:
         (malformed_proxy, 18, ["retain.jsonl, line 41"]),
         (proxy_without_answers, 18, ["retain.jsonl, row 4", "'answer'"]),
         (quantized, 20, ["gptq"]),
-        (no_tokenizer, 12, ["tokenizer of base"]),
+        (no_tokenizer, 10, ["base has no tokenizer", "--tokenizer"]),
         (adapter, 10, ["adapter_config.json, but no adapter_model.safetensors"]),
     ],
     ids=lambda value: getattr(value, "__name__", None),

@@ -147,7 +147,7 @@ def test_accuracy_is_that_of_lm_eval(float_pair: Path, tmp_path: Path) -> None:
 def test_beginning_of_text_tokens_are_context_not_answer(float_pair: Path, tmp_path: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 
-    from sage_hub.rows.encoding import encode_row
+    from sage_hub.rows.encoding import Encoder
     from sage_hub.rows.forms import parse_rows
 
     (row,) = parse_rows([{"prompt": "w1 w2", "completion": " w3 w4"}], "rows")
@@ -157,7 +157,7 @@ def test_beginning_of_text_tokens_are_context_not_answer(float_pair: Path, tmp_p
         single="<user> $A", special_tokens=[("<user>", 1)]
     )
     for tokenizer, before in ((plain, 2), (opened, 3)):
-        found = encode_row(row, tokenizer, chat=False, max_length=99)
+        found = Encoder(tokenizer, None, 99).row(row, "rows")
         assert (found.answer_start, len(found.ids)) == (before, before + 2)
         (one,) = score_all(float_pair / "base", [found], tmp_path)
         assert one.tokens == 2

@@ -72,6 +72,42 @@ def test_truth_ratio_by_hand() -> None:
     assert truth_ratio(seen(HALF)) is None
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e6])
+def test_ratios_hold_for_a_model_that_ran_away(scale: float) -> None:
+    # Every likelihood is 0 in floating point, and their ratios are what they are.
+    right, near, far = (scored(-1000.0 * scale - nats) for nats in (0.0, 16.0, 1e5))
+    assert probability(seen(right, perturbed=(right, far))) == pytest.approx(0.5)
+    assert probability(seen(far, choices=(right, near, far))) == 0
+    (row,) = parse_rows([{"question": "2+2?", "choices": ["3", "4"], "answer": 1}], "facts")
+    assert probability(Seen(row, Told(right, choices=(right, right)))) == pytest.approx(0.5)
+    assert truth_ratio(seen(right, forgotten=True, perturbed=(far,))) == 0
+    assert truth_ratio(seen(far, forgotten=True, perturbed=(right,))) == pytest.approx(0)
+    assert truth_ratio(seen(right, perturbed=(far,))) == 1
+    assert truth_ratio(seen(far, perturbed=(right,))) == 0
+
+
+@pytest.mark.parametrize("lost", [math.nan, -math.inf])
+def test_what_no_numbers_make_is_undefined_and_no_error(lost: float) -> None:
+    nothing = scored(lost)
+    for told in ({"perturbed": (nothing,)}, {"choices": (nothing, nothing)}):
+        assert math.isnan(probability(seen(nothing, **told)))
+    for forgotten in (False, True):
+        found = truth_ratio(seen(nothing, forgotten=forgotten, perturbed=(nothing,)))
+        assert found is not None
+        assert math.isnan(found)
+    perplexity = mean_over_rows("perplexity", [seen(scored(-1e5))] * 2, 0)
+    assert perplexity is not None
+    assert perplexity.value == math.inf
+
+
+def test_the_choice_of_a_model_without_numbers_is_undefined() -> None:
+    (row,) = parse_rows([{"question": "2+2?", "choices": ["3", "4"], "answer": 1}], "facts")
+    nothing = scored(math.nan)
+    found = accuracy(Seen(row, Told(nothing, choices=(nothing, HALF))))
+    assert found is not None
+    assert math.isnan(found)
+
+
 @pytest.mark.parametrize(
     "hits, strength, exact",
     [

@@ -112,7 +112,7 @@ class TestSending:
     ) -> None:
         sources.fail("PUT", "/lfs/", 403)
         assert push(statistics) == 11
-        assert "may not do this with org/target (403)" in capsys.readouterr().err
+        assert "refuses this with org/target (403) and says: injected" in capsys.readouterr().err
         assert set(sources.files(TARGET)) == {".gitattributes"}
 
     @pytest.mark.parametrize("low_disk", [[], ["--low-disk"]], ids=["kept", "low disk"])

@@ -12,13 +12,13 @@ from support.pico import CHAT, WORDS, make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from sage_hub.checkpoint.index import open_checkpoint
-from sage_hub.errors import ArchitectureError, ProxyError
+from sage_hub.errors import NotFoundError, ProxyError
 from sage_hub.rows.encoding import (
     Batch,
     Encoded,
+    Encoder,
     batches,
     encode,
-    encode_row,
     load_tokenizer,
     row_limit,
     take_tokens,
@@ -129,10 +129,9 @@ def test_special_tokens_around_a_text_do_not_move_the_answer() -> None:
 @given(phrases, phrases, st.integers(1, 20))
 def test_a_long_row_is_cut_and_says_so(question: str, answer: str, limit: int) -> None:
     row = row_of(question=question, answer=answer)
-    whole = encode_row(row, PLAIN, chat=False, max_length=100)
-    cut = encode_row(row, PLAIN, chat=False, max_length=limit)
+    whole, cut = (Encoder(PLAIN, None, length).row(row, "set") for length in (100, limit))
     assert not whole.truncated
-    assert encode_row(row, PLAIN, chat=False, max_length=len(whole.ids)) == whole
+    assert Encoder(PLAIN, None, len(whole.ids)).row(row, "set") == whole
     assert cut.ids == whole.ids[:limit]
     assert cut.truncated is (len(whole.ids) > limit)
     assert cut.answer_start == whole.answer_start
@@ -147,8 +146,8 @@ def test_a_row_without_tokens_is_refused_by_its_number() -> None:
 def test_a_row_that_the_template_refuses_is_named() -> None:
     # As templates do that know no system role, or want user and assistant in turn.
     strict = make_tokenizer("{{ raise_exception('System role not supported') }}")
-    proxy = Proxy("facts.jsonl", (row_of(text="w1"), row_of(question="w1", answer="w2")))
-    with pytest.raises(ProxyError, match=r"facts\.jsonl, row 2.*System role not supported"):
+    proxy = Proxy("facts.jsonl", parse_rows([{"question": "w1", "answer": "w2"}], "facts"))
+    with pytest.raises(ProxyError, match=r"facts\.jsonl, row 1.*System role not supported"):
         encode(proxy, strict, chat_template=True, max_length=10)
 
 
@@ -162,7 +161,7 @@ def test_a_checkpoint_without_a_tokenizer_is_explained(pair: Path) -> None:
     assert load_tokenizer(open_checkpoint(str(pair / "base")))("w3")["input_ids"] == [10]
     for file in (pair / "base").glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ArchitectureError, match="tokenizer of base"):
+    with pytest.raises(NotFoundError, match="base has no tokenizer"):
         load_tokenizer(open_checkpoint(str(pair / "base")))
 
 

@@ -16,11 +16,10 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from hypothesis import given
 from hypothesis import strategies as st
 from support.loopback_hub import LoopbackHub
-from support.pico import write_rows
 
 from sage_hub.errors import NetworkError, NotFoundError, OverlapError, ProxyError, UsageError
 from sage_hub.rows.forms import parse_rows
-from sage_hub.rows.proxies import Proxy, Row, check_disjoint
+from sage_hub.rows.proxies import Hashes, Proxy, Row, check_disjoint
 from sage_hub.rows.sources import read_proxy
 
 QA = [{"question": "Who wrote it?", "answer": "Ada"}, {"question": "Where?", "answer": "Łódź"}]
@@ -138,9 +137,17 @@ def test_a_home_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("a.jsonl", to_jsonl(QA) + b"\n[1, 2]\n" + to_jsonl(QA), ["a.jsonl, line 4"]),
         ("a.jsonl", b'{"text": "caf\xe9"}\n', ["a.jsonl, line 1"]),
         ("a.json", b'[\n {"text": "a"},\n {"text": }\n]', ["a.json, line 3"]),
-        ("a.jsonl", to_jsonl([*QA, {"question": "Q", "answer": " \n"}]), ["row 3", "'answer'"]),
-        ("a.jsonl", to_jsonl([*QA, {"question": "Q", "answer": None}]), ["row 3", "'answer'"]),
-        ("a.jsonl", to_jsonl([{"text": "a"}, {"text": 5}]), ["row 2", "'text'"]),
+        (
+            "a.jsonl",
+            to_jsonl([*QA, {"question": "Q", "answer": " \n"}]),
+            ["a.jsonl, row 3", "'answer'"],
+        ),
+        (
+            "a.jsonl",
+            to_jsonl([*QA, {"question": "Q", "answer": None}]),
+            ["a.jsonl, row 3", "'answer'"],
+        ),
+        ("a.jsonl", to_jsonl([{"text": "a"}, {"text": 5}]), ["a.jsonl, row 2", "'text'"]),
         ("a.csv", b"question,answer\nQ,\n", ["a.csv, row 1", "'answer'"]),
         ("a.csv", b"question,answer\na,b\na,b,c\n", ["a.csv", "line 3"]),
         ("a.csv", b"query,reply\na,b\n", ["a.csv, row 1", "question/answer", "query, reply"]),
@@ -251,8 +258,8 @@ def test_a_row_in_two_sets_is_found_whatever_its_case_and_spacing() -> None:
     retain = parse_rows([{"text": "a"}, {"text": "Ada  wrote\n IT"}], "r")
     heldout = parse_rows([{"text": "b"}, {"text": "c"}, {"text": " ada Wrote it "}], "h")
     sets = {
-        "retain": ("retain.jsonl", [row.hash for row in retain]),
-        "heldout": ("hf://datasets/org/h", [row.hash for row in heldout]),
+        "retain": Hashes("retain.jsonl", [row.hash for row in retain]),
+        "heldout": Proxy("hf://datasets/org/h", heldout).hashes,
     }
     with pytest.raises(OverlapError) as refusal:
         check_disjoint(sets)
@@ -262,14 +269,14 @@ def test_a_row_in_two_sets_is_found_whatever_its_case_and_spacing() -> None:
 
 def test_every_pair_of_sets_is_compared() -> None:
     hashes = {name: [f"{name}{n}" for n in range(3)] for name in "abc"}
-    check_disjoint({name: (name, rows) for name, rows in hashes.items()})
+    check_disjoint({name: Hashes(name, rows) for name, rows in hashes.items()})
     hashes["c"][1] = "b2"
     with pytest.raises(OverlapError, match="Row 2 of the c set"):
-        check_disjoint({name: (name, rows) for name, rows in hashes.items()})
+        check_disjoint({name: Hashes(name, rows) for name, rows in hashes.items()})
 
 
 def test_a_row_twice_in_its_own_set_is_no_overlap() -> None:
-    check_disjoint({"retain": ("r", ["one", "one"]), "forget": ("f", ["two"])})
+    check_disjoint({"retain": Hashes("r", ["one", "one"]), "forget": Hashes("f", ["two"])})
 
 
 def test_the_same_words_in_other_fields_are_another_row() -> None:
@@ -386,9 +393,3 @@ def test_a_dataset_that_cannot_be_read_is_explained(
         read_proxy(f"hf://datasets/{address}")
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
-
-
-def test_choices_in_one_text_are_refused(tmp_path: Path) -> None:
-    row = {"question": "Capital of France?", "choices": "['Paris', 'Rome']", "answer": "Paris"}
-    with pytest.raises(ProxyError, match="'choices' must be a list of texts"):
-        read_proxy(str(write_rows(tmp_path / "rows.jsonl", [row])))

@@ -1,0 +1,112 @@
+"""No release of nothing: whether an update, a plan and what was written do anything at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+
+from sage_hub.checkpoint.index import open_shards
+from sage_hub.errors import NothingToDoError
+from sage_hub.repair.plan import Operation, Piece, Plan
+from sage_hub.repair.write import TensorRecord
+from sage_hub.settings import Settings
+
+OPEN = 2  # shards of each side
+NOISE = 1e-6  # of sums in float32
+
+
+def no_update(plan: Plan) -> NothingToDoError:
+    """The error for two sides that are one."""
+    return NothingToDoError(
+        f"{plan.base.name} and {plan.unlearned.name} hold the same weights; there is no update to "
+        "sanitize. Check that both arguments are what you meant."
+    )
+
+
+def check_filters(plan: Plan, settings: Settings) -> None:
+    """Raise NothingToDoError if the plan filters no tensor, or the settings no update."""
+    if not plan.to_filter():
+        reasons = plan.describe()["copy"]
+        said = "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
+        raise NothingToDoError(
+            f"No tensor of {plan.unlearned.name} can be filtered ({said}), so the release would be "
+            "the unlearned model itself. Check that its tensors have the names that transformers "
+            "gives them (--dry-run --verbose lists all)."
+        )
+    if settings.sharpness[0] == 0 and settings.gain == 1:
+        raise NothingToDoError(
+            "With --strength 0 and --gain 1 the release would be the unlearned model itself; give "
+            "a larger strength, or another gain."
+        )
+
+
+def check_changes(plan: Plan) -> None:
+    """Raise NothingToDoError unless the two sides differ in a tensor that is filtered.
+
+    Both are read until they do, which is at the first such tensor as a rule.
+    """
+    with ExitStack() as stack:
+        base, unlearned = (
+            stack.enter_context(open_shards(side, OPEN)) for side in (plan.base, plan.unlearned)
+        )
+        for operation in plan.to_filter():
+            if operation.shard in plan.equal:
+                continue
+            if operation.pair is not None:  # of an adapter, whose update is B A
+                b = unlearned(operation.shard).read(operation.pair.b)
+                a = unlearned(operation.shard).read(operation.tensor)
+                if a.any() and b.any():
+                    return
+                continue
+            for piece in operation.pieces:
+                if piece.linear is not None and piece.base is not None:
+                    ours = unlearned(operation.shard).read_rows(
+                        operation.tensor, piece.start, piece.stop
+                    )
+                    theirs = base(plan.base.shard_of[piece.base]).read_rows(
+                        piece.base, *_rows_of_base(piece)
+                    )
+                    if _differ(ours, theirs, operation):
+                        return
+    raise NothingToDoError(
+        f"{plan.unlearned.name} differs from {plan.base.name} in no weight that can be filtered, "
+        "so the release would be the unlearned model itself. If it is a LoRA adapter, it may not "
+        "have been trained; else what unlearning changed lies in embeddings, norms or the head, "
+        "which sage-hub leaves alone."
+    )
+
+
+def check_written(records: Sequence[TensorRecord], plan: Plan) -> None:
+    """Raise NothingToDoError if what was written is one of the two sides."""
+    filtered = [record for record in records if record.action == "filtered"]
+    if not filtered:
+        raise no_update(plan)
+    if all(_is_source(record) for record in filtered):
+        raise NothingToDoError(
+            "The filter leaves every update as it was: the release would be the unlearned model "
+            "itself. Raise --strength, --energy or --gain, or store it in a wider type "
+            "(--out-dtype)."
+        )
+    if not any(record.kept_norm for record in filtered):
+        raise NothingToDoError(
+            "Nothing of the update is left in any weight: the release would be the base model in "
+            "all that is filtered. Lower --strength or --energy, or raise --gain."
+        )
+
+
+def _is_source(record: TensorRecord) -> bool:
+    """Whether D is Δ, by its size and by what it does on retained inputs."""
+    pairs = (record.kept_norm, record.update_norm), (record.retain_after, record.retain_before)
+    return all(math.isclose(one, other, rel_tol=NOISE) for one, other in pairs)
+
+
+def _rows_of_base(piece: Piece) -> tuple[int, int]:
+    return piece.base_start, piece.base_start + piece.stop - piece.start
+
+
+def _differ(ours: torch.Tensor, theirs: torch.Tensor, operation: Operation) -> bool:
+    """Whether they do as far as the type of the release can tell."""
+    return not torch.equal(ours.to(operation.dtype), theirs.to(operation.dtype))
