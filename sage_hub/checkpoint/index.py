@@ -17,9 +17,6 @@ from sage_hub.checkpoint.architecture import Architecture, Place, architecture_o
 from sage_hub.checkpoint.coverage import check_covered
 from sage_hub.checkpoint.files import Files, digest, open_files, read_json
 from sage_hub.checkpoint.hubfiles import HubFiles
-from sage_hub.checkpoint.layouts import INDEX as INDEX
-from sage_hub.checkpoint.layouts import PICKLES as PICKLES
-from sage_hub.checkpoint.layouts import SINGLE as SINGLE
 from sage_hub.checkpoint.layouts import read_headers
 from sage_hub.checkpoint.quantized import refuse_quantized
 from sage_hub.checkpoint.tensorfile import (

@@ -19,7 +19,8 @@ from sage_hub.checkpoint.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from sage_hub.checkpoint.adapter import Adapter
 from sage_hub.checkpoint.architecture import architecture_of, quiet_transformers
 from sage_hub.checkpoint.files import LocalFiles, read_json
-from sage_hub.checkpoint.index import INDEX, SINGLE, Checkpoint
+from sage_hub.checkpoint.index import Checkpoint
+from sage_hub.checkpoint.layouts import INDEX, SINGLE
 from sage_hub.errors import PublishError, first_line
 from sage_hub.repair.readable import tokenizer_fault
 

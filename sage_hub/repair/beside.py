@@ -17,7 +17,8 @@ from typing import Any
 from sage_hub.checkpoint.adapter import CONFIG as ADAPTER_CONFIG
 from sage_hub.checkpoint.adapter import Adapter
 from sage_hub.checkpoint.files import read_json
-from sage_hub.checkpoint.index import INDEX, PICKLES, SINGLE, Checkpoint
+from sage_hub.checkpoint.index import Checkpoint
+from sage_hub.checkpoint.layouts import INDEX, PICKLES, SINGLE
 from sage_hub.checkpoint.tensorfile import file_sha256
 from sage_hub.errors import SageHubError, UsageError
 from sage_hub.repair.belongs import belongs, code_of

@@ -26,7 +26,8 @@ from safetensors.torch import save
 
 from sage_hub.checkpoint import tensorfile
 from sage_hub.checkpoint.files import open_files
-from sage_hub.checkpoint.index import INDEX, SINGLE, read_index
+from sage_hub.checkpoint.index import read_index
+from sage_hub.checkpoint.layouts import INDEX, SINGLE
 from sage_hub.cli.main import main
 from sage_hub.errors import SageHubError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -40,14 +41,15 @@ def test_an_input_that_people_have(
 
 @pytest.mark.parametrize("seed", seeds(12, 400))
 def test_two_at_once(seed: int, pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What the plan takes the run takes, and nothing is an internal error."""
+    """What the plan takes the run takes, and nothing is an internal error.
+
+    A second mishap that finds its file gone stops there: what it leaves is an input too.
+    """
     both = list(itertools.permutations(MISHAPS, 2))
     first, second = random.Random(seed).choice(both)
-    try:
-        for name in (first, second):
-            MISHAPS[name][0](pair)
-    except (OSError, ValueError, KeyError, RuntimeError):
-        pytest.skip(f"{second} cannot happen after {first}")
+    MISHAPS[first][0](pair)
+    with suppress(OSError, ValueError, KeyError, RuntimeError):
+        MISHAPS[second][0](pair)
     planned, err = run(pair, capsys, "--dry-run")
     assert planned != 1, (first, second, err)
     done, err = run(pair, capsys, "--generate-rows", "0")

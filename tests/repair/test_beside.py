@@ -15,7 +15,8 @@ from support.adapters import make_adapter
 from support.loopback_hub import LoopbackHub
 
 from sage_hub.checkpoint.files import LocalFiles
-from sage_hub.checkpoint.index import PICKLES, Checkpoint
+from sage_hub.checkpoint.index import Checkpoint
+from sage_hub.checkpoint.layouts import PICKLES
 from sage_hub.checkpoint.pair import open_pair
 from sage_hub.cli.main import main
 from sage_hub.errors import UsageError
