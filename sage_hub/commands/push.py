@@ -197,11 +197,11 @@ def _finished(job: Job, work: Work) -> Release | None:
 
 
 def _finish(job: Job, work: Work, upload: Upload | None, manifest: Any, report: Any) -> Release:
+    if upload is not None:
+        upload.settle()  # what is sent must not move, nor go while it is opened
     open_as_user(work.release, job.plan.base)
     write_json(work.release / MANIFEST, manifest)
     made = _conclude(job, work.release, manifest, report)
-    if upload is not None:
-        upload.settle()  # what is sent must not move
     if not work.keeps:
         return made
     if work.output.exists():  # only what meets the gates takes the place of a release

@@ -47,7 +47,8 @@ def open_as_user(folder: Path, base: Checkpoint) -> None:
         except Exception as error:  # whatever it is, a user would meet it
             raise PublishError(
                 f"The finished release cannot be opened as its users would; its {what} fails: "
-                f"{first_line(error)}. It is kept in {folder}, and nothing was published."
+                f"{first_line(error).rstrip('.')}. It is kept in {folder}, and nothing was "
+                "published."
             ) from None
 
 

@@ -167,7 +167,8 @@ def _load_split(
     except SageHubError:
         raise
     except Exception as error:  # of whatever a script, a card or a file makes the library raise
-        if (hubs := explain_any(error, f"dataset {files.name}")) is not None:
+        hubs = explain_any(error, f"dataset {files.name}")
+        if hubs is not None and not isinstance(hubs, NotFoundError):  # that names no file
             raise hubs from None
         said = re.sub(r"\S*/snapshots/\w+/", "", first_line(error))  # of this machine
         raise ProxyError(f"{name} cannot be read: {said}") from None
