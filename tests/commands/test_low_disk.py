@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from safetensors.torch import load_file
 from support.loopback_hub import Blob, LoopbackHub
 
 from sage_hub.checkpoint import hubfiles as checkpoint
+from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.checkpoint.tensorfile import file_sha256
 from sage_hub.cli.main import main
+from sage_hub.publish.opened import open_as_user
+from sage_hub.publish.upload import Upload
 
 SHARDS = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
 
@@ -105,6 +109,26 @@ def test_a_failure_publishes_nothing_and_the_same_command_finishes(
     assert push(statistics, "org/piecewise", "--low-disk") == 0
     assert push(statistics, "org/whole") == 0
     assert weights(hub, "org/piecewise") == weights(hub, "org/whole")
+
+
+def test_no_shard_goes_while_the_release_is_opened(
+    hub: LoopbackHub, pair: Path, statistics: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(hub, pair)
+    send, left = Upload._send, []
+
+    def slowly(self: Upload, files: Mapping[str, Path]) -> None:
+        time.sleep(0.2)
+        send(self, files)
+
+    def look(folder: Path, base: Checkpoint) -> None:
+        left.append([path.name for path in folder.glob("*.safetensors")])
+        open_as_user(folder, base)
+
+    monkeypatch.setattr(Upload, "_send", slowly)
+    monkeypatch.setattr("sage_hub.commands.push.open_as_user", look)
+    assert push(statistics, "org/piecewise", "--low-disk") == 0
+    assert left == [[]]
 
 
 def test_calibration_keeps_no_more_than_two_shards(
