@@ -75,7 +75,7 @@ class NonFiniteError(SageHubError):
 
 
 class PickledWeightsError(SageHubError):
-    """The only weights are pickles, which are never loaded."""
+    """The only weights are pickles: not asked for by name, or of more than tensors."""
 
     status = 16
 

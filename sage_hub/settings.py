@@ -127,6 +127,11 @@ class Settings:
         "whose tokenizer makes tokens of the rows",
         usual="the base's, else the unlearned side's, else the reference's",
     )
+    pickled_weights: bool = _computation(
+        False,
+        SWITCH,
+        "read weights that are there as pickles alone: their tensors, and no code is run",
+    )
     date: str | None = _computation(
         None, DATE, "the date for chat templates that write one", usual="that of today"
     )

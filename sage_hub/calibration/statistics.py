@@ -19,11 +19,11 @@ from sage_hub.calibration.journal import Journal
 from sage_hub.checkpoint.hubfiles import HubFiles
 from sage_hub.checkpoint.tensorfile import (
     TensorReader,
-    TensorWriter,
     dtype_name,
     file_sha256,
     layout,
 )
+from sage_hub.checkpoint.tensorwriter import TensorWriter
 from sage_hub.errors import CorruptCheckpointError, NotFoundError, StatisticsError
 from sage_hub.method.moments import Spectrum
 from sage_hub.model.sites import Site

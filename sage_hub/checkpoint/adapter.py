@@ -242,8 +242,9 @@ def open_adapter(files: Files, base: Checkpoint) -> Adapter:
     """
     if "adapter_model.bin" in files.sizes and WEIGHTS not in files.sizes:
         raise PickledWeightsError(
-            f"{files.name} has only pickled weights (adapter_model.bin), which sage-hub never "
-            "loads; save the adapter again with a PEFT of today, which writes safetensors."
+            f"{files.name} has only pickled weights (adapter_model.bin), which are not read "
+            "unasked; save the adapter again with a PEFT of today, which writes safetensors, or "
+            "give --pickled-weights, with which tensors are taken from them, and no code is run."
         )
     if WEIGHTS not in files.sizes:
         raise NotFoundError(f"{files.name} has an {CONFIG}, but no {WEIGHTS}.")

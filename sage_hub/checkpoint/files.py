@@ -5,14 +5,23 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from sage_hub.checkpoint.hubfiles import HubFiles
 from sage_hub.checkpoint.location import Location, parse_location
-from sage_hub.checkpoint.tensorfile import Header, file_sha256, read_header
+from sage_hub.checkpoint.tensorfile import (
+    Header,
+    OpenTensors,
+    TensorReader,
+    file_sha256,
+    read_header,
+)
 from sage_hub.errors import CorruptCheckpointError, NotFoundError, UsageError
+
+T = TypeVar("T")
 
 MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -36,14 +45,28 @@ class Files(Protocol):
     def sizes(self) -> Mapping[str, int]:
         """Every file with its size in bytes."""
 
+    @property
+    def private(self) -> bool:
+        """Whether they are in a private repo of the Hub."""
+
+    @property
+    def reading(self) -> str:
+        """How weights are made of what lies there; empty where they are read as they are."""
+
     def path(self, file: str) -> Path:
         """A local path with the bytes of `file`, fetched if need be."""
 
     def folder(self, files: list[str]) -> Path:
         """A local folder that holds `files`."""
 
+    def look(self, file: str, take: Callable[[BinaryIO], T]) -> T:
+        """What `take` makes of `file`, which is not fetched, but for the parts that it reads."""
+
     def header(self, file: str) -> Header:
-        """The header of a safetensors file, without its data."""
+        """The header of a file of tensors, without its data."""
+
+    def open(self, file: str) -> OpenTensors:
+        """A file of tensors to read rows of, fetched if need be."""
 
     def sha256(self, file: str) -> str:
         """The SHA-256 of `file` in hex."""
@@ -53,6 +76,9 @@ class Files(Protocol):
 
     def close(self, file: str) -> None:
         """`file` is not needed for now."""
+
+    def passing(self, folder: Path) -> Files:
+        """The same, keeping a downloaded weight file, in `folder`, only until it is closed."""
 
 
 def _is_bookkeeping(parts: Sequence[str]) -> bool:
@@ -64,6 +90,8 @@ class LocalFiles:
     """The files below a local folder."""
 
     commit: str | None = None
+    private = False
+    reading = ""
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -85,8 +113,15 @@ class LocalFiles:
     def folder(self, files: list[str]) -> Path:
         return self._folder
 
+    def look(self, file: str, take: Callable[[BinaryIO], T]) -> T:
+        with (self._folder / file).open("rb") as stream:
+            return take(stream)
+
     def header(self, file: str) -> Header:
         return read_header(self._folder / file)
+
+    def open(self, file: str) -> OpenTensors:
+        return TensorReader(self._folder / file)
 
     def sha256(self, file: str) -> str:
         if file not in self._hashes:
@@ -98,6 +133,67 @@ class LocalFiles:
 
     def close(self, file: str) -> None:
         pass
+
+    def passing(self, folder: Path) -> LocalFiles:
+        return self
+
+
+@dataclass(frozen=True)
+class Through:
+    """Files that are others, seen in another way: for a subclass to say in which."""
+
+    files: Files
+
+    @property
+    def name(self) -> str:
+        return self.files.name
+
+    @property
+    def commit(self) -> str | None:
+        return self.files.commit
+
+    @property
+    def location(self) -> Location:
+        return self.files.location
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        return self.files.sizes
+
+    @property
+    def private(self) -> bool:
+        return self.files.private
+
+    @property
+    def reading(self) -> str:
+        return self.files.reading
+
+    def path(self, file: str) -> Path:
+        return self.files.path(file)
+
+    def folder(self, files: list[str]) -> Path:
+        return self.files.folder(files)
+
+    def look(self, file: str, take: Callable[[BinaryIO], T]) -> T:
+        return self.files.look(file, take)
+
+    def header(self, file: str) -> Header:
+        return self.files.header(file)
+
+    def open(self, file: str) -> OpenTensors:
+        return self.files.open(file)
+
+    def sha256(self, file: str) -> str:
+        return self.files.sha256(file)
+
+    def missing_bytes(self, files: list[str]) -> int:
+        return self.files.missing_bytes(files)
+
+    def close(self, file: str) -> None:
+        self.files.close(file)
+
+    def passing(self, folder: Path) -> Files:
+        return replace(self, files=self.files.passing(folder))
 
 
 def _check_links(folder: Path) -> None:

@@ -6,17 +6,28 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
-from huggingface_hub import DatasetInfo, HfApi, ModelInfo, hf_hub_download
+from huggingface_hub import DatasetInfo, HfApi, HfFileSystem, ModelInfo, hf_hub_download
 from huggingface_hub.errors import SafetensorsParsingError
 from huggingface_hub.utils.sha import git_hash
 
 from sage_hub.checkpoint.location import Location
-from sage_hub.checkpoint.tensorfile import Header, check_header, file_sha256
+from sage_hub.checkpoint.tensorfile import (
+    Header,
+    OpenTensors,
+    TensorReader,
+    check_header,
+    file_sha256,
+)
 from sage_hub.errors import CorruptCheckpointError, NotFoundError
 from sage_hub.hub.client import DamagedError, ask, reading_token
 
+T = TypeVar("T")
+
 DOWNLOADING = 4  # files at a time
+WEIGHTS = (".safetensors", ".bin")
+AT_A_TIME = 1 << 20  # bytes of a file of which parts are read
 BRANCHES = 10  # of those in which weights are looked for
 
 
@@ -27,6 +38,8 @@ class HubFiles:
 
     What is read is compared with the hash that the Hub has of it, and fetched anew if it differs.
     """
+
+    reading = ""
 
     def __init__(
         self,
@@ -67,9 +80,7 @@ class HubFiles:
         self._passing: Path | None = None
 
     def path(self, file: str) -> Path:
-        passes = bool(
-            self._passing and file.endswith(".safetensors") and self.missing_bytes([file])
-        )
+        passes = bool(self._passing and file.endswith(WEIGHTS) and self.missing_bytes([file]))
         anew = False
 
         def fetch() -> Path:
@@ -115,6 +126,19 @@ class HubFiles:
         with ThreadPoolExecutor(DOWNLOADING) as pool:
             paths = list(pool.map(self.path, files))
         return paths[0].parents[files[0].count("/")]
+
+    def look(self, file: str, take: Callable[[BinaryIO], T]) -> T:
+        system = HfFileSystem(endpoint=self._api.endpoint, token=self._api.token)
+        place = "datasets/" * (self._kind == "dataset") + f"{self._repo}@{self.commit}"
+
+        def looked() -> T:
+            with system.open(f"{place}/{self._below}{file}", "rb", block_size=AT_A_TIME) as stream:
+                return take(stream)
+
+        return ask(self._shown, looked, self.commit)
+
+    def open(self, file: str) -> OpenTensors:
+        return TensorReader(self.path(file))
 
     def header(self, file: str) -> Header:
         try:

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from sage_hub.checkpoint.architecture import Architecture, Place, architecture_of, build_empty
 from sage_hub.checkpoint.coverage import check_covered
+from sage_hub.checkpoint.dequantized import Dequantized, dequantized
 from sage_hub.checkpoint.files import Files, digest, open_files, read_json
-from sage_hub.checkpoint.hubfiles import HubFiles
 from sage_hub.checkpoint.layouts import read_headers
+from sage_hub.checkpoint.pickled import Unpickled, unpickled
 from sage_hub.checkpoint.quantized import refuse_quantized
 from sage_hub.checkpoint.tensorfile import (
     DTYPES,
@@ -25,7 +26,6 @@ from sage_hub.checkpoint.tensorfile import (
     Header,
     RowReader,
     TensorInfo,
-    TensorReader,
     file_sha256,
 )
 from sage_hub.errors import (
@@ -92,7 +92,7 @@ class Checkpoint:
     def open_shard(self, shard: str) -> Iterator[RowReader]:
         """Fetch `shard` if need be and open it, checking that it holds what the plan read."""
         try:
-            with TensorReader(self.files.path(shard)) as reader:
+            with self.files.open(shard) as reader:
                 if reader.header.tensors != self.headers[shard].tensors:
                     raise CorruptCheckpointError(
                         f"{shard} of {self.name} changed since its header was read; start again."
@@ -103,8 +103,6 @@ class Checkpoint:
 
     def passing(self, folder: Path) -> Checkpoint:
         """The same, keeping a downloaded shard, in `folder`, only while it is open."""
-        if not isinstance(self.files, HubFiles):
-            return self
         return replace(self, files=self.files.passing(folder))
 
     @cached_property
@@ -216,21 +214,30 @@ class Checkpoint:
         return next((replace(self, tokenizer=other.files) for other in found), self)
 
 
-def open_checkpoint(text: str) -> Checkpoint:
+def open_checkpoint(text: str, *, pickled: bool = False, dequantize: bool = False) -> Checkpoint:
     """Open the checkpoint that `text` names: config, index and headers, no weights.
 
-    Raises the errors of `sage_hub.errors` for all that would stop a run later: missing, private,
-    pickled, quantized, corrupt, not whole.
+    With `pickled`, weights that are there as pickles alone are read too, and with `dequantize`
+    those that are quantized in a known way. Raises the errors of `sage_hub.errors` for all that
+    would stop a run later: missing, private, pickled, quantized, corrupt, not whole.
     """
-    checkpoint = read_index(open_files(text))
+    files = open_files(text)
+    checkpoint = read_index(unpickled(files) if pickled else files, dequantize=dequantize)
     check_covered(checkpoint)
     return checkpoint
 
 
-def read_index(files: Files) -> Checkpoint:
+def read_index(files: Files, *, dequantize: bool = False) -> Checkpoint:
     """The checkpoint in `files`, of whatever model: which tensor lies in which shard."""
-    checkpoint = Checkpoint(files, read_headers(files))
-    refuse_quantized(checkpoint.name, checkpoint.config, checkpoint.headers)
+    if isinstance(files, Unpickled):
+        headers = {shard: files.header(shard) for shard in files.shards}
+    else:
+        headers = read_headers(files)
+    checkpoint = Checkpoint(files, headers)
+    if dequantize:
+        checkpoint = dequantized(checkpoint)
+    known = isinstance(checkpoint.files, Dequantized)
+    refuse_quantized(checkpoint.name, {} if known else checkpoint.config, checkpoint.headers)
     seen: set[str] = set()
     for shard, header in checkpoint.headers.items():
         if repeated := seen & header.tensors.keys():

@@ -108,8 +108,9 @@ def _instead(files: Files) -> SageHubError:
         return NotFoundError(f"{files.name} has no {SINGLE}, but {_misnamed(tensors)}.")
     if pickles := [name for name in here if name.endswith(PICKLES)]:
         return PickledWeightsError(
-            f"{files.name} has only pickled weights ({pickles[0]}), which sage-hub never loads; "
-            "convert them to safetensors first (save_pretrained does)."
+            f"{files.name} has only pickled weights ({pickles[0]}), which are not read unasked; "
+            "convert them to safetensors (save_pretrained does), or give --pickled-weights, with "
+            "which tensors are taken from them, and no code is run."
         )
     if deeper := _folders_with_weights(names):
         return NotFoundError(

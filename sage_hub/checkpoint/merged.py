@@ -13,22 +13,28 @@ from torch import Tensor
 
 from sage_hub.checkpoint.adapter import WEIGHTS, Adapter
 from sage_hub.checkpoint.architecture import Architecture
-from sage_hub.checkpoint.files import Files, digest
+from sage_hub.checkpoint.dequantized import Dequantized
+from sage_hub.checkpoint.files import Files, Through, digest
 from sage_hub.checkpoint.index import TOKENIZER_FILES, Checkpoint
-from sage_hub.checkpoint.location import Location
 from sage_hub.checkpoint.tensorfile import Header, RowReader
-from sage_hub.errors import AdapterError, NothingToDoError
+from sage_hub.errors import AdapterError, NothingToDoError, QuantizedError
 from sage_hub.runtime.progress import SILENT, Progress
 
 
 def merged(adapter: Adapter) -> Merged:
     """The model that `adapter` makes of its base.
 
-    Raises AdapterError where the adapter changes one of two weights that are tied.
+    Raises AdapterError where the adapter changes one of two weights that are tied, QuantizedError
+    where the base is quantized.
     """
     _refuse_tied(adapter)
+    if isinstance(adapter.base.files, Dequantized):
+        raise QuantizedError(
+            f"{adapter.base.name} is quantized, and a merged model is not; leave out --merge, or "
+            "pass the checkpoint that it was made from."
+        )
     base = adapter.base
-    return Merged(_Overlay(base.files, adapter.files), base.headers, adapter)
+    return Merged(_Overlay(adapter.files, base.files), base.headers, adapter)
 
 
 @dataclass(frozen=True)
@@ -90,27 +96,14 @@ class _MergedReader:
 
 
 @dataclass(frozen=True)
-class _Overlay:
+class _Overlay(Through):
     """The files of a merged model: the base's, under the adapter's name, with its tokenizer."""
 
-    base: Files
-    adapter: Files
-
-    @property
-    def name(self) -> str:
-        return self.adapter.name
-
-    @property
-    def commit(self) -> str | None:
-        return self.adapter.commit
-
-    @property
-    def location(self) -> Location:
-        return self.adapter.location
+    base: Files  # and `files` are the adapter's
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
-        own = {n: s for n, s in self.adapter.sizes.items() if self._holder(n) is self.adapter}
+        own = {n: s for n, s in self.files.sizes.items() if self._holder(n) is self.files}
         return {**self.base.sizes, **own}
 
     def path(self, file: str) -> Path:
@@ -126,14 +119,14 @@ class _Overlay:
         return self._holder(file).sha256(file)
 
     def missing_bytes(self, files: list[str]) -> int:
-        return self.adapter.missing_bytes([WEIGHTS])
+        return self.files.missing_bytes([WEIGHTS])
 
     def close(self, file: str) -> None:
         self._holder(file).close(file)
 
     def _holder(self, file: str) -> Files:
         taken = file in (*TOKENIZER_FILES, "README.md", "LICENSE")
-        return self.adapter if taken and file in self.adapter.sizes else self.base
+        return self.files if taken and file in self.files.sizes else self.base
 
 
 def check_effect(side: Checkpoint) -> None:

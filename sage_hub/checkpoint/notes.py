@@ -24,6 +24,8 @@ def notes_on(pair: Pair) -> Iterator[str]:
     base, unlearned = pair.base, pair.unlearned
     for side in (base, unlearned):
         yield from _two_sets_of_weights(side)
+        if side.files.reading:
+            yield f"The weights of {side.name} are {side.files.reading}."
     if isinstance(unlearned, Adapter):
         yield from _another_base(unlearned)
         return

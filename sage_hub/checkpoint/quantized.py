@@ -26,11 +26,16 @@ def refuse_quantized(name: str, config: Mapping[str, Any], headers: Mapping[str,
     for header in headers.values():
         for tensor, info in header.tensors.items():
             weight = tensor.endswith(".weight") and info.dtype not in FLOATS
-            if weight or info.dtype not in DTYPES or NAMES.fullmatch(tensor):
-                raise QuantizedError(
-                    f"Tensor {tensor!r} of {name} is stored as {info.dtype}, as quantized weights "
-                    "are; pass a bfloat16, float16 or float32 checkpoint."
-                )
+            if NAMES.fullmatch(tensor):
+                said = f"is of a quantized weight ({info.dtype})"
+            elif weight or info.dtype not in DTYPES:
+                said = f"is stored as {info.dtype}, as quantized weights are"
+            else:
+                continue
+            raise QuantizedError(
+                f"Tensor {tensor!r} of {name} {said}; pass a bfloat16, float16 or float32 "
+                "checkpoint."
+            )
 
 
 def _stated(config: Mapping[str, Any]) -> Iterator[str]:

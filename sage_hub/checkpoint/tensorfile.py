@@ -1,4 +1,4 @@
-"""One safetensors file, some rows at a time: read the header, read rows, write front to back.
+"""One safetensors file, some rows at a time: read the header, read rows.
 
 The `safetensors` library maps whole files and saves whole dictionaries; here memory is bounded by
 the rows in hand. Its strict parser still has the first word on every file that is read.
@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import mmap
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sage_hub.errors import CorruptCheckpointError, NotFoundError
-from sage_hub.runtime.threads import Behind
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,6 +35,9 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+# Read, to be dequantized; nothing is computed with them, nor written.
+FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+READ = DTYPES | FLOAT8
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -109,7 +110,7 @@ def check_header(
             raise broken(f"the bytes of tensor {key!r} overlap another's or leave a hole")
         if math.prod(max(n, 1) for n in info.shape) >= 1 << 63:
             raise broken(f"the shape of tensor {key!r} is too large")
-        dtype = DTYPES.get(info.dtype)
+        dtype = READ.get(info.dtype)
         if dtype is not None and info.nbytes != math.prod(info.shape) * dtype.itemsize:
             raise broken(f"tensor {key!r} has the wrong number of bytes for its shape")
         end = info.stop
@@ -144,6 +145,23 @@ class RowReader(Protocol):
         """Rows [start, stop) of the tensor `name` as a matrix, in memory of their own."""
 
 
+class OpenTensors(RowReader, Protocol):
+    """A file of tensors to read from; a context manager."""
+
+    @property
+    def header(self) -> Header:
+        """Its header, as it is now."""
+
+    def __enter__(self) -> OpenTensors: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
 class TensorReader:
     """An open safetensors file; a context manager."""
 
@@ -172,12 +190,12 @@ class TensorReader:
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the tensor `name` as a matrix, in memory of their own."""
         info = self.header.tensors[name]
-        if info.dtype not in DTYPES:
+        if info.dtype not in READ:
             raise CorruptCheckpointError(
                 f"Tensor {name!r} in {self.path.name} has the type {info.dtype}, "
                 "which sage-hub cannot compute with; save it as bfloat16, float16 or float32."
             )
-        dtype = DTYPES[info.dtype]
+        dtype = READ[info.dtype]
         rows = torch.empty(stop - start, info.columns, dtype=dtype)
         buffer = raw_bytes(rows)
         self._file.seek(self.header.data_start + info.start + start * info.columns * dtype.itemsize)
@@ -230,96 +248,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     if dtype not in _NAMES:
         raise ValueError(f"sage-hub does not write tensors of {dtype}")
     return _NAMES[dtype]
-
-
-class TensorWriter:
-    """Write a safetensors file front to back; it gets its name only when it is whole.
-
-    The same tensors give the same bytes: the header is ours, its order that of the data. The
-    SHA-256 is taken while writing, so the file need not be read again for it. Hashing and writing
-    go on in a thread of their own, a few blocks behind the caller.
-    """
-
-    def __init__(
-        self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
-    ) -> None:
-        self.path = path
-        self.sha256 = ""
-        self._partial = path.with_name(path.name + ".partial")
-        self._todo = list(tensors.items())[::-1]
-        self._written = 0  # bytes of the tensor that is due
-        fields: dict[str, Any] = {"__metadata__": dict(metadata)}
-        for name, info in tensors.items():
-            fields[name] = {
-                "dtype": info.dtype,
-                "shape": list(info.shape),
-                "data_offsets": [info.start, info.stop],
-            }
-        text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-        # The format wants the data 8-byte aligned, by spaces behind the JSON.
-        self._head = text + b" " * (-len(text) % 8)
-        self._hash = hashlib.sha256()
-        self._behind = Behind(self._put)
-
-    def __enter__(self) -> TensorWriter:
-        self._file = self._partial.open("wb", buffering=0)
-        self._put(len(self._head).to_bytes(8, "little") + self._head)
-        self._behind.start()
-        return self
-
-    def write(self, name: str, rows: Tensor) -> None:
-        """Write the next tensor, or the next rows of it.
-
-        Raises ValueError if they are not what the header names next. `rows` must not be changed
-        afterwards.
-        """
-        self._skip_empty(unless=name)
-        if not self._todo:
-            raise ValueError(f"wrote {name!r} behind the last tensor of the header")
-        due, info = self._todo[-1]
-        self._written += rows.nbytes
-        fits = rows.shape == info.shape or rows.shape[1:] == (info.columns,)
-        if (name, dtype_name(rows.dtype), fits) != (due, info.dtype, True) or (
-            self._written > info.nbytes
-        ):
-            raise ValueError(
-                f"wrote {name!r} {tuple(rows.shape)} where the header has {due!r} {info}"
-            )
-        self._behind.put(raw_bytes(rows))
-        if self._written == info.nbytes:
-            self._todo.pop()
-            self._written = 0
-
-    def _skip_empty(self, unless: str = "") -> None:
-        """Tensors without elements may be left out."""
-        while self._todo and self._todo[-1][1].nbytes == 0 and self._todo[-1][0] != unless:
-            self._todo.pop()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._skip_empty()
-        try:
-            self._behind.finish(wait=error is None)
-            if error is None and self._todo:
-                raise ValueError(f"{self.path.name}: {len(self._todo)} tensors were not written")
-            if error is None:
-                os.fsync(self._file.fileno())
-                self._file.close()
-                self._partial.replace(self.path)
-                self.sha256 = self._hash.hexdigest()
-        finally:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
-
-    def _put(self, data: bytes | memoryview) -> None:
-        self._hash.update(data)
-        view = memoryview(data)
-        while view.nbytes:  # an unbuffered write may be short
-            view = view[self._file.write(view) :]
 
 
 def file_sha256(path: Path) -> str:

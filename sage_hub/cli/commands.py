@@ -47,7 +47,9 @@ def _run(args: argparse.Namespace, target: Any, how: dict[str, Any]) -> None:
     from sage_hub.commands.survey import check_weights, choose_target, survey
 
     settings, run = _settings(args, args.unlearned), _how(args)
-    pair = open_pair(args.base, args.unlearned, merge=settings.merge)
+    pair = open_pair(
+        args.base, args.unlearned, merge=settings.merge, pickled=settings.pickled_weights
+    )
     target = target or choose_target(args.to, pair)
     job = survey(pair, target, settings, statistics=args.stats, force=args.force, run=run, **how)
     _show_plan(args, job, verbose=args.verbose)
@@ -160,7 +162,9 @@ def _plan(args: argparse.Namespace) -> None:
     if args.unlearned is None:
         _show(args, found.describe(), display.forecast_text(found))
         return
-    pair = open_pair(args.base, args.unlearned, merge=settings.merge)
+    pair = open_pair(
+        args.base, args.unlearned, merge=settings.merge, pickled=settings.pickled_weights
+    )
     job = survey(pair, choose_target(args.to, pair), settings, statistics=args.stats)
     parts = [*display.plan_text(job, verbose=args.verbose), "", *display.forecast_text(found)]
     _show(args, display.plan_json(job) | {"estimate": found.describe()}, parts)

@@ -34,7 +34,7 @@ def audit(
     The result is that of `bias.summarize`, with the sources' names and the settings.
     """
     ready = None if statistics is None else find_ready(statistics)
-    pair = open_pair(base, unlearned)
+    pair = open_pair(base, unlearned, pickled=settings.pickled_weights)
     first = pair.base.reading_with(settings.tokenizer, [pair.unlearned])
     plan = make_plan(replace(pair, base=first))
     settings = dated(first, settings.resolve_device())

@@ -41,13 +41,14 @@ def evaluate_models(
         raise UsageError("Nothing to evaluate on; give --forget, --retain, --heldout or others.")
     harness.check_available(settings.lm_eval)
     proxies = read_proxies(settings, calibrates=False)
-    first = open_checkpoint(models[0])
+    pickled = settings.pickled_weights
+    first = open_checkpoint(models[0], pickled=pickled, dequantize=True)
     settings = dated(first, settings)
     sides: dict[str, Checkpoint] = {models[0]: first}
-    sides |= {name: open_unlearned(name, first) for name in models[1:]}
+    sides |= {name: open_unlearned(name, first, pickled=pickled) for name in models[1:]}
     candidates = {name: Candidate(side) for name, side in sides.items()}
     if settings.reference:
-        candidates["reference"] = Candidate(open_checkpoint(settings.reference))
+        candidates["reference"] = Candidate(open_checkpoint(settings.reference, pickled=pickled))
     others = [candidate.side for candidate in candidates.values()]
     reader = first.reading_with(settings.tokenizer, others)
     check_rows(proxies, reader, settings, *others)

@@ -8,6 +8,8 @@ from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
 from sage_hub.rows.encoding import row_limit
 from sage_hub.settings import Settings
 
+HOLD_WEIGHTS = (".safetensors", ".bin")
+
 
 def forecast(base: str, settings: Settings) -> Estimate:
     """What it takes to calibrate `base` and to sanitize an update of it, and how long, here.
@@ -16,8 +18,10 @@ def forecast(base: str, settings: Settings) -> Estimate:
     """
     settings = settings.resolve_device()
     files = open_files(base)
-    whole = any(name.endswith(".safetensors") for name in files.sizes)
-    checkpoint = open_checkpoint(base) if whole else Checkpoint(files, {})
+    whole = any(name.endswith(HOLD_WEIGHTS) for name in files.sizes)
+    checkpoint = Checkpoint(files, {})
+    if whole:
+        checkpoint = open_checkpoint(base, pickled=settings.pickled_weights, dequantize=True)
     model = checkpoint.empty_model()
     return estimate(
         model,

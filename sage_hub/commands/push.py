@@ -25,7 +25,7 @@ from sage_hub.record.card import describe
 from sage_hub.record.manifest import MANIFEST, leave_record, make_manifest, make_report, write_json
 from sage_hub.record.release import Release, Terms, stop_at_gates
 from sage_hub.repair.beside import carry_files, write_index
-from sage_hub.repair.effect import check_changes, check_written
+from sage_hub.repair.effect import check_changes, check_rounding, check_written
 from sage_hub.repair.gain import Trial, choose_gain
 from sage_hub.repair.plan import Plan
 from sage_hub.repair.update import Filter, Update
@@ -53,7 +53,7 @@ def push(
     folder; `to` defaults to the unlearned one's name with `-sage`. Nothing is published unless
     everything went well. Raises the errors of `sage_hub.errors`.
     """
-    pair = open_pair(base, unlearned, merge=settings.merge)
+    pair = open_pair(base, unlearned, merge=settings.merge, pickled=settings.pickled_weights)
     how: dict[str, Any] = {"publication": publication, "force": force, "run": run}
     job = survey(pair, choose_target(to, pair), settings, statistics=statistics, **how)
     return release(check_weights(job))
@@ -70,8 +70,9 @@ def sanitize(
     run: Run = Run(),  # noqa: B008 - frozen
 ) -> Release:
     """The same as `push`, into the folder `output`: nothing leaves the machine."""
-    pair, target = open_pair(base, unlearned, merge=settings.merge), Location(Path(output))
-    job = survey(pair, target, settings, statistics=statistics, force=force, run=run)
+    pair = open_pair(base, unlearned, merge=settings.merge, pickled=settings.pickled_weights)
+    to = Location(Path(output))
+    job = survey(pair, to, settings, statistics=statistics, force=force, run=run)
     return release(check_weights(job))
 
 
@@ -116,6 +117,7 @@ def _make(job: Job, work: Work, upload: Upload | None = None) -> Release:
     settings, run, clock = job.settings, job.run, Clock()
     if not settings.low_disk:  # where each look at a shard is a download
         run.ranks.once(lambda: check_changes(job.plan))
+    rounded = run.ranks.once(lambda: check_rounding(job.plan))
     with job.calibrated(work.statistics) as statistics:
         clock.lap("calibrate")
         plan = job.plan.observed(statistics.site_of)
@@ -127,7 +129,8 @@ def _make(job: Job, work: Work, upload: Upload | None = None) -> Release:
         shards = make_shards(update, chosen.gains, work, upload, run)
         records = [tensor for shard in shards for tensor in shard.tensors]
         check_written(records, plan)
-        if (share := rounding_share(records)) is not None:
+        share = rounding_share(records) if rounded is None else rounded
+        if share is not None:
             run.progress.note(
                 f"The two sides are stored in different types; rounding alone explains "
                 f"{100 * share:.2g} % of the update's size (‖Δ‖²)."
@@ -138,6 +141,7 @@ def _make(job: Job, work: Work, upload: Upload | None = None) -> Release:
         manifest = make_manifest(
             plan, work.fingerprint, job.sources, settings, chosen, statistics, records, hashes
         )
+        manifest |= {} if share is None else {"rounding_share": share}
         if job.statistics is not None:
             manifest["statistics"]["file"] = job.statistics.name
         manifest["prompts"] = describe_prompts(plan.base, settings)

@@ -56,7 +56,8 @@ def collect_statistics(
         _check_file(Path(output))
     once = run.ranks.once
     settings = settings.resolve_device()
-    checkpoint = open_checkpoint(model).reading_with(settings.tokenizer)
+    checkpoint = open_checkpoint(model, pickled=settings.pickled_weights, dequantize=True)
+    checkpoint = checkpoint.reading_with(settings.tokenizer)
     settings = dated(checkpoint, settings)
     if to is not None:
         check_target(to, publication, force=force, mark=REPO_FILE)

@@ -10,7 +10,6 @@ from pathlib import Path
 from sage_hub.calibration.budget import Budget, expect_calibration
 from sage_hub.calibration.statistics import check_belongs, find_ready, open_statistics
 from sage_hub.checkpoint.adapter import Adapter
-from sage_hub.checkpoint.hubfiles import HubFiles
 from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
 from sage_hub.checkpoint.location import Location, parse_location
 from sage_hub.checkpoint.merged import Merged, check_effect
@@ -60,7 +59,9 @@ def survey(
     """
     ready = None if statistics is None else find_ready(statistics)
     settings = settings.resolve_device()
-    reference = open_checkpoint(settings.reference) if settings.reference else None
+    reference = None
+    if settings.reference:
+        reference = open_checkpoint(settings.reference, pickled=settings.pickled_weights)
     others = [pair.unlearned, *([reference] if reference else [])]
     pair = replace(pair, base=pair.base.reading_with(settings.tokenizer, others))
     settings = _pinned(settings, pair.base)
@@ -264,7 +265,7 @@ def _warnings(job: Job) -> Iterator[str]:
         )
     if job.target.folder is None and not job.publication.private:
         for side in (job.plan.base, job.plan.unlearned):
-            if isinstance(side.files, HubFiles) and side.files.private:
+            if side.files.private:
                 yield (
                     f"{side.name} is private; if {job.target.repo} has to be created it is as "
                     "private as its owner's new repos are. --private makes sure of it."

@@ -20,7 +20,7 @@ from sage_hub.method.sage import relative
 from sage_hub.repair.bias import profile_of
 from sage_hub.repair.gain import Chosen
 from sage_hub.repair.plan import Plan
-from sage_hub.repair.write import TensorRecord, rounding_share
+from sage_hub.repair.write import TensorRecord
 from sage_hub.runtime.versions import hardware, versions
 from sage_hub.settings import Settings
 
@@ -36,7 +36,9 @@ METHOD = (
 
 def describe_source(checkpoint: Checkpoint, fingerprint: str) -> dict[str, Any]:
     """A source for the record; `commit` is None for a local folder."""
-    return {"name": checkpoint.name, "commit": checkpoint.commit, "fingerprint": fingerprint}
+    how = checkpoint.files.reading
+    source = {"name": checkpoint.name, "commit": checkpoint.commit, "fingerprint": fingerprint}
+    return source | ({"weights": how} if how else {})
 
 
 def model_bias(records: Sequence[TensorRecord]) -> dict[str, float | None]:
@@ -103,7 +105,6 @@ def make_manifest(
             math.fsum(record.retain_before for record in records),
         ),
         "counts": counts,
-        **({"rounding_share": share} if (share := rounding_share(records)) is not None else {}),
         "tensors": tensors,
         "files": dict(sorted(hashes.items())),
         "left_behind": plan.left_behind,

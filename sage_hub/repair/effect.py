@@ -8,14 +8,17 @@ from contextlib import ExitStack
 
 import torch
 
+from sage_hub.checkpoint.dequantized import Dequantized
 from sage_hub.checkpoint.index import open_shards
-from sage_hub.errors import NothingToDoError
+from sage_hub.errors import NothingToDoError, QuantizedError
 from sage_hub.repair.plan import Operation, Piece, Plan
 from sage_hub.repair.write import TensorRecord
 from sage_hub.settings import Settings
 
 OPEN = 2  # shards of each side
 NOISE = 1e-6  # of sums in float32
+LOOKED_AT, ROWS = 16, 256  # tensors, and rows of each, for the rounding of a quantized base
+MOSTLY = 0.5
 
 
 def no_update(plan: Plan) -> NothingToDoError:
@@ -77,6 +80,40 @@ def check_changes(plan: Plan) -> None:
         "have been trained; else what unlearning changed lies in embeddings, norms or the head, "
         "which sage-hub leaves alone."
     )
+
+
+def check_rounding(plan: Plan) -> float | None:
+    """How much of ‖Δ‖² the rounding of a quantized base explains; None where none can be in it.
+
+    By the first rows of a few tensors. Raises QuantizedError where it is most of it: what was
+    turned up would be that.
+    """
+    files, noise, size = plan.base.files, 0.0, 0.0
+    if not isinstance(files, Dequantized):
+        return None
+    operations = [op for op in plan.to_filter() if op.pair is None][:LOOKED_AT]
+    with ExitStack() as stack:
+        unlearned = stack.enter_context(open_shards(plan.unlearned, 1))
+        for operation in operations:
+            piece = next(p for p in operation.pieces if p.linear is not None and p.base is not None)
+            assert piece.base is not None
+            stop = min(piece.stop, piece.start + ROWS)
+            ours = unlearned(operation.shard).read_rows(operation.tensor, piece.start, stop)
+            start = piece.base_start
+            with files.open(plan.base.shard_of[piece.base]) as reader:
+                base = reader.read_rows(piece.base, start, start + len(ours))
+                noise += reader.rounding(piece.base, start, start + len(ours))
+            size += float((ours.to(base) - base).square().sum())
+    if not operations:
+        return None
+    share = noise / size if size else 1.0
+    if share > MOSTLY:
+        raise QuantizedError(
+            f"{plan.base.name} is {files.reading}, and its rounding alone explains "
+            f"{min(share, 1):.0%} of the difference from {plan.unlearned.name}; what unlearning "
+            "did cannot be told from that. Pass the base in full precision."
+        )
+    return share
 
 
 def check_written(records: Sequence[TensorRecord], plan: Plan) -> None:

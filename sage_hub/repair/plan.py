@@ -131,7 +131,7 @@ class Plan:
     def knowing_hashes(self) -> Plan:
         """The plan when shards of equal hash on both sides are known to be untouched."""
         changed = any(op.stored or op.name != op.tensor for op in self.operations)
-        if isinstance(self.unlearned, Merged) or changed:
+        if isinstance(self.unlearned, Merged) or self.unlearned.files.reading or changed:
             return self
         theirs = {self.base.files.sha256(shard) for shard in self.base.shards}
         ours = self.unlearned.files

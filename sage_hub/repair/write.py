@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sage_hub.checkpoint.tensorfile import TensorWriter
+from sage_hub.checkpoint.tensorwriter import TensorWriter
 from sage_hub.errors import NonFiniteError
 from sage_hub.method.sage import Gains, profile, relative, sanitize_weight
 from sage_hub.model.weights import widened

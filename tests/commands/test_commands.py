@@ -95,7 +95,7 @@ def test_a_dry_run_of_folders_reads_headers_alone(
         assert path.suffix != ".safetensors", "read the weights"
 
     monkeypatch.setattr("sage_hub.checkpoint.files.file_sha256", no_data)
-    monkeypatch.setattr("sage_hub.checkpoint.index.TensorReader", no_data)
+    monkeypatch.setattr("sage_hub.checkpoint.files.TensorReader", no_data)
     both = ["sanitize", str(pair / "base"), str(pair / "unlearned"), "--output", "out"]
     assert main([*both, "--dry-run", "--verbose"]) == 0
     lines = capsys.readouterr().err.splitlines()

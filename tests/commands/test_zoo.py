@@ -132,6 +132,40 @@ def subfolder(folder: Path) -> Exhibit:
     return found
 
 
+def pickle(side: Path, most: int = 0) -> None:
+    """Put the weights of `side` into pickles instead, in shards of `most` tensors if asked."""
+    tensors = {name: value for name, value in load(side, dtype="auto").state_dict().items()}
+    for file in side.glob("model*.safetensors*"):
+        file.unlink()
+    names, count = list(tensors), most or len(tensors)
+    parts = [names[start : start + count] for start in range(0, len(names), count)]
+    weight_map = {}
+    for number, part in enumerate(parts, 1):
+        shard = f"pytorch_model-{number:05}-of-{len(parts):05}.bin" if most else "pytorch_model.bin"
+        torch.save({name: tensors[name] for name in part}, side / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    if most:
+        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+        (side / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def potter(folder: Path) -> Exhibit:
+    """microsoft/Llama2-7b-WhoIsHarryPotter: float32, in one pytorch_model.bin."""
+    found = pair(folder, "Llama")
+    pickle(found.side("unlearned"))
+    found.options = ["--pickled-weights"]
+    return found
+
+
+def old(folder: Path) -> Exhibit:
+    """Both sides in shards of pickles, tied: the head is the embedding's tensor once more."""
+    found = pair(folder, "Gemma3Text")
+    for name in ("base", "unlearned"):
+        pickle(found.side(name), most=7)
+    found.options = ["--pickled-weights"]
+    return found
+
+
 def neox(folder: Path) -> Exhibit:
     """EleutherAI/deep-ignorance: GPT-NeoX."""
     return pair(folder, "GPTNeoX")
@@ -166,7 +200,7 @@ def lora(folder: Path) -> Exhibit:
 
 
 ZOO: list[Callable[[Path], Exhibit]] = [
-    *(tofu, muse, zephyr, wide, half, subfolder, neox, olmo, lora)
+    *(tofu, muse, zephyr, wide, half, subfolder, potter, old, neox, olmo, lora)
 ]
 
 

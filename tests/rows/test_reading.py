@@ -92,9 +92,13 @@ def test_a_pointer_of_git_lfs_is_no_set(name: str, tmp_path: Path) -> None:
     "name, content, words",
     [
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz cannot be unpacked"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9], "a.jsonl.gz cannot be unpacked"),
-        ("a.parquet.gz", gzip.compress(b"PAR1"), "a.parquet.gz has an unknown format"),
-        ("a.gz", gzip.compress(LINES.encode()), "a.gz has an unknown format"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(LINES.encode(), mtime=0)[:-9],
+            "a.jsonl.gz cannot be unpacked",
+        ),
+        ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), "a.parquet.gz has an unknown format"),
+        ("a.gz", gzip.compress(LINES.encode(), mtime=0), "a.gz has an unknown format"),
         ("a.json", PRETTY.encode() + b"\n{\n 3}", "a.json, line 9: not a JSON object"),
         ("a.jsonl", codecs.BOM_UTF16_LE + b"\x00\xd8x\x00", "a.jsonl, line 1: not text"),
         ("a.csv", b"question,answer\nQ,caf\xe9\n", "a.csv, line 2: not text"),
