@@ -35,6 +35,7 @@ _TAKEN = (
     *("bias", "gain", "all", "control_alpha", "retain_recovered"),
 )
 MODELS = ("reference", "tokenizer")  # settings that name a repo or a folder
+OF_PROMPTS = ("date", "template")  # settings that prompts depend on, if they are given
 SEARCH_TOKENS = 16_384  # of each set that a search for the gain evaluates, at most
 # They bear on what is said of a release and not on what it is: a finished one is not made again.
 ABOUT_THE_RECORD = ("gates", "results", "card_template")
@@ -121,6 +122,13 @@ class Settings:
     chat_template: bool = _computation(
         True, SWITCH, "put rows into the tokenizer's chat template, if it has one"
     )
+    template: str | None = _computation(
+        None,
+        text("NAME"),
+        "which of the tokenizer's chat templates, if they have names",
+        option="--chat-template",
+        usual="the one called default",
+    )
     tokenizer: str | None = _computation(
         None,
         text("REPO|FOLDER"),
@@ -191,6 +199,8 @@ class Settings:
             object.__setattr__(self, "strength", math.inf)
         for name, setting in SETTINGS.items():
             setting.check(getattr(self, name))
+        if self.template is not None and not self.chat_template:
+            raise UsageError("--chat-template names one, and --no-chat-template takes none.")
         if self.target is not None and self.gain != "auto":
             raise UsageError("A target is what gain 'auto' brings the forget set to; set that.")
 

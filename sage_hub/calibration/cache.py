@@ -12,7 +12,7 @@ from sage_hub.checkpoint.files import digest
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.rows.proxies import Proxy
 from sage_hub.runtime.versions import versions
-from sage_hub.settings import Settings
+from sage_hub.settings import OF_PROMPTS, Settings
 
 
 def statistics_key(
@@ -22,7 +22,7 @@ def statistics_key(
     own = ("rank", "max_tokens", "max_length", "batch_size", "seed", "chat_template")
     described = settings.describe()
     kept = {name: described[name] for name in (*own, "moments", "memory", "device")}
-    kept |= {"date": settings.date} if settings.date else {}
+    kept |= {name: value for name in OF_PROMPTS if (value := getattr(settings, name))}
     return digest(
         {
             "model": [checkpoint.name, checkpoint.commit],

@@ -15,7 +15,7 @@ from sage_hub.model.blocks import BlockModel
 from sage_hub.model.sites import Site
 from sage_hub.rows.encoding import Batch, Encoded, batches, row_limit, take_rows
 from sage_hub.rows.proxies import Proxy
-from sage_hub.settings import SETS, Settings
+from sage_hub.settings import OF_PROMPTS, SETS, Settings
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,6 @@ def origin_of(
             "seed": settings.seed,
             "chat_template": settings.chat_template,
             "moments": settings.moments,
-            **({"date": settings.date} if settings.date else {}),
+            **{name: value for name in OF_PROMPTS if (value := getattr(settings, name))},
         },
     )

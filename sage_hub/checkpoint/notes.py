@@ -34,6 +34,12 @@ def notes_on(pair: Pair) -> Iterator[str]:
             f"{key} is {theirs} in the config of {base.name} and {ours} in that of "
             f"{unlearned.name}; if they were not trained so, correct the wrong one."
         )
+    for name, (rows, others) in [*resized_vocabulary(base, unlearned).items()][:1]:
+        yield (
+            f"The vocabulary has {rows} rows in {base.name} ({name!r}) and {others} in "
+            f"{unlearned.name}; the release has the latter's embedding and head, as ever, and rows "
+            "are read with tokens that both have."
+        )
     known = {unwrapped(tensor) for tensor in unlearned.shard_of}
     strange = [
         tensor
@@ -61,6 +67,31 @@ def differing_settings(base: Checkpoint, unlearned: Checkpoint) -> dict[str, tup
         key: (theirs.get(key), ours.get(key))
         for key in sorted(theirs.keys() | ours.keys())
         if COMPUTES.search(key) and not IDLE.search(key) and theirs.get(key) != ours.get(key)
+    }
+
+
+def resized_vocabulary(base: Checkpoint, unlearned: Checkpoint) -> dict[str, tuple[int, int]]:
+    """Embedding and head, where they have more or fewer tokens on one side: rows on each.
+
+    No weight of the layers between depends on how many tokens there are.
+    """
+    architecture, found = base.architecture, {}
+    theirs, ours = shapes_of(base), shapes_of(unlearned)
+    bias = f"{architecture.head.removesuffix('.weight')}.bias"
+    for name in (*architecture.twins(architecture.embedding), architecture.head, bias):
+        one, other = theirs.get(name, (0,)), ours.get(name, (0,))
+        if 0 not in (one[0], other[0]) and one[0] != other[0] and one[1:] == other[1:]:
+            found[name] = one[0], other[0]
+    return found
+
+
+def shapes_of(side: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Parameter, or tensor of none -> its shape."""
+    return {
+        at.parameter if at else unwrapped(tensor): (
+            side.architecture.parameters[at.parameter] if at else side.info(tensor).shape
+        )
+        for tensor, at in side.places.items()
     }
 
 

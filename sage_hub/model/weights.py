@@ -45,7 +45,16 @@ def open_weights(
             own = partial(_with_adapter, checkpoint, tensors, stored, wide=blend is not None)
         elif blend is not None and base is not None:
             origin = stack.enter_context(_stored(base))
-        yield own if blend is None else lambda name: blend(name, origin(name), own(name))
+        yield own if blend is None else lambda name: _blended(blend, name, origin(name), own(name))
+
+
+def _blended(blend: Blend, name: str, base: Tensor, own: Tensor) -> Tensor:
+    """What `blend` makes of both; of a vocabulary of two sizes, of the rows that both have."""
+    if base.shape == own.shape:
+        return blend(name, base, own)
+    common = min(len(base), len(own))
+    made = blend(name, base[:common], own[:common])
+    return torch.cat([made, own[common:].to(made)])
 
 
 def widened(*tensors: Tensor) -> list[Tensor]:

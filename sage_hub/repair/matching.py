@@ -9,6 +9,7 @@ from itertools import pairwise
 from sage_hub.checkpoint.adapter import Adapter
 from sage_hub.checkpoint.architecture import Architecture, Linear, Place, unwrapped
 from sage_hub.checkpoint.index import Checkpoint
+from sage_hub.checkpoint.notes import resized_vocabulary, shapes_of
 from sage_hub.checkpoint.pair import Pair
 from sage_hub.checkpoint.tensorfile import FLOATS, TensorInfo
 from sage_hub.errors import ArchitectureError, MissingTensorError, NothingToDoError, SageHubError
@@ -51,13 +52,14 @@ def _plan_whole(base: Checkpoint, unlearned: Checkpoint) -> Plan:
             f"{base.name} is a {theirs.model_type} model and {unlearned.name} a "
             f"{ours.model_type} model; the base must be the model that was unlearned."
         )
-    different = _different_shapes(base, unlearned)
+    different, resized = _different_shapes(base, unlearned), resized_vocabulary(base, unlearned)
     problems: list[SageHubError] = [*dict.fromkeys(different.values())]
     theirs_at, ours_at = _rows_by_parameter(base), _rows_by_parameter(unlearned)
     for parameter, runs in theirs_at.items():
         # What the model of the base has no place for is nothing of the model.
         known = any(theirs.parameter(run.tensor) for run in runs)
-        if parameter not in different and known and not ours.may_be_absent(parameter):
+        compared = parameter not in different and parameter not in resized
+        if compared and known and not ours.may_be_absent(parameter):
             for lost in _uncovered(runs, _first_of(ours.twins(parameter), ours_at)):
                 problems.append(_missing(lost, base, unlearned))
     operations = []
@@ -68,7 +70,8 @@ def _plan_whole(base: Checkpoint, unlearned: Checkpoint) -> Plan:
             # A base that ties its head to the embedding has the head there, or the other way.
             runs = _first_of(theirs.twins(parameter), theirs_at)
             mine = _Run(place.start if place else 0, place.stop if place else info.rows, tensor)
-            if parameter not in different and (runs or not theirs.may_be_absent(parameter)):
+            compared = parameter not in different and parameter not in resized
+            if compared and (runs or not theirs.may_be_absent(parameter)):
                 for lost in _uncovered([mine], runs):
                     problems.append(_missing(lost, unlearned, base))
             decided = _decide(ours, shard, info, place, mine, runs)
@@ -141,38 +144,21 @@ def _uncovered(wanted: Sequence[_Run], there: Sequence[_Run]) -> Iterator[str]:
 
 
 def _different_shapes(base: Checkpoint, unlearned: Checkpoint) -> dict[str, ArchitectureError]:
-    """Parameter, or tensor of none, whose shape differs -> the error; the same for the vocabulary's
-    parameters."""
-    theirs, ours = _shapes(base), _shapes(unlearned)
-    architecture = base.architecture
-    of_tokens = (*architecture.twins(architecture.embedding), architecture.head)
+    """Parameter, or tensor of none, whose shape differs -> the error.
+
+    Not where it is the vocabulary that has another size.
+    """
+    theirs, ours = shapes_of(base), shapes_of(unlearned)
+    resized = resized_vocabulary(base, unlearned)
     found: dict[str, ArchitectureError] = {}
-    resized = None
     for name, shape in theirs.items():
         other = ours.get(name, shape)
-        if name in of_tokens and shape[0] != other[0] and shape[1:] == other[1:]:
-            resized = resized or ArchitectureError(
-                f"The vocabulary has {shape[0]} rows in {base.name} ({name!r}) and {other[0]} in "
-                f"{unlearned.name}, as if tokens or padding had come or gone; resize the base "
-                f"(model.resize_token_embeddings({other[0]})), save it, and pass that."
-            )
-            found[name] = resized
-        elif shape != other:
+        if shape != other and name not in resized:
             found[name] = ArchitectureError(
                 f"Tensor {name!r} has the shape {[*shape]} in {base.name} and {[*other]} in "
                 f"{unlearned.name}; the base must be the model that was unlearned."
             )
     return found
-
-
-def _shapes(side: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Parameter, or tensor of none -> its shape."""
-    return {
-        at.parameter if at else unwrapped(tensor): (
-            side.architecture.parameters[at.parameter] if at else side.info(tensor).shape
-        )
-        for tensor, at in side.places.items()
-    }
 
 
 def _missing(tensor: str, holder: Checkpoint, other: Checkpoint) -> MissingTensorError:

@@ -141,7 +141,13 @@ def encoder_of(checkpoint: Checkpoint, settings: Settings) -> Encoder:
     tokenizer = load_tokenizer(checkpoint)
     limit = row_limit(checkpoint, settings.max_length)
     day = date.fromisoformat(settings.date) if settings.date else date.today()
-    return Encoder(tokenizer, _chat_of(tokenizer, settings.chat_template, day), limit)
+    chat = _chat_of(tokenizer, settings.chat_template, day, settings.template)
+    if settings.template and chat is None:
+        raise ProxyError(
+            f"--chat-template {settings.template}: the tokenizer of {checkpoint.read_from.name} "
+            "has no chat template."
+        )
+    return Encoder(tokenizer, chat, limit)
 
 
 def encode(
@@ -152,10 +158,12 @@ def encode(
     return Encoder(tokenizer, chat, max_length).rows(proxy)
 
 
-def _chat_of(tokenizer: PreTrainedTokenizerBase, wanted: bool, day: date) -> Chat | None:
+def _chat_of(
+    tokenizer: PreTrainedTokenizerBase, wanted: bool, day: date, name: str | None = None
+) -> Chat | None:
     """The chat template, if there is one and it is wanted."""
     there = getattr(tokenizer, "chat_template", None) is not None
-    return Chat(tokenizer, day) if wanted and there else None
+    return Chat(tokenizer, day, name) if wanted and there else None
 
 
 def describe_prompts(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:

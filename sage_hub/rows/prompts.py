@@ -64,6 +64,7 @@ class Chat:
 
     tokenizer: PreTrainedTokenizerBase
     day: date
+    name: str | None = None  # of the template, where there are several
     _whole: dict[tuple[Any, ...], bool] = field(default_factory=dict)  # see `_asks`
 
     def show(self, row: Row, where: str) -> Shown:
@@ -72,10 +73,12 @@ class Chat:
         Raises ProxyError if it cannot, or if a word of the row is lost on the way.
         """
         named = self.tokenizer.chat_template
-        if isinstance(named, Mapping) and "default" not in named:
+        called = sorted(named) if isinstance(named, Mapping) else ["default"]
+        if (self.name or "default") not in called:
             raise ProxyError(
-                f"{where}: the tokenizer has chat templates called {', '.join(sorted(named))} and "
-                "none called default; add that one, or use --no-chat-template."
+                f"{where}: the tokenizer has no chat template called {self.name or 'default'}, but "
+                f"{', '.join(called)}; give one of these with --chat-template, or use "
+                "--no-chat-template."
             )
         wrong: list[str] = []
         for form in FORMS:
@@ -148,11 +151,13 @@ class Chat:
 
     def _render(self, messages: Sequence[Message], tools: Any, **how: Any) -> str:
         try:
-            template = self.tokenizer.get_chat_template(tools=tools)
+            named = self.name if isinstance(self.tokenizer.chat_template, Mapping) else None
+            template = self.tokenizer.get_chat_template(named, tools=tools)
             if CLOCK in template:
-                how |= {"chat_template": STOPPED + template, "date_codes": _codes(self.day)}
+                template = STOPPED + template
+                how |= {"date_codes": _codes(self.day)}
             written = self.tokenizer.apply_chat_template(
-                [*messages], tools=tools, tokenize=False, **how
+                [*messages], tools=tools, chat_template=template, tokenize=False, **how
             )
         except Exception as error:  # a template is a program, which may fail in any way
             raise Unfit(f"refuses it ({first_line(error)})") from None

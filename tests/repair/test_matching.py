@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.adapters import CONFIGS, make_adapter
-from support.architectures import make_model, make_sides, move
+from support.architectures import load, make_model, make_sides, move, reference
 from support.checkpoints import load_weights
 from support.mutations import add, edit_config, remap
-from support.pico import make_config
+from support.pico import make_config, make_rows, write_rows
 from transformers import LlamaForCausalLM
 
 from sage_hub.cli.main import main
@@ -83,10 +83,37 @@ def test_vocabularies_of_two_sizes(
     move(model)
     model.resize_token_embeddings(rows)
     model.save_pretrained(tmp_path / "unlearned")
-    status, sentence, _ = planned(tmp_path, capsys)
-    assert status == 12
-    assert f"resize the base (model.resize_token_embeddings({rows}))" in sentence
-    assert "more problems" not in sentence
+    sides = [str(tmp_path / "base"), str(tmp_path / "unlearned"), "--output", str(tmp_path / "out")]
+    sets = [str(write_rows(tmp_path / f"{seed}.jsonl", make_rows(20, seed))) for seed in range(3)]
+    retain, forget, heldout = sets
+    if rows < make_config().vocab_size:  # it has no place for words of these rows
+        assert main(["sanitize", *sides, "--retain", retain, "--quiet"]) == 18
+        assert f"the embedding of unlearned has {rows} rows" in capsys.readouterr().err
+        return
+    assert main(["sanitize", *sides, "--retain", retain]) == 0
+    said = f"has 72 rows in base ('model.embed_tokens.weight') and {rows} in unlearned"
+    assert said in capsys.readouterr().err
+    found = load(tmp_path / "out").state_dict()
+    source = load(tmp_path / "unlearned").state_dict()
+    expected = reference(tmp_path / "base", tmp_path / "unlearned", make_rows(20, 0))
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name].double(), tensor, atol=1e-4), name
+        assert torch.equal(found[name], source[name]) == ("_proj" not in name), name
+    # Every model that a run with all sets makes has the vocabulary of the unlearned side.
+    more = ["--retain", retain, "--forget", forget, "--heldout", heldout]
+    assert main(["sanitize", *sides, *more, "--quiet", "--force"]) == 0
+
+
+@pytest.mark.parametrize("rows", [72, 80])
+def test_a_base_with_the_larger_vocabulary(rows: int, tmp_path: Path) -> None:
+    """Padded by the trainer on one side alone; the tokens that are used are in both."""
+    model = LlamaForCausalLM(make_config(vocab_size=96))
+    words = make_sides(tmp_path, model, model)
+    move(model)
+    model.resize_token_embeddings(rows)
+    model.save_pretrained(tmp_path / "unlearned")
+    assert main([*words, "--quiet"]) == 0
+    assert load_weights(tmp_path / "out")["lm_head.weight"].shape[0] == rows
 
 
 def test_the_text_part_of_a_model_with_eyes(

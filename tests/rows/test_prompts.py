@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sage_hub.checkpoint.index import open_checkpoint
-from sage_hub.errors import ProxyError
+from sage_hub.errors import ProxyError, UsageError
 from sage_hub.rows.encoding import Encoded, Encoder, check_rows, dated, encoder_of
 from sage_hub.rows.forms import parse_rows
 from sage_hub.rows.prompts import Chat
@@ -35,6 +35,7 @@ TOOLS = (
     "{% for call in m.tool_calls or [] %}{{ call.name }} {{ call.arguments.place }} {% endfor %}"
     "{{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 )
+DATED = "{{ strftime_now('w%d') }} " + CHAT
 ROW = parse_rows([{"question": "w1 w2", "answer": "w3 w4"}], "set")[0]
 DAY = date(2026, 1, 31)
 phrases = st.lists(st.sampled_from(WORDS[:40]), min_size=1, max_size=4).map(" ".join)
@@ -212,10 +213,36 @@ def test_of_named_templates_the_default_is_used() -> None:
     chat = Encoder(tokenizer, Chat(tokenizer, DAY), 99)
     assert spoken(chat.row(ROW, "set"), CHAT)[1] == "w3 w4 <end>"
     tokenizer.chat_template = {"rag": CHAT, "tool_use": CHAT}
-    with pytest.raises(
-        ProxyError, match="set: the tokenizer has chat templates called rag, tool_use"
-    ):
+    with pytest.raises(ProxyError, match=r"set: .* no chat template called default, but rag, tool"):
         chat.row(ROW, "set")
+
+
+def test_a_template_is_named() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": CHAT, "rag": THINKING, "dated": DATED}
+
+    def told(name: str | None) -> tuple[str, str]:
+        row = Encoder(tokenizer, Chat(tokenizer, DAY, name), 99).row(ROW, "set")
+        return spoken(row, CHAT)
+
+    assert told(None) == told("default") == ("<user> w1 w2 <end> <assistant>", "w3 w4 <end>")
+    assert told("rag") == ("<user> w1 w2 <end> <assistant> w50 w51", "w3 w4 <end>")
+    assert told("dated")[0].startswith("w31 <user>")
+    with pytest.raises(ProxyError, match="no chat template called more, but dated, default, rag"):
+        told("more")
+
+
+def test_a_name_where_there_are_none(pair: Path) -> None:
+    """A name must not be taken for a template, as transformers would."""
+    settings = Settings(template="rag")
+    with pytest.raises(ProxyError, match="the tokenizer of base has no chat template"):
+        encoder_of(open_checkpoint(str(pair / "base")), settings)
+    make_tokenizer(CHAT).save_pretrained(pair / "base")
+    encoder = encoder_of(open_checkpoint(str(pair / "base")), settings)
+    with pytest.raises(ProxyError, match="no chat template called rag, but default"):
+        encoder.row(ROW, "set")
+    with pytest.raises(UsageError, match="--no-chat-template takes none"):
+        Settings(template="rag", chat_template=False)
 
 
 def test_a_named_template_is_found_beside_the_tokenizer(pair: Path) -> None:
@@ -224,8 +251,9 @@ def test_a_named_template_is_found_beside_the_tokenizer(pair: Path) -> None:
     (folder / "tool_use.jinja").write_text(CHAT)
     checkpoint = open_checkpoint(str(pair / "base"))
     assert "additional_chat_templates/tool_use.jinja" in checkpoint.tokenizer_files
-    with pytest.raises(ProxyError, match=r"row 1.*called tool_use"):
+    with pytest.raises(ProxyError, match=r"row 1.*but tool_use"):
         encoder_of(checkpoint, Settings()).row(ROW, "facts, row 1")
+    assert encoder_of(checkpoint, Settings(template="tool_use")).row(ROW, "facts, row 1").ids
     assert encoder_of(checkpoint, Settings(chat_template=False)).row(ROW, "facts, row 1").ids
 
 
