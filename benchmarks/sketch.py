@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from sage_hub.checkpoint.index import open_checkpoint
-from sage_hub.method.moments import SecondMoment, SketchedMoment, Spectrum, sketch_width, spectrum
+from sage_hub.method.moments import SecondMoment, SketchedMoment, sketch_width
 from sage_hub.method.sage import filter_update, suppression
+from sage_hub.method.spectra import Spectrum, spectrum
 from sage_hub.model.blocks import open_blocks
 from sage_hub.model.sites import Site, find_sites
 from sage_hub.model.weights import Weights, open_weights

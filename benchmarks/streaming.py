@@ -162,7 +162,7 @@ def build_statistics(pair: str, rank: int) -> None:
     from sage_hub.calibration.journal import Journal, journal_of
     from sage_hub.calibration.statistics import Origin, write_statistics
     from sage_hub.checkpoint.index import open_checkpoint
-    from sage_hub.method.moments import Spectrum
+    from sage_hub.method.spectra import Spectrum
     from sage_hub.model.sites import find_sites
     from sage_hub.rows.sources import read_proxy
     from sage_hub.settings import Settings

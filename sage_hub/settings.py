@@ -118,6 +118,12 @@ class Settings:
     device: str = _computation(
         "auto", text("DEVICE"), "cpu, cuda, mps", usual="cuda if there is one"
     )
+    compute_dtype: str = _computation(
+        "auto",
+        choice("auto", "float32", "bfloat16", "float16"),
+        "type in which models are run",
+        usual="as the base is stored; on a CPU float32 where that is clearly faster",
+    )
     seed: int = _computation(0, whole(0), "for the choice of rows")
     chat_template: bool = _computation(
         True, SWITCH, "put rows into the tokenizer's chat template, if it has one"

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sage_hub.method.moments import Spectrum
 from sage_hub.method.sage import filter_update, profile, suppression
+from sage_hub.method.spectra import Spectrum
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from plan import SCALED, Config
 from torch import Tensor
 
 from sage_hub.calibration.statistics import Statistics, open_statistics
-from sage_hub.method.moments import Spectrum
 from sage_hub.method.sage import matching_gain
+from sage_hub.method.spectra import Spectrum
 
 VERSION = 1
 BIAS_ENERGY = 0.99  # directions beyond it count as their mean in a bias, as in the product

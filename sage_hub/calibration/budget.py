@@ -9,6 +9,7 @@ from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.errors import OutOfMemoryError
 from sage_hub.method.moments import CHUNK, sketch_width
 from sage_hub.model.blocks import BlockModel, cut
+from sage_hub.model.compute import type_of
 from sage_hub.model.sites import Site, find_sites
 from sage_hub.rows.encoding import row_limit
 from sage_hub.runtime.machine import GB
@@ -108,7 +109,7 @@ def plan_memory(
 def expect_calibration(base: Checkpoint, settings: Settings) -> tuple[Budget, Budget, int]:
     """What it takes to calibrate `base`: at most, if the proxies are as long as the settings
     allow, at least, if they are a single token, and the bytes on disk at most."""
-    model = base.empty_model()
+    model = base.empty_model(type_of(settings.compute_dtype))
     sites, blocks = find_sites(model), cut(model)
     sets = 1 if settings.gain_rule == "number" else 2
     most, least = (

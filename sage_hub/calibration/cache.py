@@ -21,7 +21,9 @@ def statistics_key(
     """A SHA-256 over all that statistics are made from, and what they say they are of."""
     own = ("rank", "max_tokens", "max_length", "batch_size", "seed", "chat_template")
     described = settings.describe()
-    kept = {name: described[name] for name in (*own, "moments", "memory", "device")}
+    kept = {
+        name: described[name] for name in (*own, "moments", "memory", "device", "compute_dtype")
+    }
     kept |= {name: value for name in OF_PROMPTS if (value := getattr(settings, name))}
     return digest(
         {

@@ -20,15 +20,10 @@ from sage_hub.calibration.sets import CalibrationSet, notes_on, origin_of, plan_
 from sage_hub.calibration.statistics import is_whole, stored_energy, write_statistics
 from sage_hub.checkpoint.files import digest
 from sage_hub.checkpoint.index import Checkpoint
-from sage_hub.method.moments import (
-    Moment,
-    SecondMoment,
-    SketchedMoment,
-    Spectrum,
-    sketch_width,
-    spectrum,
-)
+from sage_hub.method.moments import Moment, SecondMoment, SketchedMoment, sketch_width
+from sage_hub.method.spectra import Spectrum, spectrum
 from sage_hub.model.blocks import Block, BlockModel, open_blocks
+from sage_hub.model.compute import type_of
 from sage_hub.model.sites import Site, find_sites
 from sage_hub.model.spill import Spill
 from sage_hub.model.weights import open_weights
@@ -91,10 +86,10 @@ def _calibrate(
     run: Run,
 ) -> None:
     ranks, note = run.ranks, run.progress.note
-    sites = find_sites(checkpoint.empty_model())
+    sites, dtype = find_sites(checkpoint.empty_model()), type_of(settings.compute_dtype)
     with ExitStack() as stack:
         reader = stack.enter_context(open_weights(checkpoint))
-        model = stack.enter_context(open_blocks(checkpoint, reader, settings.device))
+        model = stack.enter_context(open_blocks(checkpoint, reader, settings.device, dtype))
         sets, room = plan_sets(checkpoint, files, settings, model, sites)
         folder = next(iter(files)).parent
         hidden = [stack.enter_context(Spill(folder, room / len(sets))) for _ in sets]
@@ -169,6 +164,8 @@ def _decompose(
 
 def _add_up(moments: Collection[Moment], ranks: Ranks) -> None:
     """Put what all ranks have seen into each of them."""
+    if ranks.count == 1:
+        return
     tokens = torch.tensor([moment.tokens for moment in moments])
     sketches = [moment for moment in moments if isinstance(moment, SketchedMoment)]
     squares = torch.tensor([moment.squares for moment in sketches], dtype=torch.float64)

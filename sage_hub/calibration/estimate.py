@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from sage_hub.calibration.budget import Budget, plan_memory, statistics_bytes
 from sage_hub.checkpoint.architecture import linear_maps
-from sage_hub.method.moments import STRIPS, SecondMoment, SketchedMoment, in_float64, sketch_width
+from sage_hub.method.moments import STRIPS, SecondMoment, SketchedMoment, sketch_width
+from sage_hub.method.spectra import in_float64
 from sage_hub.model.blocks import BlockModel, cut
 from sage_hub.model.sites import Site, find_sites
 from sage_hub.settings import SEARCH_TOKENS, Settings

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sage_hub.checkpoint.tensorfile import DTYPES, dtype_name, raw_bytes
 from sage_hub.errors import TargetError
-from sage_hub.method.moments import Spectrum
+from sage_hub.method.spectra import Spectrum
 
 
 def journal_of(path: Path) -> Path:

@@ -122,6 +122,7 @@ def origin_of(
             "seed": settings.seed,
             "chat_template": settings.chat_template,
             "moments": settings.moments,
+            "compute_dtype": settings.compute_dtype,
             **{name: value for name in OF_PROMPTS if (value := getattr(settings, name))},
         },
     )

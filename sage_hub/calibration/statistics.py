@@ -25,7 +25,7 @@ from sage_hub.checkpoint.tensorfile import (
 )
 from sage_hub.checkpoint.tensorwriter import TensorWriter
 from sage_hub.errors import CorruptCheckpointError, NotFoundError, StatisticsError
-from sage_hub.method.moments import Spectrum
+from sage_hub.method.spectra import Spectrum
 from sage_hub.model.sites import Site
 from sage_hub.settings import Settings
 

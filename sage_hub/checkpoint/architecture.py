@@ -79,6 +79,7 @@ class Architecture:
     """The parameters of a model class, and how checkpoint names map to them."""
 
     model_type: str
+    dtype: torch.dtype  # that the model is stored in, but for single parameters
     linears: dict[str, tuple[Linear, ...]]  # parameter -> its maps, in the order of its rows
     embedding: str  # parameter name of the token embedding
     head: str  # parameter name of the LM head's weight, "" if there is none
@@ -233,17 +234,20 @@ def is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("num_experts", "is_transposed", "_apply_gate"))
 
 
-def build_empty(folder: Path, name: str, first: torch.dtype) -> PreTrainedModel:
+def build_empty(
+    folder: Path, name: str, first: torch.dtype, wanted: torch.dtype | None = None
+) -> PreTrainedModel:
     """The model that the config in `folder` describes, its weights on "meta".
 
-    They have the types that transformers loads them in; `first` is that of the first weight, for
-    a config that names none. Raises ArchitectureError for a model, called `name`, that
-    transformers does not know without remote code.
+    They have the types that transformers loads them in, into a model of the type `wanted` if that
+    is said; `first` is that of the first weight, for a config that names none. Raises
+    ArchitectureError for a model, called `name`, that transformers does not know without remote
+    code.
     """
     try:
         with quiet_transformers(), torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            dtype = config.dtype or first
+            dtype = wanted or config.dtype or first
             model = _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
         # Whatever a config makes transformers raise, the user's next step is the same.
@@ -266,6 +270,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     language = names.get(id(model.get_decoder()), "")
     return Architecture(
         model_type=model.config.model_type,
+        dtype=model.dtype,
         linears=linear_maps(model),
         embedding=f"{names[id(model.get_input_embeddings())]}.weight",
         head=f"{names[id(head)]}.weight" if head is not None else "",

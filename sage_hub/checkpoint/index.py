@@ -110,15 +110,16 @@ class Checkpoint:
         """What the config file says. Raises NotFoundError or CorruptCheckpointError."""
         return read_json(self.files, self.config_file)
 
-    def empty_model(self) -> PreTrainedModel:
+    def empty_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model that the config describes, its weights on "meta"; a new one at each call.
 
-        Raises ArchitectureError for one that transformers does not know without remote code.
+        They are of the type `dtype`, or of the stored one. Raises ArchitectureError for one that
+        transformers does not know without remote code.
         """
         self.config  # noqa: B018 - its own errors are clearer than transformers'
         infos = (info for header in self.headers.values() for info in header.tensors.values())
         first = next((DTYPES[i.dtype] for i in infos if i.dtype in FLOATS), torch.float32)
-        return build_empty(self.files.path("config.json").parent, self.name, first)
+        return build_empty(self.files.path("config.json").parent, self.name, first, dtype)
 
     @cached_property
     def architecture(self) -> Architecture:

@@ -11,6 +11,7 @@ from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.cli.terminal import Part
 from sage_hub.commands.job import Job
 from sage_hub.errors import printable
+from sage_hub.model.compute import name_of
 from sage_hub.publish.verify import Verification
 from sage_hub.record.gates import Outcome
 from sage_hub.record.release import Release
@@ -63,7 +64,7 @@ def _plan_lines(job: Job) -> Iterator[tuple[str, str]]:
     yield (
         "settings",
         f"λ={strength:g} ρ={energy:g} rank={settings.rank or 'any'} "
-        f"γ={_gain(settings)} on {settings.device}",
+        f"γ={_gain(settings)} on {settings.device} in {_computing(job)}",
     )
     yield (
         "needs",
@@ -82,6 +83,13 @@ def _plan_lines(job: Job) -> Iterator[tuple[str, str]]:
         yield "left behind", f"{name} ({reason})"
     for problem in job.problems:
         yield "problem", str(problem)
+
+
+def _computing(job: Job) -> str:
+    """The type in which models are run."""
+    stored = name_of(job.plan.base.architecture.dtype)
+    named = job.settings.compute_dtype
+    return named if named == stored else f"{named} (the base is stored in {stored})"
 
 
 def _set(job: Job, which: str) -> str:

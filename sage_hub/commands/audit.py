@@ -9,6 +9,7 @@ from typing import Any
 
 from sage_hub.calibration.statistics import find_ready
 from sage_hub.checkpoint.pair import open_pair
+from sage_hub.commands.here import settle
 from sage_hub.commands.inputs import read_proxies
 from sage_hub.commands.job import Job
 from sage_hub.commands.survey import check_given_statistics
@@ -16,7 +17,7 @@ from sage_hub.repair.bias import summarize
 from sage_hub.repair.effect import check_filters
 from sage_hub.repair.matching import make_plan
 from sage_hub.repair.update import Filter, Update
-from sage_hub.rows.encoding import check_rows, dated
+from sage_hub.rows.encoding import check_rows
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
 
@@ -37,7 +38,7 @@ def audit(
     pair = open_pair(base, unlearned, pickled=settings.pickled_weights)
     first = pair.base.reading_with(settings.tokenizer, [pair.unlearned])
     plan = make_plan(replace(pair, base=first))
-    settings = dated(first, settings.resolve_device())
+    settings = settle(settings, first, run.ranks)
     if plan.problems:
         raise plan.problems[0]
     check_filters(plan, settings)

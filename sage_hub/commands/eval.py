@@ -9,12 +9,13 @@ from typing import Any
 
 from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
 from sage_hub.checkpoint.pair import open_unlearned
+from sage_hub.commands.here import settle
 from sage_hub.commands.inputs import read_proxies
 from sage_hub.errors import UsageError
 from sage_hub.evaluation import harness
 from sage_hub.evaluation.evaluate import Candidate, Study, evaluate
 from sage_hub.record.manifest import make_report
-from sage_hub.rows.encoding import check_rows, dated
+from sage_hub.rows.encoding import check_rows
 from sage_hub.runtime.progress import Clock
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
@@ -32,7 +33,6 @@ def evaluate_models(
     see rows as tokens of its tokenizer. The result is a report as in a release (docs/formats.md),
     with `models` that maps each name to its commit. Raises UsageError without any set.
     """
-    settings = settings.resolve_device()
     if len(set(models)) < len(models):
         raise UsageError("A model is given twice; name each of them once.")
     if "reference" in models:
@@ -43,7 +43,6 @@ def evaluate_models(
     proxies = read_proxies(settings, calibrates=False)
     pickled = settings.pickled_weights
     first = open_checkpoint(models[0], pickled=pickled, dequantize=True)
-    settings = dated(first, settings)
     sides: dict[str, Checkpoint] = {models[0]: first}
     sides |= {name: open_unlearned(name, first, pickled=pickled) for name in models[1:]}
     candidates = {name: Candidate(side) for name, side in sides.items()}
@@ -51,6 +50,7 @@ def evaluate_models(
         candidates["reference"] = Candidate(open_checkpoint(settings.reference, pickled=pickled))
     others = [candidate.side for candidate in candidates.values()]
     reader = first.reading_with(settings.tokenizer, others)
+    settings = settle(settings, reader, run.ranks)
     check_rows(proxies, reader, settings, *others)
     study = Study(
         proxies,

@@ -5,7 +5,10 @@ from __future__ import annotations
 from sage_hub.calibration.estimate import Estimate, estimate, probe
 from sage_hub.checkpoint.files import open_files
 from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
+from sage_hub.commands.here import settle
+from sage_hub.model.compute import type_of
 from sage_hub.rows.encoding import row_limit
+from sage_hub.runtime.ranks import Ranks
 from sage_hub.settings import Settings
 
 HOLD_WEIGHTS = (".safetensors", ".bin")
@@ -16,13 +19,13 @@ def forecast(base: str, settings: Settings) -> Estimate:
 
     `base` may be a config alone. The proxies are taken to be as long as the settings allow.
     """
-    settings = settings.resolve_device()
     files = open_files(base)
     whole = any(name.endswith(HOLD_WEIGHTS) for name in files.sizes)
     checkpoint = Checkpoint(files, {})
     if whole:
         checkpoint = open_checkpoint(base, pickled=settings.pickled_weights, dequantize=True)
-    model = checkpoint.empty_model()
+    settings = settle(settings, checkpoint, Ranks())
+    model = checkpoint.empty_model(type_of(settings.compute_dtype))
     return estimate(
         model,
         settings,

@@ -14,12 +14,13 @@ from sage_hub.calibration.statistics import REPO_FILE, Origin, is_whole, open_st
 from sage_hub.checkpoint.hubfiles import HubFiles
 from sage_hub.checkpoint.index import open_checkpoint
 from sage_hub.checkpoint.tensorfile import file_sha256
+from sage_hub.commands.here import settle
 from sage_hub.commands.inputs import read_proxies
 from sage_hub.errors import TargetError, UsageError
 from sage_hub.publish.target import Publication, check_target
 from sage_hub.publish.upload import Upload
 from sage_hub.record.card import statistics_card
-from sage_hub.rows.encoding import check_rows, dated
+from sage_hub.rows.encoding import check_rows
 from sage_hub.rows.proxies import Proxy
 from sage_hub.rows.sources import DATASET_SCHEME
 from sage_hub.runtime.run import Run
@@ -55,10 +56,9 @@ def collect_statistics(
     if output is not None and not retain:
         _check_file(Path(output))
     once = run.ranks.once
-    settings = settings.resolve_device()
     checkpoint = open_checkpoint(model, pickled=settings.pickled_weights, dequantize=True)
     checkpoint = checkpoint.reading_with(settings.tokenizer)
-    settings = dated(checkpoint, settings)
+    settings = settle(settings, checkpoint, run.ranks)
     if to is not None:
         check_target(to, publication, force=force, mark=REPO_FILE)
     with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:

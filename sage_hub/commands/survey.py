@@ -15,6 +15,7 @@ from sage_hub.checkpoint.location import Location, parse_location
 from sage_hub.checkpoint.merged import Merged, check_effect
 from sage_hub.checkpoint.notes import notes_on
 from sage_hub.checkpoint.pair import Pair
+from sage_hub.commands.here import settle
 from sage_hub.commands.inputs import Inputs
 from sage_hub.commands.job import Job
 from sage_hub.errors import (
@@ -34,7 +35,6 @@ from sage_hub.repair.effect import check_filters, no_update
 from sage_hub.repair.matching import make_plan
 from sage_hub.repair.plan import Plan
 from sage_hub.repair.readable import unreadable
-from sage_hub.rows.encoding import dated
 from sage_hub.rows.proxies import Hashes, check_disjoint
 from sage_hub.runtime.machine import GB, machine_memory
 from sage_hub.runtime.progress import SILENT, Progress, in_bytes
@@ -58,14 +58,13 @@ def survey(
     or statistics that cannot be opened, or another architecture.
     """
     ready = None if statistics is None else find_ready(statistics)
-    settings = settings.resolve_device()
     reference = None
     if settings.reference:
         reference = open_checkpoint(settings.reference, pickled=settings.pickled_weights)
     others = [pair.unlearned, *([reference] if reference else [])]
     pair = replace(pair, base=pair.base.reading_with(settings.tokenizer, others))
     settings = _pinned(settings, pair.base)
-    settings = dated(pair.base, settings)
+    settings = settle(settings, pair.base, run.ranks)
     title = f"Sanitize {pair.unlearned.name} with sage-hub"
     publication = replace(publication, message=publication.message or title)
     plan = bring(make_plan(pair).stored_as(settings.stored_dtype), settings.carry)
@@ -235,6 +234,12 @@ def check_given_statistics(job: Job) -> None:
             )
         data = statistics.origin.data
         seen = data["retain"]
+        computed = statistics.origin.settings.get("compute_dtype", job.settings.compute_dtype)
+    if computed != job.settings.compute_dtype:
+        job.run.progress.note(
+            f"The statistics were made in {computed}; this run computes in "
+            f"{job.settings.compute_dtype}."
+        )
     for which in data.keys() & job.proxies.keys():
         if data[which]["fingerprint"] != job.proxies[which].fingerprint:
             job.run.progress.note(

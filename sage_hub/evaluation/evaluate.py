@@ -27,6 +27,7 @@ from sage_hub.evaluation.robustness import BITS, TRAINING_BYTES, choose_taught, 
 from sage_hub.evaluation.scoring import answer, score
 from sage_hub.evaluation.suites import ANSWERS, EvaluationSet, Told, metrics_of, prepare
 from sage_hub.model.blocks import BlockModel, open_blocks
+from sage_hub.model.compute import type_of
 from sage_hub.model.weights import Blend, Weights, open_weights
 from sage_hub.rows.proxies import Proxy
 from sage_hub.runtime.machine import GB
@@ -199,9 +200,10 @@ class _Look:
     def at(self, candidate: Candidate) -> None:
         """Look at `candidate` as it is and, if wanted, under what brings knowledge back."""
         settings, side = self.settings, candidate.side
+        dtype = type_of(settings.compute_dtype)
         with (
             open_weights(side, candidate.base, candidate.blend) as weights,
-            open_blocks(side, weights, settings.device) as model,
+            open_blocks(side, weights, settings.device, dtype) as model,
         ):
             self._as_it_is(model, weights)
             if settings.robustness:

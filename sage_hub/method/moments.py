@@ -1,10 +1,9 @@
-"""Second moments of a stream of activations, and their spectra. Pure: no model, no files."""
+"""Second moments of a stream of activations. Pure: no model, no files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -61,7 +60,9 @@ class SecondMoment(_Summed):
     """The uncentred second moment `C = (1/n) Σ_t x_t x_tᵀ` of vectors x_t ∈ R^in, as they come.
 
     Summed in `dtype` whatever the type of the activations, so that their order matters to
-    rounding only. C is symmetric, so only strips up to its diagonal are summed.
+    rounding only. C is symmetric, so only strips up to its diagonal are summed. Nothing is, as
+    long as the vectors are fewer than their features: they take less room than C, and decomposing
+    their Gram matrix less time.
     """
 
     def __init__(
@@ -71,6 +72,34 @@ class SecondMoment(_Summed):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(torch.zeros(size, size, dtype=dtype, device=device))
+        self._few: list[Tensor] | None = []
+
+    def add(self, x: Tensor) -> None:
+        """Take in `x` of shape (n, in)."""
+        if self._few is None:
+            super().add(x)
+            return
+        self._few.append(x.detach().clone())
+        self.tokens += len(x)
+        if self.tokens >= len(self._total):
+            self._sum_few()
+
+    @property
+    def vectors(self) -> Tensor | None:
+        """All of them, (n, in), as long as they are fewer than their features; else None."""
+        return None if self._few is None else torch.cat(self._few)
+
+    @property
+    def total(self) -> Tensor:
+        """n C, of which only the strips up to the diagonal are filled."""
+        self._sum_few()
+        return super().total
+
+    def _sum_few(self) -> None:
+        few, self._few = self._few, None
+        for x in few or ():
+            self.tokens -= len(x)  # they are counted as they are added
+            super().add(x)
 
     def _take(self, x: Tensor) -> None:
         wide = x.to(self._total.dtype)
@@ -123,65 +152,6 @@ class SketchedMoment(_Summed):
         self._total.addmm_(wide.T, image)
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """The dominant part of a second moment.
-
-    `basis` (k, in) holds orthonormal directions as rows, `values` (k,) their eigenvalues in
-    falling order, `trace` is tr C over *all* directions, so the energy outside the basis is known
-    exactly even though its directions are not.
-    """
-
-    basis: Tensor
-    values: Tensor
-    trace: float
-    tokens: int
-    missed: float | None = None  # by a sketch: the share of the trace that it did not see
-
-    @property
-    def size(self) -> int:
-        """The number of input features, `in`."""
-        return int(self.basis.shape[-1])
-
-    @property
-    def rank(self) -> int:
-        """The number of directions held, k."""
-        return int(self.basis.shape[0])
-
-    @property
-    def mean_eigenvalue(self) -> float:
-        """`s̄ = tr C / in`, the scale that makes λ comparable between sites."""
-        return self.trace / self.size
-
-    @property
-    def tail(self) -> float:
-        """The mean eigenvalue outside the basis: the rest of the trace over the other directions.
-
-        Where a bias needs the tail, it is taken as isotropic with this eigenvalue.
-        """
-        outside = self.size - self.rank
-        if outside == 0:
-            return 0.0
-        return max(self.trace - float(self.values.sum()), 0.0) / outside
-
-    def rank_for(self, energy: float) -> int:
-        """The smallest k whose first k values hold `energy` of the trace (all of them at most)."""
-        return dominant_rank(self.values, self.trace, energy)
-
-
-def dominant_rank(values: Tensor, trace: float, energy: float) -> int:
-    """The smallest k with `Σ_{i≤k} s_i ≥ energy · trace`, at least 1, at most len(values).
-
-    `values` (m,) in falling order; `energy` in (0, 1].
-    """
-    if energy >= 1:
-        return len(values)
-    held = torch.cumsum(values.double(), 0)
-    # A hair below the target counts as reached, or rounding would cost a direction.
-    k = int(torch.searchsorted(held, energy * trace * (1 - 1e-12))) + 1
-    return min(max(k, 1), len(values))
-
-
 @contextmanager
 def _products_as_exact_as(x: Tensor) -> Iterator[None]:
     """Within it float32 products on the CPU are those of numbers as short as those of `x`.
@@ -209,43 +179,6 @@ def _has_bfloat16_units() -> bool:
 Moment = SecondMoment | SketchedMoment
 
 
-def spectrum(moment: Moment, energy: float, rank: int | None = None) -> Spectrum:
-    """The directions of `moment` that hold `energy` of its trace, `rank` of them at most.
-
-    Raises ValueError before the first vector.
-    """
-    if moment.tokens == 0:
-        raise ValueError("a second moment of no tokens is undefined")
-    missed: float | None = None
-    if isinstance(moment, SketchedMoment):
-        values, vectors, missed = _nystrom(moment)
-        trace = moment.squares / moment.tokens
-    else:
-        # In float64: no slower than float32 on a CPU, and the small eigenvalues are right.
-        values, vectors = torch.linalg.eigh(in_float64(moment.matrix()))
-        values, vectors = values.flip(0).cpu(), vectors.flip(1)
-    # What rounding left in a direction that no input took is no energy.
-    noise = 8 * torch.finfo(moment.total.dtype).eps * values[0]
-    values = torch.where(values > noise, values, 0.0)
-    if isinstance(moment, SecondMoment):
-        trace = float(values.sum())
-    k = dominant_rank(values, trace, energy)
-    if rank is not None:
-        k = min(k, rank)
-    return Spectrum(
-        basis=vectors[:, :k].T.float().contiguous().cpu(),
-        values=values[:k].contiguous(),
-        trace=trace,
-        tokens=moment.tokens,
-        missed=missed,
-    )
-
-
-def in_float64(tensor: Tensor) -> Tensor:
-    """`tensor` to be decomposed: on the CPU, unless it is on a GPU that has numbers so long."""
-    return (tensor if tensor.is_cuda else tensor.cpu()).double()
-
-
 def sketch_width(size: int, rank: int | None) -> int:
     """ℓ for `size` features: a quarter of them, or four times the rank if that is capped lower.
 
@@ -253,32 +186,3 @@ def sketch_width(size: int, rank: int | None) -> int:
     0.012 of what exact moments leave, at most sites within 0.005 (docs/scale.md).
     """
     return max(1, size // 4 if rank is None else min(size // 4, 4 * rank))
-
-
-def _nystrom(moment: SketchedMoment) -> tuple[Tensor, Tensor, float]:
-    """Eigenvalues (k,), falling, eigenvectors (in, k), and the share of tr C that Ĉ lacks; k ≤ ℓ.
-
-    Ĉ has too little in every direction: in expectation s²/(s + κ) of an eigenvalue s, where ℓ κ is
-    what it lacks in all, which is known (from Dereziński, Liang, Liao and Mahoney 2020, arXiv
-    2006.10653). Solved for s.
-    """
-    test = in_float64(moment.test)
-    image = in_float64(moment.total) / moment.tokens
-    trace = moment.squares / moment.tokens
-    # Shifted, so that the core is safely positive; the shift is taken off in the end.
-    shift = torch.finfo(moment.total.dtype).eps * trace or 1.0
-    image += shift * test
-    core = test.T @ image
-    lower = torch.linalg.cholesky((core + core.T) / 2)
-    half = torch.linalg.solve_triangular(lower, image.T, upper=False)
-    # Its singular values and vectors, by its Gram matrix, which is several times faster.
-    squares, turn = torch.linalg.eigh(half @ half.T)
-    squares, turn = squares.flip(0), turn.flip(1)
-    known = max(1, int((squares > 8 * torch.finfo(moment.total.dtype).eps * squares[0]).sum()))
-    squares, turn = squares[:known], turn[:, :known]
-    vectors = half.T @ (turn / squares.sqrt())
-    found = (squares - shift).clamp(min=0)
-    lacking = max(trace - float(found.sum()), 0.0)
-    width = moment.test.shape[1]
-    values = (found + (found**2 + 4 * lacking / width * found).sqrt()) / 2
-    return values.cpu(), vectors, lacking / trace if trace else 0.0

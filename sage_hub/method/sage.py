@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sage_hub.method.moments import Spectrum
+from sage_hub.method.spectra import Spectrum
 
 MOST_SHARE = 32.0  # of the median weight's gain
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +82,7 @@ class BlockModel:
         ids = torch.zeros(1, len(states), dtype=torch.long, device=self.device)
         with ExitStack() as changes:
             _replace_forward(self.model.get_decoder(), lambda *_, **__: output, changes)
-            found: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
-        return found
+            return cast(Tensor, self.model(input_ids=ids, use_cache=False).logits[0])
 
     @torch.inference_mode()
     def run(self, block: Block, batch: Batch, hidden: Tensor | None) -> Tensor:
@@ -166,12 +165,14 @@ class _Reached(Exception):  # noqa: N818 - no error
 
 
 @contextmanager
-def open_blocks(checkpoint: Checkpoint, weights: Weights, device: str) -> Iterator[BlockModel]:
-    """The model of `checkpoint`, to be run on `device`, with a block per layer.
+def open_blocks(
+    checkpoint: Checkpoint, weights: Weights, device: str, dtype: torch.dtype | None = None
+) -> Iterator[BlockModel]:
+    """The model of `checkpoint`, cut into layers, to be run on `device` in `dtype` or as stored.
 
     A decoder whose layers do not simply hand on their hidden states is one block.
     """
-    found = replace(cut(checkpoint.of_model.empty_model()), device=device)
+    found = replace(cut(checkpoint.of_model.empty_model(dtype)), device=device)
     _make_buffers(found.model, device)
     with _filled(found.model, found.shared, weights, device):
         yield found

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sage_hub.calibration.statistics import Statistics
-from sage_hub.method.moments import Spectrum
 from sage_hub.method.sage import filter_update, profile, project, suppression
+from sage_hub.method.spectra import Spectrum
 from sage_hub.repair.plan import Plan
 from sage_hub.repair.stream import Block, check_finite, stream_blocks
 from sage_hub.runtime.progress import Progress

@@ -16,7 +16,7 @@ import sage_hub
 from sage_hub.calibration import calibrate
 from sage_hub.calibration.journal import Journal, journal_of
 from sage_hub.errors import TargetError
-from sage_hub.method.moments import Spectrum, spectrum
+from sage_hub.method.spectra import Spectrum, spectrum
 
 
 def some_spectrum(seed: int) -> Spectrum:

@@ -10,7 +10,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sage_hub.method.moments import CHUNK, SecondMoment, Spectrum, dominant_rank, spectrum
+from sage_hub.method.moments import CHUNK, SecondMoment
 from sage_hub.method.sage import (
     MOST_SHARE,
     Profile,
@@ -22,6 +22,7 @@ from sage_hub.method.sage import (
     sanitize_weight,
     suppression,
 )
+from sage_hub.method.spectra import Spectrum, dominant_rank, spectrum
 
 EXACT = 1e-9
 FLOAT32 = 1e-5  # what `spectrum` can promise: it stores the basis in float32

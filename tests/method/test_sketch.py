@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sage_hub.method.moments import SecondMoment, SketchedMoment, sketch_width, spectrum
+from sage_hub.method.moments import SecondMoment, SketchedMoment, sketch_width
 from sage_hub.method.sage import filter_update, suppression
+from sage_hub.method.spectra import spectrum
 
 SIZE = 256
 

@@ -73,8 +73,8 @@ def test_a_model_that_does_something_between_its_layers_is_one_block(
 ) -> None:
     real = Checkpoint.empty_model
 
-    def doubled(checkpoint: Checkpoint) -> PreTrainedModel:
-        model = real(checkpoint)
+    def doubled(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        model = real(checkpoint, dtype)
         for layer in model.model.layers:
             layer.register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
         return model

@@ -1,0 +1,23 @@
+"""The settings of a run as this machine and this day make them, the same for every command."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sage_hub.checkpoint.index import Checkpoint
+from sage_hub.model.compute import compute_type, name_of
+from sage_hub.rows.encoding import dated
+from sage_hub.runtime.ranks import Ranks
+from sage_hub.settings import Settings
+
+
+def settle(settings: Settings, base: Checkpoint, ranks: Ranks) -> Settings:
+    """`settings` with a device, a compute type and, where prompts have one, a date.
+
+    What is given stays. `base` is the model that all others are compared with, and is read with
+    its tokenizer. Raises UsageError for a device that is not here.
+    """
+    settings = settings.resolve_device()
+    stored = base.architecture.dtype
+    chosen = ranks.once(lambda: compute_type(settings.compute_dtype, stored, settings.device))
+    return dated(base, replace(settings, compute_dtype=name_of(chosen)))
