@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.checkpoint.layouts import INDEX, SINGLE
 from sage_hub.checkpoint.quantized import refuse_quantized
 from sage_hub.checkpoint.targets import adapts
-from sage_hub.checkpoint.tensorfile import RowReader
+from sage_hub.checkpoint.tensorfile import RowReader, check_names
 from sage_hub.errors import (
     AdapterError,
     ArchitectureError,
@@ -99,6 +100,9 @@ class Adapter(Checkpoint):
     @property
     def of_model(self) -> Checkpoint:
         return self.base
+
+    def passing(self, folder: Path) -> Adapter:
+        return replace(self, files=self.files.passing(folder), base=self.base.passing(folder))
 
     @cached_property
     def changes(self) -> dict[str, Change]:
@@ -250,6 +254,7 @@ def open_adapter(files: Files, base: Checkpoint) -> Adapter:
         raise NotFoundError(f"{files.name} has an {CONFIG}, but no {WEIGHTS}.")
     _refuse(read_json(files, CONFIG), files.name)
     adapter = Adapter(files, {WEIGHTS: files.header(WEIGHTS)}, base)
+    check_names(adapter.headers[WEIGHTS], f"{WEIGHTS} of {adapter.name}")
     refuse_quantized(adapter.name, adapter.config, adapter.headers)
     return adapter
 

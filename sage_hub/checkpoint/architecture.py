@@ -147,6 +147,15 @@ class Architecture:
         )
         return str(name), pattern
 
+    def shape_of(self, tensor: str) -> tuple[int, ...]:
+        """The shape that checkpoint tensor `tensor` has if it is as it should be; () if unknown."""
+        name, pattern = self._rename(tensor)
+        whole = self.parameters.get(name, ())
+        if pattern is None or len(whole) != 3:
+            return whole
+        converter = next(c for c in self._converters if pattern in c.source_patterns)
+        return whole[1] // len(converter.source_patterns), whole[2]
+
     def _place_of_expert(
         self, tensor: str, shape: tuple[int, ...], name: str, pattern: str
     ) -> Place | None:

@@ -26,6 +26,7 @@ from sage_hub.checkpoint.tensorfile import (
     Header,
     RowReader,
     TensorInfo,
+    check_names,
     file_sha256,
 )
 from sage_hub.errors import (
@@ -231,16 +232,16 @@ def open_checkpoint(text: str, *, pickled: bool = False, dequantize: bool = Fals
 def read_index(files: Files, *, dequantize: bool = False) -> Checkpoint:
     """The checkpoint in `files`, of whatever model: which tensor lies in which shard."""
     if isinstance(files, Unpickled):
-        headers = {shard: files.header(shard) for shard in files.shards}
+        checkpoint = _unpickled(files)
     else:
-        headers = read_headers(files)
-    checkpoint = Checkpoint(files, headers)
+        checkpoint = Checkpoint(files, read_headers(files))
     if dequantize:
         checkpoint = dequantized(checkpoint)
     known = isinstance(checkpoint.files, Dequantized)
     refuse_quantized(checkpoint.name, {} if known else checkpoint.config, checkpoint.headers)
     seen: set[str] = set()
     for shard, header in checkpoint.headers.items():
+        check_names(header, f"{shard} of {files.name}")
         if repeated := seen & header.tensors.keys():
             raise CorruptCheckpointError(
                 f"Tensor {min(repeated)!r} of {files.name} is in {shard} and in another shard; "
@@ -248,6 +249,19 @@ def read_index(files: Files, *, dequantize: bool = False) -> Checkpoint:
             )
         seen |= header.tensors.keys()
     return checkpoint
+
+
+def _unpickled(files: Unpickled) -> Checkpoint:
+    """Of weights that the model ties, a pickle holds one under both names, where it is one."""
+    checkpoint = Checkpoint(files, {shard: files.header(shard) for shard in files.shards})
+    architecture = checkpoint.architecture
+
+    def tied(tensor: str) -> bool:
+        parameter = architecture.parameter(tensor) or ""
+        return len(architecture.twins(parameter)) > 1
+
+    files = files.without_twins(tied)
+    return Checkpoint(files, {shard: files.header(shard) for shard in files.shards})
 
 
 @contextmanager

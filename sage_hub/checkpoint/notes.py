@@ -73,13 +73,15 @@ def differing_settings(base: Checkpoint, unlearned: Checkpoint) -> dict[str, tup
 def resized_vocabulary(base: Checkpoint, unlearned: Checkpoint) -> dict[str, tuple[int, int]]:
     """Embedding and head, where they have more or fewer tokens on one side: rows on each.
 
-    No weight of the layers between depends on how many tokens there are.
+    No weight of the layers between depends on how many tokens there are. A name that one side has
+    not is tied to one that it has, whichever side ties them.
     """
-    architecture, found = base.architecture, {}
-    theirs, ours = shapes_of(base), shapes_of(unlearned)
-    bias = f"{architecture.head.removesuffix('.weight')}.bias"
-    for name in (*architecture.twins(architecture.embedding), architecture.head, bias):
-        one, other = theirs.get(name, (0,)), ours.get(name, (0,))
+    theirs, ours = base.architecture, unlearned.architecture
+    head = theirs.head
+    names = {theirs.embedding, head, *theirs.twins(head), *ours.twins(head)} - {""}
+    found = {}
+    for name in sorted((*names, f"{head.removesuffix('.weight')}.bias"), key=len, reverse=True):
+        one, other = theirs.parameters.get(name, (0,)), ours.parameters.get(name, (0,))
         if 0 not in (one[0], other[0]) and one[0] != other[0] and one[1:] == other[1:]:
             found[name] = one[0], other[0]
     return found

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from errno import EINVAL
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TypeVar
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from torch import Tensor
@@ -18,14 +21,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sage_hub.checkpoint.files import Files, Through, read_json
 from sage_hub.checkpoint.layouts import INDEX, SINGLE
-from sage_hub.checkpoint.tensorfile import DTYPES, Header, OpenTensors, TensorInfo
+from sage_hub.checkpoint.tensorfile import READ, Header, OpenTensors, TensorInfo
 from sage_hub.errors import CorruptCheckpointError, PickledWeightsError
 from sage_hub.hub.client import may_pass, status_of
 
+ADAPTER_CONFIG = "adapter_config.json"
 WHOLE, SHARDED, ADAPTER = "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"
 ZIP = b"PK\3\4"  # how one begins
 T = TypeVar("T")
-_TYPES = {dtype: name for name, dtype in DTYPES.items()}
+_TYPES = {dtype: name for name, dtype in READ.items()}
 
 
 def unpickled(files: Files) -> Files:
@@ -34,20 +38,20 @@ def unpickled(files: Files) -> Files:
     Raises CorruptCheckpointError for an index that points to no such pickle.
     """
     there = files.sizes
-    if {SINGLE, INDEX, _called(ADAPTER)} & there.keys():
+    adapter = ADAPTER.removesuffix(".bin") + ".safetensors"
+    if {SINGLE, INDEX} & there.keys() or {ADAPTER_CONFIG, adapter} <= there.keys():
         return files
     if WHOLE in there:
         return Unpickled(files, {SINGLE: WHOLE})
     if SHARDED in there:
-        return Unpickled(files, {INDEX: SHARDED, **{_called(s): s for s in _shards(files)}})
+        shards = _shards(files)
+        called = {
+            f"model-{n:05}-of-{len(shards):05}.safetensors": s for n, s in enumerate(shards, 1)
+        }
+        return Unpickled(files, {INDEX: SHARDED, **called})
     if ADAPTER in there:
-        return Unpickled(files, {_called(ADAPTER): ADAPTER})
+        return Unpickled(files, {adapter: ADAPTER})
     return files
-
-
-def _called(pickle: str) -> str:
-    """What a pickle is called as safetensors."""
-    return pickle.removeprefix("pytorch_").removesuffix(".bin") + ".safetensors"
 
 
 def _shards(files: Files) -> list[str]:
@@ -68,6 +72,7 @@ class Unpickled(Through):
     """Files of which pickles are seen as the safetensors that they could be."""
 
     pickles: Mapping[str, str]  # as what each is seen -> what it is called
+    dropped: frozenset[str] = frozenset()  # tensors that are others once more
 
     @property
     def shards(self) -> list[str]:
@@ -91,9 +96,26 @@ class Unpickled(Through):
         return self.files.look(self._own(file), take)
 
     def header(self, file: str) -> Header:
+        return _header_of(self._glimpse(file), self.dropped)
+
+    def open(self, file: str) -> OpenTensors:
+        return _PickleReader(self.files.path(self._own(file)), self.name, self.dropped)
+
+    def without_twins(self, tied: Callable[[str], bool]) -> Unpickled:
+        """The same without tensors that are `tied` and that another one holds too."""
+        twice: set[str] = set()
+        for file in self.shards:
+            firsts: dict[object, str] = {}
+            for name, tensor in self._glimpse(file).items():
+                if firsts.setdefault(_place_of(tensor), name) != name and tied(name):
+                    twice.add(name)
+        return replace(self, dropped=frozenset(twice))
+
+    def _glimpse(self, file: str) -> dict[str, Tensor]:
+        """The tensors of `file` without their data."""
         pickle = self._own(file)
 
-        def header(stream: BinaryIO) -> Header:
+        def glimpse(stream: BinaryIO) -> dict[str, Tensor]:
             if stream.read(len(ZIP)) != ZIP:
                 raise PickledWeightsError(
                     f"{pickle} of {self.name} is no file of torch 1.6 or later, the only ones that "
@@ -101,12 +123,11 @@ class Unpickled(Through):
                     "(save_pretrained)."
                 )
             stream.seek(0)
-            return _header_of(_load(stream, pickle, self.name, in_place=False))
+            found = _load(stream, pickle, self.name, in_place=False)
+            _check_records(stream, found, f"{pickle} of {self.name}")
+            return found
 
-        return self.files.look(pickle, header)
-
-    def open(self, file: str) -> OpenTensors:
-        return _PickleReader(self.files.path(self._own(file)), self.name)
+        return self.files.look(pickle, glimpse)
 
     def sha256(self, file: str) -> str:
         return self.files.sha256(self._own(file))
@@ -124,9 +145,9 @@ class Unpickled(Through):
 class _PickleReader:
     """The tensors of a pickle, mapped from the file; a context manager."""
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, dropped: Collection[str]) -> None:
         self._tensors = _load(path, path.name, name, in_place=True)
-        self.header = _header_of(self._tensors)
+        self.header = _header_of(self._tensors, dropped)
 
     def __enter__(self) -> _PickleReader:
         return self
@@ -145,9 +166,21 @@ class _PickleReader:
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the tensor `name` as a matrix, in memory of their own."""
-        tensor = self._tensors[name]
-        rows = tensor.flatten(0, -2) if tensor.ndim > 1 else tensor.reshape(-1, 1)
-        return rows[start:stop].clone(memory_format=torch.contiguous_format)
+        return _rows(self._tensors[name], start, stop)
+
+
+def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Rows of `tensor` as a matrix, and no others: one that is not contiguous is never copied."""
+    if tensor.ndim < 2:
+        rows = tensor.reshape(-1, 1)[start:stop]
+    elif tensor.ndim == 2 or tensor.is_contiguous():
+        rows = tensor.flatten(0, -2)[start:stop]
+    else:
+        height = tensor[0].numel() // tensor.shape[-1]
+        places = range(start // height, -(-stop // height))
+        parts = ((p, max(start - p * height, 0), min(stop - p * height, height)) for p in places)
+        rows = torch.cat([_rows(tensor[place], first, last) for place, first, last in parts])
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def _load(source: Path | BinaryIO, pickle: str, name: str, *, in_place: bool) -> dict[str, Tensor]:
@@ -155,10 +188,12 @@ def _load(source: Path | BinaryIO, pickle: str, name: str, *, in_place: bool) ->
 
     Raises PickledWeightsError for one that holds anything else, or cannot be read in parts.
     """
+    how: dict[str, Any] = {"map_location": "cpu", "mmap": in_place or None}
     try:
         # A fake tensor takes no storage, so that of the file only the pickle proper is read.
-        with nullcontext() if in_place else FakeTensorMode():
-            found: Any = torch.load(source, weights_only=True, mmap=in_place or None)
+        with nullcontext() if in_place else FakeTensorMode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # there is one sentence of ours for all
+            found: Any = torch.load(source, weights_only=True, **how)
     except Exception as error:  # of a hostile file it may be any
         of_hub = status_of(error) is not None or may_pass(error)
         if of_hub or (isinstance(error, OSError) and error.errno != EINVAL):  # a cut file's
@@ -172,14 +207,40 @@ def _load(source: Path | BinaryIO, pickle: str, name: str, *, in_place: bool) ->
     if strange or not found:
         raise PickledWeightsError(
             f"{pickle} of {name} is not a model's tensors by their names"
-            + (f" ({strange[0]!r} is none)" if strange else "")
+            + (f" ({str(strange[0])[:99]!r} is none)" if strange else "")
             + "; save the model with save_pretrained."
         )
     return {key: value.detach() for key, value in found.items()}
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided
+    """Whether it is a tensor with numbers in the file."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+def _offset(tensor: Tensor) -> int | None:
+    """Where in the file the storage of a tensor without data lies, if this torch tells."""
+    return getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+
+
+def _check_records(stream: BinaryIO, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raise PickledWeightsError where numbers cannot be mapped from the file as they are.
+
+    torch looks at no record's size where it maps, and would take what lies behind for the rest.
+    """
+    with ZipFile(stream) as archive:
+        entries = [entry for entry in archive.infolist() if "/data/" in entry.filename]
+    storages = {_offset(t): t.untyped_storage().nbytes() for t in tensors.values()}
+    storages.pop(None, None)
+    needed, there = sorted(storages.values(), reverse=True), [e.file_size for e in entries]
+    pairs = zip_longest(needed, sorted(there, reverse=True)[: len(needed)], fillvalue=0)
+    if any(room < size for size, room in pairs):
+        raise PickledWeightsError(f"{name} lacks a part of its numbers; fetch or save it again.")
+    if any(entry.compress_type != ZIP_STORED for entry in entries):
+        raise PickledWeightsError(
+            f"{name} was compressed afterwards, and cannot be read in parts; load it where you "
+            "trust it, and save it again (save_pretrained)."
+        )
 
 
 def _why(error: Exception) -> str:
@@ -191,18 +252,19 @@ def _why(error: Exception) -> str:
     return "cannot be read as tensors"
 
 
-def _header_of(tensors: Mapping[str, Tensor]) -> Header:
-    """The header that the tensors would have as safetensors: one under two names only once."""
+def _place_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Which numbers of which storage it is."""
+    where = _offset(tensor), tensor.storage_offset()
+    return (*where, tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _header_of(tensors: Mapping[str, Tensor], dropped: Collection[str]) -> Header:
+    """The header that the tensors would have as safetensors."""
     infos: dict[str, TensorInfo] = {}
-    seen: set[tuple[Any, ...]] = set()
     end = 0
     for name, tensor in tensors.items():
-        where = tensor.untyped_storage()._cdata, tensor.storage_offset()
-        key = (*where, tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
-        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        dtype = _TYPES.get(tensor.dtype, str(tensor.dtype))
-        infos[name] = TensorInfo(dtype, tuple(tensor.shape), start, end)
+        if name not in dropped:
+            start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+            dtype = _TYPES.get(tensor.dtype, str(tensor.dtype))
+            infos[name] = TensorInfo(dtype, tuple(tensor.shape), start, end)
     return Header(infos, {}, 0)

@@ -38,6 +38,7 @@ FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 # Read, to be dequantized; nothing is computed with them, nor written.
 FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 READ = DTYPES | FLOAT8
+LONGEST_NAME = 512  # of a tensor, in letters
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -135,6 +136,17 @@ def read_header(path: Path) -> Header:
     return check_header(fields, metadata, 8 + length, path.name)
 
 
+def check_names(header: Header, name: str) -> None:
+    """Raise CorruptCheckpointError for a tensor whose name no file can hold or nobody can use."""
+    for tensor in header.tensors:
+        readable = tensor.isprintable() and len(tensor) <= LONGEST_NAME
+        if not tensor or tensor == "__metadata__" or not readable:
+            raise CorruptCheckpointError(
+                f"A tensor in {name} is called {tensor[:LONGEST_NAME]!r}, which is no name of a "
+                "weight; save the model again (save_pretrained)."
+            )
+
+
 class RowReader(Protocol):
     """An open file of tensors, or what looks like one."""
 
@@ -194,6 +206,10 @@ class TensorReader:
             raise CorruptCheckpointError(
                 f"Tensor {name!r} in {self.path.name} has the type {info.dtype}, "
                 "which sage-hub cannot compute with; save it as bfloat16, float16 or float32."
+            )
+        if not 0 <= start <= stop <= info.rows:
+            raise CorruptCheckpointError(
+                f"Tensor {name!r} in {self.path.name} has {info.rows} rows, and {stop} are needed."
             )
         dtype = READ[info.dtype]
         rows = torch.empty(stop - start, info.columns, dtype=dtype)

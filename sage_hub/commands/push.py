@@ -117,7 +117,8 @@ def _make(job: Job, work: Work, upload: Upload | None = None) -> Release:
     settings, run, clock = job.settings, job.run, Clock()
     if not settings.low_disk:  # where each look at a shard is a download
         run.ranks.once(lambda: check_changes(job.plan))
-    rounded = run.ranks.once(lambda: check_rounding(job.plan))
+    looked_at = job.plan.passing(work.downloads) if settings.low_disk else job.plan
+    rounded = run.ranks.once(lambda: check_rounding(looked_at))
     with job.calibrated(work.statistics) as statistics:
         clock.lap("calibrate")
         plan = job.plan.observed(statistics.site_of)

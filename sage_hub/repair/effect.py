@@ -8,16 +8,16 @@ from contextlib import ExitStack
 
 import torch
 
-from sage_hub.checkpoint.dequantized import Dequantized
+from sage_hub.checkpoint.dequantized import Dequantized, Dequantizing
 from sage_hub.checkpoint.index import open_shards
-from sage_hub.errors import NothingToDoError, QuantizedError
+from sage_hub.errors import NonFiniteError, NothingToDoError, QuantizedError
 from sage_hub.repair.plan import Operation, Piece, Plan
 from sage_hub.repair.write import TensorRecord
 from sage_hub.settings import Settings
 
 OPEN = 2  # shards of each side
 NOISE = 1e-6  # of sums in float32
-LOOKED_AT, ROWS = 16, 256  # tensors, and rows of each, for the rounding of a quantized base
+ROWS = 64  # of each tensor, for the rounding of a quantized base
 MOSTLY = 0.5
 
 
@@ -85,31 +85,34 @@ def check_changes(plan: Plan) -> None:
 def check_rounding(plan: Plan) -> float | None:
     """How much of ‖Δ‖² the rounding of a quantized base explains; None where none can be in it.
 
-    By the first rows of a few tensors. Raises QuantizedError where it is most of it: what was
-    turned up would be that.
+    By the first rows of each tensor that is filtered, where the sides differ. Raises QuantizedError
+    where it is most of it: what was turned up would be that.
     """
-    files, noise, size = plan.base.files, 0.0, 0.0
-    if not isinstance(files, Dequantized):
+    noise, size = 0.0, 0.0
+    if not isinstance(plan.base.files, Dequantized):
         return None
-    operations = [op for op in plan.to_filter() if op.pair is None][:LOOKED_AT]
-    with ExitStack() as stack:
-        unlearned = stack.enter_context(open_shards(plan.unlearned, 1))
+    operations = [op for op in plan.to_filter() if op.pair is None]
+    with (
+        open_shards(plan.unlearned, 1) as unlearned,
+        open_shards(plan.base, 1) as base,
+    ):
         for operation in operations:
-            piece = next(p for p in operation.pieces if p.linear is not None and p.base is not None)
-            assert piece.base is not None
-            stop = min(piece.stop, piece.start + ROWS)
-            ours = unlearned(operation.shard).read_rows(operation.tensor, piece.start, stop)
-            start = piece.base_start
-            with files.open(plan.base.shard_of[piece.base]) as reader:
-                base = reader.read_rows(piece.base, start, start + len(ours))
-                noise += reader.rounding(piece.base, start, start + len(ours))
-            size += float((ours.to(base) - base).square().sum())
-    if not operations:
+            for piece in operation.pieces[:1] if operation.linears else ():
+                if piece.base is None:
+                    continue
+                stop = min(piece.stop, piece.start + ROWS)
+                ours = unlearned(operation.shard).read_rows(operation.tensor, piece.start, stop)
+                reader, start = base(plan.base.shard_of[piece.base]), piece.base_start
+                theirs = reader.read_rows(piece.base, start, start + len(ours))
+                if _differ(ours, theirs, operation) and isinstance(reader, Dequantizing):
+                    noise += reader.rounding(piece.base, start, start + len(ours))
+                size += float((ours.double() - theirs.double()).square().sum())
+    if not size:
         return None
-    share = noise / size if size else 1.0
+    share = noise / size
     if share > MOSTLY:
         raise QuantizedError(
-            f"{plan.base.name} is {files.reading}, and its rounding alone explains "
+            f"{plan.base.name} is {plan.base.files.reading}, and its rounding alone explains "
             f"{min(share, 1):.0%} of the difference from {plan.unlearned.name}; what unlearning "
             "did cannot be told from that. Pass the base in full precision."
         )
@@ -117,7 +120,17 @@ def check_rounding(plan: Plan) -> float | None:
 
 
 def check_written(records: Sequence[TensorRecord], plan: Plan) -> None:
-    """Raise NothingToDoError if what was written is one of the two sides."""
+    """Raise NothingToDoError if what was written is one of the two sides.
+
+    Raises NonFiniteError where weights are so large that nothing can be measured of them.
+    """
+    for record in records:
+        figures = (record.update_norm, record.kept_norm, record.retain_before, record.retain_after)
+        if not all(map(math.isfinite, figures)):
+            raise NonFiniteError(
+                f"The weights of {record.name!r} are so large that what the update does there "
+                f"cannot be measured; {plan.unlearned.name} is broken."
+            )
     filtered = [record for record in records if record.action == "filtered"]
     if not filtered:
         raise no_update(plan)

@@ -159,7 +159,8 @@ def _treat(block: Block, update: Update, gains: Gains, tally: _Tally) -> Tensor:
         if block.changed:
             tally.differs = True
             if block.base is not None:
-                norm = float(block.update(*widened(block.unlearned, block.base)).square().sum())
+                wide = block.update(*widened(block.unlearned, block.base)).double()
+                norm = float(wide.square().sum())
                 tally.update += norm
                 tally.kept += norm
         return _rounded(block)

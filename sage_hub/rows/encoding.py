@@ -142,11 +142,6 @@ def encoder_of(checkpoint: Checkpoint, settings: Settings) -> Encoder:
     limit = row_limit(checkpoint, settings.max_length)
     day = date.fromisoformat(settings.date) if settings.date else date.today()
     chat = _chat_of(tokenizer, settings.chat_template, day, settings.template)
-    if settings.template and chat is None:
-        raise ProxyError(
-            f"--chat-template {settings.template}: the tokenizer of {checkpoint.read_from.name} "
-            "has no chat template."
-        )
     return Encoder(tokenizer, chat, limit)
 
 
@@ -161,9 +156,19 @@ def encode(
 def _chat_of(
     tokenizer: PreTrainedTokenizerBase, wanted: bool, day: date, name: str | None = None
 ) -> Chat | None:
-    """The chat template, if there is one and it is wanted."""
+    """The chat template, if there is one and it is wanted.
+
+    Raises ProxyError if there is none of this `name`.
+    """
     there = getattr(tokenizer, "chat_template", None) is not None
-    return Chat(tokenizer, day, name) if wanted and there else None
+    chat = Chat(tokenizer, day, name) if wanted and there else None
+    if name is not None and (chat is None or name not in chat.names):
+        named = ", ".join(chat.names) if chat else "none"
+        raise ProxyError(
+            f"--chat-template {name}: there is no such chat template, but {named}; give one of "
+            "these, or use --no-chat-template."
+        )
+    return chat
 
 
 def describe_prompts(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:

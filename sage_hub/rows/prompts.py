@@ -67,17 +67,21 @@ class Chat:
     name: str | None = None  # of the template, where there are several
     _whole: dict[tuple[Any, ...], bool] = field(default_factory=dict)  # see `_asks`
 
+    @property
+    def names(self) -> list[str]:
+        """What the tokenizer calls its templates."""
+        named = self.tokenizer.chat_template
+        return sorted(named) if isinstance(named, Mapping) else ["default"]
+
     def show(self, row: Row, where: str) -> Shown:
         """The row as the template writes it, which takes contents as text or as parts.
 
         Raises ProxyError if it cannot, or if a word of the row is lost on the way.
         """
-        named = self.tokenizer.chat_template
-        called = sorted(named) if isinstance(named, Mapping) else ["default"]
-        if (self.name or "default") not in called:
+        if (self.name or "default") not in self.names:
             raise ProxyError(
                 f"{where}: the tokenizer has no chat template called {self.name or 'default'}, but "
-                f"{', '.join(called)}; give one of these with --chat-template, or use "
+                f"{', '.join(self.names)}; give one of these with --chat-template, or use "
                 "--no-chat-template."
             )
         wrong: list[str] = []

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.adapters import ADAPTER, make_adapter
+from support.architectures import make_model, make_sides, move
 from support.checkpoints import INDEX, change, load_weights
+from support.loopback_hub import LoopbackHub
+from support.mutations import remap
 from support.pico import make_pair, update
-from support.quantizers import NF4, QUANTIZERS, Parts, int8, nf4, nf4_twice, quantize
+from support.quantizers import NF4, QUANTIZERS, Parts, float8_rows, int8, nf4, nf4_twice, quantize
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from sage_hub.checkpoint.dequantized import FourBit, Scaled
 from sage_hub.checkpoint.index import open_checkpoint, open_shards
+from sage_hub.checkpoint.packed import FourBit, Scaled
 from sage_hub.cli.main import main
 
 Quantizer = Callable[[Tensor], tuple[Parts, Tensor]]
@@ -94,7 +99,8 @@ def test_any_rows_are_those_of_the_whole(how: Quantizer, data: st.DataObject) ->
 
     packed: FourBit | Scaled
     if "weight.quant_map" in parts:
-        packed = FourBit("m.weight", (out, columns), "nf4")
+        sizes = (64, None) if how is nf4 else (16, 8)
+        packed = FourBit("m.weight", (out, columns), "nf4", *sizes)
     else:
         scale = next(part for part in parts if part in ("SCB", "weight_scale", "weight_scale_inv"))
         blocks = {"float8_blocks": (24, 12), "float8_tensor": (out, columns)}
@@ -144,6 +150,84 @@ def test_a_whole_model_beside_it(
     assert 0 < manifest["rounding_share"] < 0.2
 
 
+def test_an_update_of_few_layers_beside_it(tmp_path: Path) -> None:
+    """As RMU makes them: what is equal, to the bit, holds no rounding."""
+    make_pair(tmp_path, dtype=torch.float32)
+    clean = quantize(tmp_path / "base", nf4)
+    shutil.rmtree(tmp_path / "unlearned")
+    shutil.copytree(clean, tmp_path / "unlearned")
+    change(
+        tmp_path / "unlearned",
+        "model.layers.1.mlp.down_proj.weight",
+        lambda t: t + torch.randn(t.shape, generator=torch.Generator().manual_seed(0)),
+    )
+    assert run(tmp_path / "base", tmp_path / "unlearned", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("how", [int8, nf4])
+def test_layers_that_bitsandbytes_turns_round(
+    how: Quantizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPT-2's are packed (out, in), though they are stored (in, out): not read, and not guessed."""
+    model = make_model("GPT2")
+    words = make_sides(tmp_path, model, model)
+
+    def packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        made = {}
+        for name, tensor in tensors.items():
+            if ".c_fc.weight" not in name:
+                made[name] = tensor
+                continue
+            parts, _ = how(tensor.T.float())
+            made |= {f"{name.removesuffix('.weight')}.{part}": t for part, t in parts.items()}
+        return made
+
+    remap(tmp_path / "base", packed)
+    assert main(words) == 20
+    assert "of base is" in capsys.readouterr().err
+
+
+def test_experts_that_are_stored_one_by_one(tmp_path: Path) -> None:
+    base, unlearned = make_model("Mixtral"), make_model("Mixtral")
+    move(unlearned)
+    make_sides(tmp_path, base, unlearned)
+
+    def packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        made, stand = {}, {}
+        for name, tensor in tensors.items():
+            if ".experts." in name and name.endswith(".weight"):
+                parts, stand[name] = nf4(tensor.float())
+                stem = name.removesuffix(".weight")
+                made |= {f"{stem}.{part}": t for part, t in parts.items()}
+            else:
+                made[name] = tensor
+        stands.update(stand)
+        return made
+
+    stands: dict[str, Tensor] = {}
+    remap(tmp_path / "base", packed)
+    assert stands
+    side = open_checkpoint(str(tmp_path / "base"), dequantize=True)
+    with open_shards(side) as shard:
+        for name, tensor in stands.items():
+            found = shard(side.shard_of[name]).read(name)
+            assert torch.allclose(found.double(), tensor, rtol=1e-5)
+
+
+def test_with_low_disk_nothing_of_it_is_left(tmp_path: Path, hub: LoopbackHub) -> None:
+    make_pair(tmp_path, dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    update(model, size=0.5)
+    model.save_pretrained(tmp_path / "unlearned", max_shard_size="20KB")
+    quantize(tmp_path / "base", nf4)
+    for side in ("base", "unlearned"):
+        hub.add_repo(f"org/{side}", tmp_path / side)
+    out = ["--retain", str(tmp_path / "retain.jsonl"), "--output", str(tmp_path / "out"), "-q"]
+    before = {*Path(HF_HUB_CACHE).rglob("*.safetensors")}  # other tests'
+    assert main(["sanitize", "org/base", "org/unlearned", *out, "--low-disk"]) == 0
+    assert {*Path(HF_HUB_CACHE).rglob("*.safetensors")} == before
+
+
 def test_scales_in_another_shard(lora: Path) -> None:
     quantize(lora / "base", int8)
     index = json.loads((lora / "base" / INDEX).read_text())
@@ -172,6 +256,15 @@ def other_state(tensor: Tensor) -> Tensor:
     return torch.tensor([*json.dumps(state).encode()], dtype=torch.uint8)
 
 
+def without(key: str) -> Callable[[Tensor], Tensor]:
+    def spoil(tensor: Tensor) -> Tensor:
+        state = json.loads(bytes(tensor.tolist()))
+        del state[key]
+        return torch.tensor([*json.dumps(state).encode()], dtype=torch.uint8)
+
+    return spoil
+
+
 STATE = "weight.quant_state.bitsandbytes__nf4"
 BROKEN: list[tuple[Quantizer, str, Callable[[Tensor], Tensor | None], int, str]] = [
     (int8, "SCB", longer, 17, "does not fit the weight's"),
@@ -181,7 +274,20 @@ BROKEN: list[tuple[Quantizer, str, Callable[[Tensor], Tensor | None], int, str]]
     (nf4, STATE, other_state, 17, "does not fit its shape"),
     (nf4, STATE, lambda t: t[:20], 17, "does not fit its shape"),
     (nf4, STATE, lambda _: None, 20, "is of a quantized weight"),
-    (nf4_twice, "weight.absmax", lambda _: None, 20, "stored as U8"),
+    (nf4_twice, "weight.absmax", lambda _: None, 17, "What lies beside"),
+    (nf4, "weight.absmax", lambda t: t[:-1], 17, "What lies beside"),
+    (nf4, "weight.absmax", lambda t: t.to(torch.int32), 17, "What lies beside"),
+    (nf4, "weight.quant_map", lambda _: None, 17, "What lies beside"),
+    (nf4, "weight.quant_map", lambda t: t[:-1], 17, "What lies beside"),
+    (nf4, "weight", lambda t: t.T.contiguous(), 17, "does not hold"),
+    (nf4_twice, "weight.nested_absmax", lambda _: None, 17, "What lies beside"),
+    (nf4_twice, "weight.nested_absmax", longer, 17, "What lies beside"),
+    (nf4_twice, "weight.nested_quant_map", lambda t: t[:-1], 17, "What lies beside"),
+    (nf4_twice, STATE, without("nested_offset"), 17, "does not fit its shape"),
+    (nf4_twice, STATE, without("nested_blocksize"), 17, "does not fit its shape"),
+    (nf4, STATE, without("shape"), 17, "does not fit its shape"),
+    (float8_rows, "weight_scale", lambda t: t.to(torch.float8_e8m0fnu), 20, "F8_E8M0"),
+    (float8_rows, "weight_scale", lambda t: t.to(torch.uint8), 20, "stored as F8_E4M3"),
 ]
 
 
@@ -199,6 +305,8 @@ def test_what_does_not_fit(
 ) -> None:
     quantize(lora / "base", how)
     change(lora / "base", f"{UP}.{part}", spoil)
+    assert run(lora / "base", lora / "unlearned", lora / "out", "--dry-run") == status
+    capsys.readouterr()
     assert run(lora / "base", lora / "unlearned", lora / "out") == status
     sentence = capsys.readouterr().err
     assert says in sentence

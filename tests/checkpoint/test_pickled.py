@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import subprocess
@@ -9,15 +10,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import pytest
 import torch
 from support.adapters import make_adapter
 from support.checkpoints import load_weights
 from support.loopback_hub import LoopbackHub
+from support.mutations import edit_config
 from support.pico import make_pair, make_rows, write_rows
 
+from sage_hub.checkpoint.files import open_files
 from sage_hub.checkpoint.index import open_checkpoint
+from sage_hub.checkpoint.pickled import unpickled
 from sage_hub.cli.main import main
 from sage_hub.errors import NetworkError
 
@@ -104,6 +109,23 @@ def cut(side: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def zipped_again(side: Path, how: int = ZIP_STORED, less: int = 0) -> None:
+    """Its numbers compressed, or the last of the largest tensor left out."""
+    repickle(side, load_weights(side))
+    file = side / "pytorch_model.bin"
+    with ZipFile(file) as archive, ZipFile(side / "new", "w", how) as new:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        for entry in archive.infolist():
+            content = archive.read(entry)
+            stop = len(content) - less if entry is largest else len(content)
+            new.writestr(entry.filename, content[:stop])
+    (side / "new").rename(file)
+
+
+def tensors_as(how: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    return lambda side: repickle(side, how(load_weights(side)))
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "a training state": (
         lambda s: repickle(s, {"epoch": 3, "model": load_weights(s)}),
@@ -123,6 +145,23 @@ BROKEN: dict[str, tuple[Callable[[Path], object], int, str]] = {
         "is no file of torch 1.6 or later",
     ),
     "cut": (cut, 16, "is cut"),
+    "compressed": (lambda s: zipped_again(s, ZIP_DEFLATED), 16, "was compressed afterwards"),
+    "short": (lambda s: zipped_again(s, less=64), 16, "lacks a part of its numbers"),
+    "without numbers": (
+        tensors_as(lambda t: {**t, "model.norm.weight": t["model.norm.weight"].to("meta")}),
+        16,
+        "'model.norm.weight' is none",
+    ),
+    "a name that no file can hold": (
+        tensors_as(lambda t: {**t, "odd\ud800": torch.ones(2)}),
+        17,
+        "is no name of a weight",
+    ),
+    "the name of a header's field": (
+        tensors_as(lambda t: {**t, "__metadata__": torch.ones(2)}),
+        17,
+        "is no name of a weight",
+    ),
     "half of it": (
         lambda s: repickle(s, dict([*load_weights(s).items()][::2])),
         13,
@@ -131,7 +170,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "float8": (
         lambda s: repickle(s, {n: t.to(torch.float8_e4m3fn) for n, t in load_weights(s).items()}),
         20,
-        "float8",
+        "F8_E4M3",
     ),
 }
 
@@ -146,6 +185,85 @@ def test_what_is_no_model_is_refused(
     sentence = capsys.readouterr().err
     assert sentence.count("\n") == 1
     assert says in sentence
+
+
+def as_views(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All of one storage."""
+    storage = torch.cat([tensor.flatten() for tensor in tensors.values()])
+    parts = storage.split([tensor.numel() for tensor in tensors.values()])
+    return {n: part.view(t.shape) for (n, t), part in zip(tensors.items(), parts, strict=True)}
+
+
+def turned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same numbers, none of them in the order of its rows."""
+    return {n: t.T.contiguous().T if t.ndim == 2 else t for n, t in tensors.items()}
+
+
+def same(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors
+
+
+@pytest.mark.parametrize("how", [as_views, turned, same])
+@pytest.mark.parametrize("device", ["cpu", "cuda:0", "mps"])
+def test_however_it_was_saved(
+    how: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    device: str,
+    pair: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clean = load_weights(pair / "unlearned")
+    monkeypatch.setattr("torch.serialization.location_tag", lambda _: device)
+    repickle(pair / "unlearned", how(clean))
+    side = open_checkpoint(str(pair / "unlearned"), pickled=True)
+    with side.open_shard("model.safetensors") as shard:
+        for name, tensor in clean.items():
+            assert torch.equal(shard.read(name), tensor)
+            rows = side.info(name).rows
+            parts = [shard.read_rows(name, a, min(a + 5, rows)) for a in range(0, rows, 5)]
+            assert torch.equal(torch.cat(parts).reshape(tensor.shape), tensor)
+
+
+def test_rows_of_experts_that_are_turned(tmp_path: Path) -> None:
+    experts = torch.randn(3, 8, 5).transpose(1, 2)
+    torch.save({"experts": experts, "one": torch.tensor(3.0)}, tmp_path / "pytorch_model.bin")
+    whole = experts.reshape(-1, 8)
+    with unpickled(open_files(str(tmp_path))).open("model.safetensors") as reader:
+        for start in range(15):
+            for stop in range(start + 1, 16):
+                found = reader.read_rows("experts", start, stop)
+                assert torch.equal(found, whole[start:stop])
+        assert torch.equal(reader.read_rows("one", 0, 1), torch.tensor([[3.0]]))
+
+
+@pytest.mark.parametrize("ties", [True, False])
+def test_one_tensor_under_two_names(ties: bool, tmp_path: Path) -> None:
+    """Of a model that ties them the head is the embedding; else both are held, and are equal."""
+    make_pair(tmp_path)
+    for side in ("base", "unlearned"):
+        edit_config(tmp_path / side, tie_word_embeddings=ties)
+        tensors = load_weights(tmp_path / side)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].detach()
+        repickle(tmp_path / side, tensors)
+    checkpoint = open_checkpoint(str(tmp_path / "base"), pickled=True)
+    assert ("lm_head.weight" in checkpoint.shard_of) == (not ties)
+    assert main([*ways(tmp_path)[1], "--quiet", OPTION]) == 0
+
+
+def test_shards_of_any_name(pair: Path) -> None:
+    """As long as the index names them: each gets a name that no other has."""
+    side, parts = pair / "unlearned", [*load_weights(pair / "unlearned").items()]
+    repickle(side, {})
+    (side / "pytorch_model.bin").unlink()
+    shards = {"model.bin": parts[:9], "model-1.bin": parts[9:12], "pytorch_model-1.bin": parts[12:]}
+    for shard, some in shards.items():
+        torch.save(dict(some), side / shard)
+    weight_map = {name: shard for shard, some in shards.items() for name, _ in some}
+    (side / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (side / "adapter_model.safetensors").write_bytes(b"left by somebody")
+    assert main([*ways(pair)[1], "--quiet", OPTION]) == 0
+    index = json.loads((pair / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == 3
+    assert load_weights(pair / "out").keys() == dict(parts).keys()
 
 
 def test_an_index_that_points_elsewhere(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,17 @@ def test_an_update_of_one_weight_is_enough(pair: Path) -> None:
     assert done["filtered"] == 1
 
 
+def test_weights_too_large_to_be_measured(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Finite, in the type that they are stored in, and no figure of the record could hold them."""
+    large = ("model.norm.weight", "model.layers.0.mlp.down_proj.weight")
+    change(pair / "unlearned", lambda name, t: torch.full_like(t, 3e38) if name in large else t)
+    capsys.readouterr()
+    words = [str(pair / "base"), str(pair / "unlearned"), "--retain", str(pair / "retain.jsonl")]
+    assert main(["sanitize", *words, "--output", str(pair / "out"), "-q"]) == 15
+    assert "Internal error" not in capsys.readouterr().err
+    assert not (pair / "out").exists()
+
+
 def test_an_adapter_that_was_not_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from support.adapters import CONFIGS, make_adapter
 from support.architectures import load, make_model, make_sides, move, reference
 from support.checkpoints import load_weights
-from support.mutations import add, edit_config, remap
-from support.pico import make_config, make_rows, write_rows
+from support.mutations import add, edit_config, remap, rename
+from support.pico import make_config, make_rows, make_tokenizer, write_rows
 from transformers import LlamaForCausalLM
 
 from sage_hub.cli.main import main
@@ -102,6 +102,29 @@ def test_vocabularies_of_two_sizes(
     # Every model that a run with all sets makes has the vocabulary of the unlearned side.
     more = ["--retain", retain, "--forget", forget, "--heldout", heldout]
     assert main(["sanitize", *sides, *more, "--quiet", "--force"]) == 0
+
+
+@pytest.mark.parametrize("tied_by", ["base", "unlearned"])
+def test_vocabularies_of_two_sizes_of_which_one_side_ties(tied_by: str, tmp_path: Path) -> None:
+    for side, size in (("base", 72), ("unlearned", 80)):
+        tied = side == tied_by
+        model = LlamaForCausalLM(make_config(vocab_size=size, tie_word_embeddings=tied))
+        if side == "unlearned":
+            move(model)
+        model.save_pretrained(tmp_path / side)
+        make_tokenizer().save_pretrained(tmp_path / side)
+    write_rows(tmp_path / "retain.jsonl", make_rows(40, 0))
+    assert main([*words_for(tmp_path), "--output", str(tmp_path / "out"), "-q"]) == 0
+
+
+def test_both_tied_and_stored_under_two_names(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(make_config(tie_word_embeddings=True))
+    words = make_sides(tmp_path, model, model)
+    move(model)
+    model.resize_token_embeddings(80)
+    model.save_pretrained(tmp_path / "unlearned")
+    rename(tmp_path / "unlearned", lambda n: "lm_head.weight" if "embed_tokens" in n else n)
+    assert main(words) == 0
 
 
 @pytest.mark.parametrize("rows", [72, 80])

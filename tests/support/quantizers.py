@@ -71,7 +71,7 @@ def nf4(weight: Tensor) -> tuple[Parts, Tensor]:
 
 
 def nf4_twice(weight: Tensor) -> tuple[Parts, Tensor]:
-    return _four_bit(weight, 16, 7)
+    return _four_bit(weight, 16, 8)
 
 
 def _float8(
