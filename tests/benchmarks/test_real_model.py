@@ -28,7 +28,7 @@ import tables  # noqa: E402
 import train  # noqa: E402
 from methods import Site  # noqa: E402
 
-from sage_hub.method.moments import Spectrum  # noqa: E402
+from sage_hub.method.spectra import Spectrum  # noqa: E402
 from sage_hub.rows.encoding import Encoded, batches  # noqa: E402
 
 OUT, IN, TOKENS = 7, 5, 40
