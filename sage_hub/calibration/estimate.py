@@ -36,8 +36,8 @@ _EXACT = 1 + 1 / STRIPS  # flops of an exact second moment, times in² and token
 _USUAL_RANK, _SHARP_RANK = 1 / 8, 1 / 2
 # A layer of SmolLM2 takes as much longer than its products alone: attention, norms, small pieces.
 _BESIDES = 1.6
-# Gains that a search tries, with the source and a reference: so many, or a few more.
-SEARCHED = 15
+# What a search for the gain takes: evaluations of all rows, about, and passes over the weights.
+SEARCHED, SEARCH_PASSES = 7, 3
 _PRODUCTS = 4  # of each weight with the directions: see docs/performance.md
 
 
@@ -117,8 +117,8 @@ def estimate(
         rank = min(int(share * maps[0].features), settings.rank or maps[0].features)
         products += _PRODUCTS * 2.0 * state[parameter].numel() * rank
 
-    def evaluated(tokens: int) -> float:
-        return _BESIDES * tokens * per_token / rates.forward + size / rates.hashing
+    def run(tokens: int) -> float:
+        return _BESIDES * tokens * per_token / rates.forward
 
     searched = 2 * min(tokens, SEARCH_TOKENS)
     return Estimate(
@@ -134,8 +134,9 @@ def estimate(
         pass_seconds=products / rates.moments + 2 * 3 * size / rates.hashing,
         searched_tokens=searched,
         # Half of the products of the pass make a weight, the others measure it.
-        search_seconds=SEARCHED * (evaluated(searched) + products / 2 / rates.moments),
-        evaluation_seconds=4 * evaluated(tokens),
+        search_seconds=SEARCHED * run(searched)
+        + SEARCH_PASSES * (2 * size / rates.hashing + products / 2 / rates.moments),
+        evaluation_seconds=4 * (run(tokens) + size / rates.hashing),
     )
 
 

@@ -24,7 +24,7 @@ from sage_hub.evaluation.comparison import (
 from sage_hub.evaluation.harness import run_tasks
 from sage_hub.evaluation.metrics import METRICS, Seen
 from sage_hub.evaluation.robustness import BITS, TRAINING_BYTES, choose_taught, quantized, relearn
-from sage_hub.evaluation.scoring import answer, score
+from sage_hub.evaluation.scoring import Scored, answer, score
 from sage_hub.evaluation.suites import ANSWERS, EvaluationSet, Told, metrics_of, prepare
 from sage_hub.model.blocks import BlockModel, open_blocks
 from sage_hub.model.compute import type_of
@@ -88,7 +88,7 @@ def evaluate(
     "reference" is one that never saw the forget set.
     """
     proxies, calibrated = study.proxies, study.calibrated
-    sets, not_run = _prepared(study, settings)
+    sets, not_run = prepared(study, settings)
     seen: dict[tuple[str, str | None], dict[str, list[Seen]]] = {}
     others: list[Result] = []
     for name, candidate in models.items() if sets else ():
@@ -124,7 +124,7 @@ def evaluate(
     )
 
 
-def _prepared(study: Study, settings: Settings) -> tuple[list[EvaluationSet], list[dict[str, str]]]:
+def prepared(study: Study, settings: Settings) -> tuple[list[EvaluationSet], list[dict[str, str]]]:
     """The sets as tokens, and those of which there is nothing to evaluate, with the reason."""
     sets = []
     for which, proxy in study.proxies.items():
@@ -263,19 +263,9 @@ class _Look:
         rows = [one for part in sets for told in part.told for one in told]
         what = f"Evaluating {self.name} {how}".strip()
         own, scratch = self.settings, self.scratch
-        scored = iter(score(model, weights, rows, own, scratch, run=self.run, what=what))
-        return {
-            part.name: [
-                Seen(
-                    part.rows[place],
-                    told.map(lambda _: next(scored)),
-                    said.get(part.name, {}).get(place),
-                    part.forgotten,
-                )
-                for place, told in enumerate(part.told)
-            ]
-            for part in sets
-        }
+        return seen_by(
+            sets, score(model, weights, rows, own, scratch, run=self.run, what=what), said
+        )
 
     def _answers(self, model: BlockModel, asked: EvaluationSet) -> dict[int, str]:
         kind = next(ANSWERS[metric] for metric in asked.metrics if metric in ANSWERS)
@@ -284,6 +274,27 @@ class _Look:
         size = self.settings.batch_size
         texts = answer(model, self.tokens_of, rows, kind, size, run=self.run, what=what)
         return dict(zip(asked.answered, texts, strict=True))
+
+
+def seen_by(
+    sets: Sequence[EvaluationSet],
+    scored: Sequence[Scored],
+    said: Mapping[str, Mapping[int, str]] = {},
+) -> dict[str, list[Seen]]:
+    """The rows of each set as a model sees them: `scored`, in order, and what it `said`."""
+    scores = iter(scored)
+    return {
+        part.name: [
+            Seen(
+                part.rows[place],
+                told.map(lambda _: next(scores)),
+                said.get(part.name, {}).get(place),
+                part.forgotten,
+            )
+            for place, told in enumerate(part.told)
+        ]
+        for part in sets
+    }
 
 
 def _paraphrased(seen: Sequence[Seen]) -> dict[str, list[Seen]]:

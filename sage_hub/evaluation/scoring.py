@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,37 @@ def score(
     answer tokens go through the LM head, and rows that differ in nothing but an answer of one
     token, as the letters of a multiple-choice question do, are run once.
     """
+    (found,) = score_each(model, [weights], rows, settings, scratch, run=run, what=what)
+    return found
+
+
+@torch.inference_mode()
+def score_each(
+    model: BlockModel,
+    variants: Sequence[Weights],
+    rows: Sequence[Encoded],
+    settings: Settings,
+    scratch: Path,
+    *,
+    run: Run = Run(),  # noqa: B008 - frozen
+    what: str = "Evaluating",
+) -> list[list[Scored]]:
+    """The same for several variants of a model's weights, the first those it was opened with.
+
+    Block by block, so that what they have in common is read and computed once.
+    """
     ranks, kept = run.ranks, settings.memory * GB / 4
     alike: dict[object, list[int]] = {}
     for place, row in enumerate(rows):
         alike.setdefault(row.ids[:-1] if row.answer_tokens == 1 else place, []).append(place)
     groups = list(alike.values())
-    found: dict[int, Scored] = {}
+    found: list[dict[int, Scored]] = [{} for _ in variants]
     own = ranks.mine(list(batches([rows[group[0]] for group in groups], settings.batch_size)))
-    with run.progress.counter(what, len(groups), "row") as bar, Spill(scratch, kept) as hidden:
-        for block in model.blocks:
-            with model.holding(block, weights, head=True):
-                for number, batch in enumerate(own):
+    steps, total = len(model.blocks), len(groups) * len(variants)
+    with run.progress.counter(what, total, "row") as bar, Spill(scratch, kept) as hidden:
+        for block, (which, weights) in product(model.blocks, enumerate(variants)):
+            with model.holding(block, weights, head=True, variant=which > 0):
+                for number, batch in enumerate(own, which * len(own)):
                     states = model.run(block, batch, hidden.get(number))
                     if block.finishes:
                         # What each place of the batch stands for: all of its answers' tokens.
@@ -83,12 +104,15 @@ def score(
                         for line, scored in zip(
                             batch.rows, _scored(model, batch, states, wanted), strict=True
                         ):
-                            found |= dict(zip(groups[line], scored, strict=True))
+                            found[which] |= dict(zip(groups[line], scored, strict=True))
                     else:
                         hidden.put(number, states)
-                    bar.update(ranks.count * len(batch.rows) / len(model.blocks))
-    everything = {place: one for part in ranks.all(found) for place, one in part.items()}
-    return [everything[place] for place in range(len(rows))]
+                    bar.update(ranks.count * len(batch.rows) / steps)
+    everything: list[dict[int, Scored]] = [{} for _ in variants]
+    for part in ranks.all(found):
+        for own_scores, more in zip(everything, part, strict=True):
+            own_scores |= more
+    return [[scores[place] for place in range(len(rows))] for scores in everything]
 
 
 def _scored(

@@ -6,7 +6,7 @@ What happens before the first layer and behind the last one is the model's own c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.errors import ArchitectureError
+from sage_hub.model.filling import copied, filled, make_buffers, replaced
 from sage_hub.model.sites import Site, shapes_alone
 from sage_hub.model.weights import Weights
 from sage_hub.rows.encoding import Batch
@@ -51,12 +52,21 @@ class BlockModel:
         return [site for site in sites if self._home(site) is block]
 
     @contextmanager
-    def holding(self, block: Block, weights: Weights, *, head: bool = False) -> Iterator[None]:
-        """Within it the weights of `block` are in memory, for the last with those of the head."""
+    def holding(
+        self, block: Block, weights: Weights, *, head: bool = False, variant: bool = False
+    ) -> Iterator[None]:
+        """Within it the weights of `block` are in memory, for the last with those of the head.
+
+        Of a `variant`, other weights than the model was opened with, what all blocks share too.
+        """
         names = list(block.parameters)
         if head and block.finishes:
             names += _state_of(self.model, self.model.get_output_embeddings())
-        with _filled(self.model, names, weights, self.device):
+        own = self.shared if variant else ()
+        with (
+            replaced(self.model, own, lambda name, now: weights(name).to(now)),
+            filled(self.model, names, weights, self.device),
+        ):
             yield
 
     @contextmanager
@@ -68,7 +78,7 @@ class BlockModel:
         names = tuple(name for block in self.blocks for name in block.parameters)
         names += tuple(_state_of(self.model, self.model.get_output_embeddings()))
         block = Block(0, 0, starts=True, finishes=True, parameters=names)
-        with _copied(self.model, self.shared), _filled(self.model, names, weights, self.device):
+        with copied(self.model, self.shared), filled(self.model, names, weights, self.device):
             yield replace(self, blocks=(block,), _layers=())
 
     @torch.inference_mode()
@@ -173,8 +183,8 @@ def open_blocks(
     A decoder whose layers do not simply hand on their hidden states is one block.
     """
     found = replace(cut(checkpoint.of_model.empty_model(dtype)), device=device)
-    _make_buffers(found.model, device)
-    with _filled(found.model, found.shared, weights, device):
+    make_buffers(found.model, device)
+    with filled(found.model, found.shared, weights, device):
         yield found
 
 
@@ -285,66 +295,3 @@ def _state_of(model: PreTrainedModel, module: nn.Module | None) -> list[str]:
         return []
     place = next(name for name, m in model.named_modules() if m is module)
     return [f"{place}.{name}".removeprefix(".") for name in module.state_dict(keep_vars=True)]
-
-
-@contextmanager
-def _filled(
-    model: PreTrainedModel, names: Sequence[str], weights: Weights, device: str
-) -> Iterator[None]:
-    """Within it the weights of these names are on `device`, in the types that `model` has.
-
-    Those that are there already stay, and are left to whoever has put them there.
-    """
-    missing = [name for name in names if _own(model, name)[name.rpartition(".")[2]].is_meta]
-    with _replaced(model, missing, lambda name, empty: weights(name).to(device, empty.dtype)):
-        yield
-
-
-@contextmanager
-def _copied(model: PreTrainedModel, names: Sequence[str]) -> Iterator[None]:
-    """Within it these weights are copies of what they are."""
-    with _replaced(model, names, lambda _, tensor: tensor.detach().clone()):
-        yield
-
-
-@contextmanager
-def _replaced(
-    model: PreTrainedModel, names: Sequence[str], value: Callable[[str, Tensor], Tensor]
-) -> Iterator[None]:
-    """Within it `value` (name, what is there) stands in the place of each of these weights."""
-    before: dict[str, Tensor] = {}
-    made: dict[int, Tensor] = {}
-    try:
-        for name in names:
-            own, leaf = _own(model, name), name.rpartition(".")[2]
-            before[name] = own[leaf]
-            new, twin = value(name, own[leaf]), made.get(id(own[leaf]))
-            # One parameter under two names stays one, unless an adapter changes one of them.
-            if twin is None or not torch.equal(twin, new):
-                twin = nn.Parameter(new, False) if isinstance(own[leaf], nn.Parameter) else new
-                made[id(own[leaf])] = twin
-            own[leaf] = twin
-        yield
-    finally:
-        for name, tensor in before.items():
-            _own(model, name)[name.rpartition(".")[2]] = tensor
-
-
-def _own(model: PreTrainedModel, name: str) -> Any:
-    """The dict of its module that holds the parameter or buffer `name`."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    return module._parameters if leaf in module._parameters else module._buffers
-
-
-@torch.no_grad()
-def _make_buffers(model: PreTrainedModel, device: str) -> None:
-    """Compute what no checkpoint holds, as the frequencies of rotary positions."""
-    for name, buffer in list(model.named_non_persistent_buffers()):
-        path, _, leaf = name.rpartition(".")
-        model.get_submodule(path)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
-    for module in model.modules():
-        if module._non_persistent_buffers_set:
-            model._init_weights(module)
-            for leaf in module._non_persistent_buffers_set:
-                module._buffers[leaf] = module._buffers[leaf].to(device)

@@ -5,7 +5,7 @@ As a checkpoint stores them, with an adapter in them, or part of the way from ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -24,6 +24,45 @@ Weights = Callable[[str], Tensor]
 Blend = Callable[[str, Tensor, Tensor], Tensor]
 
 _OPEN = 2  # shards at a time: a layer may begin in one and end in the next
+
+
+@contextmanager
+def open_blends(
+    checkpoint: Checkpoint, base: Checkpoint, blends: Sequence[Blend | None], room: float
+) -> Iterator[list[Weights]]:
+    """The weights of each of `blends`, None for those of `checkpoint` itself.
+
+    What was read last, up to `room` bytes of each side, is not read again for the next blend, so
+    that a block that all of them are asked for in turn is read once.
+    """
+    with (
+        open_weights(checkpoint) as plain,
+        open_weights(checkpoint, base, lambda _, __, own: own) as wide,
+        open_weights(checkpoint, base, lambda _, origin, __: origin) as origins,
+    ):
+        own, origin = remembered(wide, room), remembered(origins, room)
+
+        def blended(blend: Blend | None) -> Weights:
+            if blend is None:
+                return plain
+            return lambda name: _blended(blend, name, origin(name), own(name))
+
+        yield [blended(blend) for blend in blends]
+
+
+def remembered(read: Callable[..., Tensor], room: float) -> Callable[..., Tensor]:
+    """`read` (a name, and what else it wants), with what it gave last kept, up to `room` bytes."""
+    kept: dict[str, Tensor] = {}
+
+    def ask(name: str, *more: Tensor) -> Tensor:
+        if name not in kept:
+            made = read(name, *more)
+            while kept and sum(t.nbytes for t in kept.values()) + made.nbytes > room:
+                del kept[next(iter(kept))]
+            kept[name] = made
+        return kept[name]
+
+    return ask
 
 
 @contextmanager

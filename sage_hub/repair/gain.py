@@ -8,45 +8,42 @@ how much it forgets for what it disturbs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.errors import NothingToDoError, ProxyError
 from sage_hub.evaluation.evaluate import Candidate, Study, evaluate
-from sage_hub.method.sage import Gains, gain_shares, sanitize_weight
-from sage_hub.model.weights import Blend, as_rows, widened
+from sage_hub.evaluation.variants import evaluate_variants
+from sage_hub.method.sage import Gains, gain_shares
+from sage_hub.model.weights import Blend
 from sage_hub.repair.bias import matching_gain_of
+from sage_hub.repair.carrier import carried
+from sage_hub.repair.search import (
+    Goal,
+    Level,
+    around,
+    guess_from,
+    retain_at,
+    search,
+    short,
+    spread,
+)
 from sage_hub.repair.update import Measurement, Update
 from sage_hub.rows.proxies import Proxy
+from sage_hub.runtime.machine import GB
 from sage_hub.runtime.run import Run
 from sage_hub.settings import SEARCH_TOKENS, Settings
 
-LARGEST = 64.0  # γ
 SOURCE_LEVEL = "the unlearned model's level"
-CLOSE = 1.05  # two gains that are as near as this are one
 # How well an answer is known, by the first of these that a set has.
 LEVELS = ("probability", "accuracy", "loss")
-
-
-@dataclass(frozen=True)
-class Level:
-    """How well a model knows both sets; higher is better known.
-
-    Of a set that it makes no numbers of, the worse for it: all is known that should not be (∞),
-    nothing that should (−∞).
-    """
-
-    forget: float
-    retain: float
-
-    def harms(self, source: Level) -> bool:
-        """Whether retained rows are less known than by `source`."""
-        return self.retain < source.retain
+FIRST = 4  # every n-th row is enough for a first look at every way
+FEWEST = 10  # rows of a set that a look takes
+STEP = 2.0  # between the gains of a first look
+ROOM = 1 / 8  # of --memory: for what is computed once for all gains
 
 
 @dataclass(frozen=True)
@@ -67,23 +64,37 @@ class Trial:
     scratch: Path  # where hidden states may wait
     run: Run = field(default_factory=Run)
 
-    def level(self, candidate: Candidate, name: str, tokens_of: Checkpoint) -> Level:
-        """How well `candidate`, called `name`, knows the forget and the retain set."""
-        found = evaluate(
-            {name: candidate},
-            Study({which: self.proxies[which] for which in ("forget", "retain")}, tokens_of),
-            replace(
-                self.settings,
-                generate_rows=0,
-                robustness=False,
-                lm_eval=None,
-                max_tokens=min(self.settings.max_tokens, SEARCH_TOKENS),
-            ),
-            self.scratch,
-            self.run,
+    def levels(
+        self, update: Update, variants: Mapping[str, Blend | None], every: int = 1
+    ) -> list[Level]:
+        """How well variants of the unlearned side know both sets, by every n-th row of them."""
+        plan, study = update.plan, Study(self._sets(every), update.plan.base)
+        how = replace(self._asked, max_tokens=self._asked.max_tokens // every)
+        found = evaluate_variants(
+            plan.unlearned, plan.base, variants, study, how, self.scratch, self.run
         )
-        figures = {(result.set, result.metric): result.value for result in found.results}
-        return Level(_level(figures, "forget", math.inf), _level(figures, "retain", -math.inf))
+        return [level_of(figures) for figures in found.values()]
+
+    def level(self, checkpoint: Checkpoint, name: str, tokens_of: Checkpoint) -> Level:
+        """How well another model, called `name`, knows both sets."""
+        models, study = {name: Candidate(checkpoint)}, Study(self._sets(), tokens_of)
+        found = evaluate(models, study, self._asked, self.scratch, self.run)
+        return level_of({(result.set, result.metric): result.value for result in found.results})
+
+    def _sets(self, every: int = 1) -> dict[str, Proxy]:
+        """Every n-th row of both sets, but not fewer than FEWEST where there are so many."""
+        sets = {which: self.proxies[which] for which in ("forget", "retain")}
+        return {
+            which: replace(proxy, rows=proxy.rows[:: max(1, min(every, len(proxy.rows) // FEWEST))])
+            for which, proxy in sets.items()
+        }
+
+    @property
+    def _asked(self) -> Settings:
+        most = min(self.settings.max_tokens, SEARCH_TOKENS)
+        return replace(
+            self.settings, generate_rows=0, robustness=False, lm_eval=None, max_tokens=most
+        )
 
 
 def choose_gain(update: Update, trial: Trial) -> Chosen:
@@ -114,7 +125,7 @@ def choose_gain(update: Update, trial: Trial) -> Chosen:
             "those of `sage-hub stats --forget` each weight could have its share."
         )
     ways = [
-        _Way(shares, turned_up(update, shares), matching_gain_of(measured, shares))
+        Way(shares, matching_gain_of(measured, shares))
         for shares in ([shares_of(measured), {}] if measured else [{}])
     ]
     return _by_evaluation(update, ways, trial)
@@ -126,7 +137,7 @@ def shares_of(measured: Sequence[Measurement]) -> dict[str, float]:
     shares = gain_shares(
         [m.forget_filtered or 0.0 for m in known], [m.retain_filtered for m in known]
     )
-    return {m.module: _short(share) for m, share in zip(known, shares, strict=True)}
+    return {m.module: short(share) for m, share in zip(known, shares, strict=True)}
 
 
 def closed_form(measured: Sequence[Measurement]) -> Chosen | None:
@@ -140,90 +151,102 @@ def closed_form(measured: Sequence[Measurement]) -> Chosen | None:
         return None
     filtered = math.fsum(m.retain_filtered for m in measured)
     most = math.sqrt(math.fsum(m.retain for m in measured) / filtered) if filtered else math.inf
-    gain = _short(min(matching, most))
+    gain = short(min(matching, most))
     return Chosen(Gains(gain), {"matching": matching, "held_back": matching > most})
 
 
-def search(
-    level: Callable[[float], Level], target: float, source: Level, start: float
-) -> tuple[float, str, dict[float, Level]]:
-    """The smallest γ ≥ 1 that forgets as much as `target`, how it ended, and all that was tried.
-
-    `level` evaluates a γ. One at which retained rows are less known than by the `source` is too
-    large whatever it forgets; where none reaches the target below that, the largest that is not
-    too large is taken ("held back"). "reached" otherwise.
-    """
-    tried: dict[float, Level] = {}
-
-    def at(gain: float) -> Level:
-        if gain not in tried:
-            tried[gain] = level(gain)
-        return tried[gain]
-
-    def harms(gain: float) -> bool:
-        return at(gain).harms(source)
-
-    if at(1.0).forget <= target:
-        return 1.0, "reached", tried
-    if harms(1.0):
-        return 1.0, "held back", tried
-    low, high = 1.0, min(max(start, CLOSE), LARGEST)
-    while at(high).forget > target and not harms(high) and high < LARGEST:
-        low, high = high, min(2 * high, LARGEST)
-    if at(high).forget > target and not harms(high):
-        return high, "held back", tried
-    # Between a gain that is too small and one that is enough, or too much.
-    while high / low > CLOSE:
-        middle = _short(math.sqrt(low * high))
-        if at(middle).forget > target and not harms(middle):
-            low = middle
-        else:
-            high = middle
-    if at(high).forget <= target and not harms(high):
-        return high, "reached", tried
-    return low, "held back", tried
-
-
 @dataclass(frozen=True)
-class _Way:
+class Way:
     """A way to turn the update up, with each map's share or evenly."""
 
     shares: Mapping[str, float]
-    with_gain: Callable[[float], Blend]
-    start: float | None  # the γ to begin with
+    start: float | None = None  # a γ to begin with
+
+    def variant(self, gain: float) -> str:
+        """What a model with this gain is called."""
+        return f"γ = {gain:.4g}{' by shares' * bool(self.shares)}"
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Where the search ended in one way, and all that it tried."""
+class _Look:
+    """What a few gains of one way do, by a part of the rows."""
 
-    way: _Way
-    gain: float
-    outcome: str
-    tried: Mapping[float, Level]
-
-    def words(self, source: Level, of: str) -> str:
-        """How it ended, for a person."""
-        if self.outcome == "reached":
-            return f"brings forgetting to {of}"
-        if self.tried[self.gain].harms(source):
-            return f"knows retained rows less than the source does; nothing is turned up to {of}"
-        return f"is as far as it goes without harming retained rows; it misses {of}"
+    way: Way
+    known: Mapping[float, Level]
+    goal: Goal
 
     @property
-    def merit(self) -> tuple[bool, float]:
-        """What the ways are compared by: the target first, then what is kept."""
-        return self.outcome == "reached", self.tried[self.gain].retain
+    def guess(self) -> float:
+        """Where the search is expected to end."""
+        return guess_from(self.known, self.goal, self.way.start or STEP)
+
+    @property
+    def kept(self) -> float:
+        """What is kept there; where harm ends the search, no more than the source does."""
+        return retain_at(self.known, self.guess)
 
 
-def _by_evaluation(update: Update, ways: Sequence[_Way], trial: Trial) -> Chosen:
-    """The γ that brings the forget set to its level, in the way that keeps the retain set best."""
-    base, unlearned = update.plan.base, update.plan.unlearned
+def _by_evaluation(update: Update, ways: Sequence[Way], trial: Trial) -> Chosen:
+    """The γ that brings the forget set to its level, in the way that keeps the retain set best.
 
-    def known(candidate: Candidate, name: str) -> Level:
-        return trial.level(candidate, name, base)
+    The way is chosen by a first look at a part of the rows, at a few gains of each; its gain is
+    then searched for on all of them. Several gains are evaluated in one pass over the weights.
+    """
+    blends = carried(update, trial.settings.memory * GB * ROOM)
+    base, reference = update.plan.base, None
+    if trial.settings.target is None and trial.reference is not None:
+        reference = trial.level(trial.reference, "reference", base).forget
 
-    source = known(Candidate(unlearned), "unlearned")
+    def evaluated(
+        asked: Sequence[tuple[Way, float]], *, every: int = 1, source: bool = False
+    ) -> list[Level]:
+        variants: dict[str, Blend | None] = {"the unlearned model": None} if source else {}
+        variants |= {way.variant(gain): blends(Gains(gain, way.shares)) for way, gain in asked}
+        return trial.levels(update, variants, every)
+
+    grid = [(way, gain) for way in ways for gain in spread(way.start or STEP, STEP)]
+    source, *levels = evaluated(grid, every=FIRST, source=True)
+    _check_finite(source, trial)
+    goal, _ = _goal(source, trial.settings, reference)
+    found = list(zip(grid, levels, strict=True))
+    looks = [_Look(w, {g: level for (one, g), level in found if one is w}, goal) for w in ways]
+    best = max(looks, key=lambda look: look.kept)  # the first of equals
+    way, pair = best.way, around(best.guess)
+
+    source, *levels = evaluated([(way, gain) for gain in pair], source=True)
+    _check_finite(source, trial)
+    goal, of = _goal(source, trial.settings, reference)
+    gain, outcome, tried = search(
+        lambda gains: evaluated([(way, gain) for gain in gains]),
+        goal,
+        best.guess,
+        dict(zip(pair, levels, strict=True)),
+    )
+    spread_by = ", by each weight's share," if way.shares else ""
+    ended = _words(tried[gain], outcome, source, of)
+    looked = sum(len(look.known) for look in looks)
+    trial.run.progress.note(
+        f"γ = {gain:.3g}{spread_by} {ended} ({len(tried)} evaluations, after {looked} by a part of "
+        "the rows)."
+    )
+    return Chosen(
+        Gains(gain, way.shares),
+        {
+            "target": goal.target,
+            "of": of,
+            "outcome": outcome,
+            "source": _recorded(source),
+            "tried": _listed(tried),
+            "first_looks": [
+                {"shares": bool(look.way.shares), **entry}
+                for look in looks
+                for entry in _listed(look.known)
+            ],
+        },
+    )
+
+
+def _check_finite(source: Level, trial: Trial) -> None:
     for which in ("forget", "retain"):
         if not math.isfinite(getattr(source, which)):
             raise ProxyError(
@@ -231,98 +254,42 @@ def _by_evaluation(update: Update, ways: Sequence[_Way], trial: Trial) -> Chosen
                 f"({trial.proxies[which].name}), so no gain can be searched for: all are cut off "
                 "by --max-length, or it gives NaN. Use shorter rows, or give the --gain."
             )
-    target, of = _target(source, trial, known)
-
-    def searched(way: _Way) -> _Found:
-        def level(gain: float) -> Level:
-            return known(Candidate(unlearned, base, way.with_gain(gain)), f"γ = {gain:.3g}")
-
-        return _Found(way, *search(level, target, source, _short(way.start or 2.0)))
-
-    found = [searched(way) for way in ways]
-    best = max(found, key=lambda one: one.merit)  # the first of equals
-    spread = ", by each weight's share," if best.way.shares else ""
-    count = sum(len(one.tried) for one in found)
-    ended = best.words(source, of)
-    trial.run.progress.note(f"γ = {best.gain:.3g}{spread} {ended} ({count} evaluations).")
-    return Chosen(
-        Gains(best.gain, best.way.shares),
-        {
-            "target": target,
-            "of": of,
-            "outcome": best.outcome,
-            "source": _recorded(source),
-            "tried": [
-                {"shares": bool(one.way.shares), "gain": gain, **_recorded(level)}
-                for one in found
-                for gain, level in sorted(one.tried.items())
-            ],
-        },
-    )
 
 
-def _target(
-    source: Level, trial: Trial, known: Callable[[Candidate, str], Level]
-) -> tuple[float, str]:
+def _goal(source: Level, settings: Settings, reference: float | None) -> tuple[Goal, str]:
     """The level that the forget set is brought to, and whose it is."""
-    if trial.settings.target is not None:
-        return trial.settings.target, "--target"
-    if trial.reference is not None:
-        reference = known(Candidate(trial.reference), "reference").forget
-        if reference > source.forget:
-            return reference, "the reference's level"
-    return source.forget, SOURCE_LEVEL
+    if settings.target is not None:
+        return Goal(settings.target, source), "--target"
+    if reference is not None and reference > source.forget:
+        return Goal(reference, source), "the reference's level"
+    return Goal(source.forget, source), SOURCE_LEVEL
 
 
-def turned_up(update: Update, shares: Mapping[str, float]) -> Callable[[float], Blend]:
-    """γ -> W_b + γwD in the weights that are filtered, w from `shares`; all others are the
-    unlearned side's.
-
-    What `write_shards` writes, but weight by weight for a model that is run on the update's device.
-    """
-    plan, statistics = update.plan, update.statistics
-    filtered = {linear.name for op in plan.operations for linear in op.linears}
-    maps = {
-        parameter: [linear for linear in linears if linear.name in filtered]
-        for parameter, linears in plan.base.architecture.linears.items()
-    }
-    sites = statistics.site_of
-
-    def with_gain(gain: float) -> Blend:
-        gains = Gains(gain, shares)
-
-        def blend(name: str, base: Tensor, unlearned: Tensor) -> Tensor:
-            if not maps.get(name):
-                return unlearned
-            origin, found = widened(base.to(update.device), unlearned.to(update.device))
-            rows = as_rows(found)
-            for linear in maps[name]:
-                own = slice(linear.start, linear.stop)
-                spectrum = statistics.spectrum("retain", sites[linear.name])
-                b, u = as_rows(origin)[own], rows[own]
-                b, u = (b.T, u.T) if linear.transposed else (b, u)
-                g = update.filter.suppression(spectrum)
-                new = sanitize_weight(b, u, spectrum.basis, g, gains.of(linear.name))
-                rows[own] = new.T if linear.transposed else new
-            return found
-
-        return blend
-
-    return with_gain
+def _words(level: Level, outcome: str, source: Level, of: str) -> str:
+    """How the search ended, for a person."""
+    if outcome == "reached":
+        return f"brings forgetting to {of}"
+    if level.harms(source):
+        return f"knows retained rows less than the source does; nothing is turned up to {of}"
+    return f"is as far as it goes without harming retained rows; it misses {of}"
 
 
-def _short(gain: float) -> float:
-    """To four digits, so that it does not depend on the order in which anything was summed."""
-    return float(f"{gain:.4g}")
+def level_of(figures: Mapping[tuple[str, str], float]) -> Level:
+    """How well both sets are known by the figures of a model, the worse where there is none."""
+    return Level(_level(figures, "forget", math.inf), _level(figures, "retain", -math.inf))
 
 
 def _level(figures: Mapping[tuple[str, str], float], which: str, otherwise: float) -> float:
     """How well `which` is known, `otherwise` if there is no figure of it."""
     for metric in LEVELS:
-        if (which, metric) in figures:
-            value = figures[which, metric]
+        value = figures.get((which, metric), math.nan)
+        if math.isfinite(value):
             return -value if metric == "loss" else value
     return otherwise
+
+
+def _listed(known: Mapping[float, Level]) -> list[dict[str, float | None]]:
+    return [{"gain": gain, **_recorded(level)} for gain, level in sorted(known.items())]
 
 
 def _recorded(level: Level) -> dict[str, float | None]:

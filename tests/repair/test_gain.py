@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from support.adapters import make_adapter, sanitize
 from support.architectures import make_model, make_sides, move
 from support.pico import proxies
@@ -23,70 +20,15 @@ from sage_hub.checkpoint.pair import Pair, open_unlearned
 from sage_hub.cli.main import main
 from sage_hub.commands.stats import collect_statistics
 from sage_hub.errors import ProxyError
+from sage_hub.method.sage import Gains
 from sage_hub.model.weights import open_weights
-from sage_hub.repair.gain import (
-    CLOSE,
-    LARGEST,
-    Level,
-    Trial,
-    _by_evaluation,
-    _Way,
-    closed_form,
-    search,
-    shares_of,
-    turned_up,
-)
+from sage_hub.repair.carrier import carried
+from sage_hub.repair.gain import Trial, Way, _by_evaluation, closed_form, shares_of
 from sage_hub.repair.matching import make_plan
+from sage_hub.repair.search import CLOSE, Level
 from sage_hub.repair.update import STRENGTHS, Filter, Measurement, Update
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
-
-SOURCE = Level(forget=0.1, retain=0.5)
-
-
-def falling(rate: float, harm: float = 0.0) -> Any:
-    """A model that forgets with the gain, and that loses retention beyond γ = 1 / harm."""
-    return lambda gain: Level(0.8 * math.exp(-rate * (gain - 1)), 0.9 - 0.4 * harm * gain)
-
-
-@given(st.floats(0.05, 3), st.floats(0.01, 0.7), st.floats(1, 60))
-def test_the_smallest_gain_that_reaches_the_target(
-    rate: float, target: float, start: float
-) -> None:
-    gain, outcome, tried = search(falling(rate), target, SOURCE, start)
-    exact = 1 + math.log(0.8 / target) / rate
-    if exact > LARGEST:
-        assert (gain, outcome) == (LARGEST, "held back")
-        return
-    assert outcome == "reached"
-    assert exact <= gain * (1 + 1e-9)
-    assert gain <= exact * CLOSE
-    assert len(tried) < 25
-
-
-def test_a_target_that_is_reached_already_takes_no_gain() -> None:
-    assert search(falling(1), 0.9, SOURCE, 5)[:2] == (1.0, "reached")
-
-
-@given(st.floats(0.02, 1), st.floats(1, 60))
-def test_no_gain_harms_retained_rows_more_than_the_source(harm: float, start: float) -> None:
-    gain, outcome, tried = search(falling(0.01, harm), 0.01, SOURCE, start)
-    assert outcome == "held back"
-    assert gain == 1 or tried[gain].retain >= SOURCE.retain
-    allowed = 1 / harm
-    assert gain >= min(max(1.0, allowed / CLOSE), LARGEST) * (1 - 1e-9)
-
-
-def test_a_gain_that_breaks_the_model_is_too_large() -> None:
-    broken = Level(math.inf, -math.inf)  # NaN in what it says of both sets
-    gain, outcome, _ = search(lambda g: broken if g > 4 else Level(1 / g, 1), 0.1, SOURCE, 8)
-    assert outcome == "held back"
-    assert 4 / CLOSE <= gain <= 4
-
-
-def test_where_the_filter_alone_harms_nothing_more_is_tried() -> None:
-    gain, outcome, tried = search(lambda _: Level(0.9, SOURCE.retain - 0.1), 0.1, SOURCE, 8)
-    assert (gain, outcome, len(tried)) == (1, "held back", 1)
 
 
 def test_forget_rows_without_an_answer_stop_the_search(
@@ -148,35 +90,37 @@ def test_shares_are_those_of_the_whole_model_in_float64(pair: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("better", ["shares", "even"])
 def test_the_way_that_keeps_more_is_taken(better: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def evaluated(models: dict[str, Any], *_: Any, **__: Any) -> Any:
-        (candidate,) = models.values()
-        forget, retain = 0.1, 0.5
-        if candidate.blend is not None:
-            way, gain = candidate.blend
-            forget, retain = 0.8 / gain, 0.9 if way == better else 0.8
-        figures = {"forget": forget, "retain": retain}
-        results = [
-            SimpleNamespace(set=name, metric="probability", value=value)
-            for name, value in figures.items()
-        ]
-        return SimpleNamespace(results=results)
+    asked: list[tuple[int, list[Any]]] = []
 
-    monkeypatch.setattr("sage_hub.repair.gain.evaluate", evaluated)
+    def levels(_: Trial, __: Any, variants: dict[str, Any], every: int = 1) -> list[Level]:
+        asked.append((every, [*variants.values()]))
+        found = []
+        for gains in variants.values():
+            if gains is None:
+                found.append(Level(0.1, 0.5))
+                continue
+            way = "shares" if gains.shares else "even"
+            found.append(Level(0.8 / gains.model, 0.9 if way == better else 0.8))
+        return found
+
+    monkeypatch.setattr(Trial, "levels", levels)
+    monkeypatch.setattr("sage_hub.repair.gain.carried", lambda *_: lambda gains: gains)
     update: Any = SimpleNamespace(plan=SimpleNamespace(base=None, unlearned=None))
     proxies: Any = dict.fromkeys(("forget", "retain"))
     trial = Trial(proxies, Settings(forget="f"), None, Path())
-    ways: Any = [
-        _Way({"module": 2.0}, lambda gain: ("shares", gain), None),
-        _Way({}, lambda gain: ("even", gain), 5.0),
-    ]
-    chosen = _by_evaluation(update, ways, trial)
+    chosen = _by_evaluation(update, [Way({"module": 2.0}), Way({}, 5.0)], trial)
     assert chosen.gains.shares == ({"module": 2.0} if better == "shares" else {})
     assert 8 <= chosen.gains.model <= 8 * CLOSE
     assert chosen.search is not None
-    assert {entry["shares"] for entry in chosen.search["tried"]} == {True, False}
+    assert {entry["shares"] for entry in chosen.search["first_looks"]} == {True, False}
+    # A first look at both ways and the source; then one way alone, on all rows.
+    (first, looked), *others = asked
+    assert (first, len(looked)) == (4, 1 + 2 * 3)
+    assert all(every == 1 for every, _ in others)
+    assert len(others) <= 2
 
 
-def check_blend(base: Path, unlearned: Path, release: Path, rows: Path) -> None:
+def check_blend(base: Path, unlearned: Path, release: Path, rows: Path, room: float = 1e9) -> None:
     """Weights with a gain of 3 on their way into a model are those of the `release` with it."""
     settings = Settings(retain=str(rows))
     statistics = release.with_name("statistics.safetensors")
@@ -188,9 +132,9 @@ def check_blend(base: Path, unlearned: Path, release: Path, rows: Path) -> None:
         how = Filter(*settings.sharpness, None)
         # Twice of half the gain for every map is the gain.
         twice = {map_.name: 2.0 for op in plan.operations for map_ in op.linears}
-        with_gain = turned_up(Update(plan, opened, how), twice)
+        blends = carried(Update(plan, opened, how), room)
         with (
-            open_weights(second, first, with_gain(1.5)) as ours,
+            open_weights(second, first, blends(Gains(1.5, twice))) as ours,
             open_weights(made) as written,
             open_weights(second) as source,
         ):
@@ -201,14 +145,17 @@ def check_blend(base: Path, unlearned: Path, release: Path, rows: Path) -> None:
                 torch.testing.assert_close(ours(name), written(name), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("room", [0.0, 1e9])
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "Qwen3Moe"])
-def test_on_the_way_into_a_model_weights_are_as_written(name: str, tmp_path: Path) -> None:
+def test_on_the_way_into_a_model_weights_are_as_written(
+    name: str, room: float, tmp_path: Path
+) -> None:
     base, unlearned = make_model(name), make_model(name)
     move(unlearned)
     words = [*make_sides(tmp_path, base, unlearned), "--gain", "3"]
     assert main(words) == 0
     sides = (tmp_path / side for side in ("base", "unlearned", "out"))
-    check_blend(*sides, tmp_path / "retain.jsonl")
+    check_blend(*sides, tmp_path / "retain.jsonl", room)
 
 
 def test_and_those_of_an_adapter(tmp_path: Path) -> None:
@@ -236,11 +183,7 @@ def test_a_run_reaches_the_level_and_records_how(pair: Path, tmp_path: Path) -> 
     found = run(pair, tmp_path / "out", "--target", str(target))
     search_record = found["gain_search"]
     assert search_record["of"] == "--target"
-    tried = {
-        entry["gain"]: entry["forget"]
-        for entry in search_record["tried"]
-        if entry["shares"] == bool(found["gain_shares"])
-    }
+    tried = {entry["gain"]: entry["forget"] for entry in search_record["tried"]}
     assert found["gain"] in tried
     # What was evaluated on the way is what was written.
     written = found["figures"]["sanitized", "forget", "probability"]

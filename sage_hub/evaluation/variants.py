@@ -1,0 +1,48 @@
+"""Variants of one model on the same rows, in one pass over its weights: what a search asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from sage_hub.checkpoint.index import Checkpoint
+from sage_hub.evaluation.comparison import figures
+from sage_hub.evaluation.evaluate import Study, prepared, seen_by
+from sage_hub.evaluation.scoring import score_each
+from sage_hub.model.blocks import open_blocks
+from sage_hub.model.compute import type_of
+from sage_hub.model.weights import Blend, open_blends
+from sage_hub.runtime.machine import GB
+from sage_hub.runtime.run import Run
+from sage_hub.settings import Settings
+
+ROOM = 1 / 8  # of --memory: for what was read of each side
+
+
+def evaluate_variants(
+    side: Checkpoint,
+    base: Checkpoint,
+    variants: Mapping[str, Blend | None],
+    study: Study,
+    settings: Settings,
+    scratch: Path,
+    run: Run = Run(),  # noqa: B008 - frozen
+) -> dict[str, dict[tuple[str, str], float]]:
+    """Of each variant its figures: set and metric -> value, without generated answers.
+
+    A variant is what its blend makes of the weights of `base` and of `side`, or `side` itself.
+    """
+    sets, _ = prepared(study, settings)
+    rows = [row for part in sets for told in part.told for row in told]
+    what = f"Evaluating {', '.join(variants)}"
+    room = ROOM * settings.memory * GB
+    with (
+        open_blends(side, base, [*variants.values()], room) as weights,
+        open_blocks(side, weights[0], settings.device, type_of(settings.compute_dtype)) as model,
+    ):
+        scored = score_each(model, weights, rows, settings, scratch, run=run, what=what)
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    for name, own in zip(variants, scored, strict=True):
+        known, _ = figures(sets, {(name, None): seen_by(sets, own)}, settings.seed, study.origin)
+        found[name] = {(key.set, key.metric): figure.value for key, figure in known.items()}
+    return found
