@@ -41,7 +41,7 @@ SOURCE_LEVEL = "the unlearned model's level"
 # How well an answer is known, by the first of these that a set has.
 LEVELS = ("probability", "accuracy", "loss")
 FIRST = 4  # every n-th row is enough for a first look at every way
-FEWEST = 10  # rows of a set that a look takes
+FEWEST = 40  # rows of a set that a look takes
 STEP = 2.0  # between the gains of a first look
 ROOM = 1 / 8  # of --memory: for what is computed once for all gains
 
