@@ -214,6 +214,10 @@ def release_text(release: Release) -> Iterator[Part]:
         f"tensors: {counts['filtered']} filtered, {counts['identical']} identical, "
         f"{counts['copied']} copied as they were"
     )
+    if report["control_by"] == "source":
+        yield "control: none but the source, as the release forgets as much"
+    elif report["control_by"] == "forgetting":
+        yield f"control: αΔ forgets as much as the release with α = {report['control_alpha']:.3g}"
     yield from _hints(report, manifest)
     for gate in report["gates"]:
         sentence = Outcome(**gate).sentence()

@@ -63,5 +63,5 @@ def evaluate_models(
     with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
         found = evaluate(candidates, study, settings, Path(scratch), run)
     clock.lap("evaluate")
-    report = make_report(found, settings, clock.laps, alpha=None, card={})
+    report = make_report(found, settings, clock.laps, control=None, card={})
     return {"models": {name: side.commit for name, side in sides.items()}, **report}

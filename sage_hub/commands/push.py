@@ -25,6 +25,7 @@ from sage_hub.record.card import describe
 from sage_hub.record.manifest import MANIFEST, leave_record, make_manifest, make_report, write_json
 from sage_hub.record.release import Release, Terms, stop_at_gates
 from sage_hub.repair.beside import carry_files, write_index
+from sage_hub.repair.control import Control, choose_control
 from sage_hub.repair.effect import check_changes, check_rounding, check_written
 from sage_hub.repair.gain import Trial, choose_gain
 from sage_hub.repair.plan import Plan
@@ -127,6 +128,7 @@ def _make(job: Job, work: Work, upload: Upload | None = None) -> Release:
         update = Update(plan, statistics, how, settings.device)
         trial = Trial(job.proxies, settings, job.reference, work.folder, run)
         chosen = choose_gain(update, trial)
+        control = choose_control(update, chosen, trial)
         shards = make_shards(update, chosen.gains, work, upload, run)
         records = [tensor for shard in shards for tensor in shard.tensors]
         check_written(records, plan)
@@ -147,11 +149,11 @@ def _make(job: Job, work: Work, upload: Upload | None = None) -> Release:
             manifest["statistics"]["file"] = job.statistics.name
         manifest["prompts"] = describe_prompts(plan.base, settings)
         seen = {about["fingerprint"] for about in statistics.origin.data.values()}
-    alpha = norm_matched_alpha(records)
-    evaluation = _evaluate(job, plan, work, alpha, seen)
+    control = control or Control(norm_matched_alpha(records), "size")
+    evaluation = _evaluate(job, plan, work, control, seen)
     clock.lap("evaluate")
     about = describe(plan, job.target.name, job.warnings)
-    report = make_report(evaluation, settings, clock.laps, alpha=alpha, card=about)
+    report = make_report(evaluation, settings, clock.laps, control=control, card=about)
     return run.ranks.once(lambda: _finish(job, work, upload, manifest, report))
 
 
@@ -161,9 +163,9 @@ def _write_beside(plan: Plan, work: Work, settings: Settings) -> dict[str, str]:
 
 
 def _evaluate(
-    job: Job, plan: Plan, work: Work, alpha: float, calibrated: Collection[str]
+    job: Job, plan: Plan, work: Work, control: Control, calibrated: Collection[str]
 ) -> Evaluation:
-    """Evaluate base, unlearned, the control W_b + αΔ and what was written."""
+    """Evaluate base, unlearned, the control W_b + αΔ if it is another, and what was written."""
     if not work.keeps:
         return Evaluation.not_at_all(
             "with --low-disk and no --forget or --heldout no whole model is kept that could be run"
@@ -171,9 +173,11 @@ def _evaluate(
     models = {
         "base": Candidate(plan.base),
         "unlearned": Candidate(plan.unlearned),
-        "control": Candidate(plan.unlearned, plan.base, part_of_the_way(alpha)),
+        "control": Candidate(plan.unlearned, plan.base, part_of_the_way(control.alpha)),
         "sanitized": Candidate(open_unlearned(str(work.release), plan.base)),
     }
+    if control.by == "source":
+        del models["control"]
     if job.reference is not None:
         models["reference"] = Candidate(job.reference)
     compared = [("sanitized", other) for other in ("unlearned", "control", "base")]

@@ -169,10 +169,12 @@ def facts_of(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str
         "control_alpha": report["control_alpha"],
         "retain_recovered": (report["retain_recovered"] or {}).get("value"),
     }
+    same = {"unlearned": ["control"]} if report.get("control_by") == "source" else {}
     for result in report["results"]:
         figure = f"{result['set']}.{result['metric']}"
         before = f"robustness.{result['condition']}." if result["condition"] else ""
-        found[f"{before}{result['model']}.{figure}"] = result["value"]
+        for model in (result["model"], *same.get(result["model"], ())):
+            found[f"{before}{model}.{figure}"] = result["value"]
         if result["model"] == "sanitized":
             found[f"{before}{figure}"] = result["value"]
     return {name: float(value) for name, value in found.items() if value is not None}

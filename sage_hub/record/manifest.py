@@ -18,6 +18,7 @@ from sage_hub.evaluation.evaluate import Evaluation
 from sage_hub.evaluation.robustness import RECIPE
 from sage_hub.method.sage import relative
 from sage_hub.repair.bias import profile_of
+from sage_hub.repair.control import Control
 from sage_hub.repair.gain import Chosen
 from sage_hub.repair.plan import Plan
 from sage_hub.repair.write import TensorRecord
@@ -117,7 +118,7 @@ def make_report(
     settings: Settings,
     seconds: Mapping[str, float],
     *,
-    alpha: float | None,
+    control: Control | None,
     card: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The figures of all models, how they compare, and what was not run and why."""
@@ -127,7 +128,8 @@ def make_report(
         "results": [_plain(result) for result in evaluation.results],
         "differences": [_plain(difference) for difference in evaluation.differences],
         "retain_recovered": evaluation.retain_recovered,
-        "control_alpha": alpha,
+        "control_alpha": control.alpha if control else None,
+        "control_by": control.by if control else None,
         "relearning": RECIPE.describe(),
         "not_run": evaluation.not_run,
         "gates": [],

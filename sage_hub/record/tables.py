@@ -70,7 +70,11 @@ def models_of(report: Mapping[str, Any]) -> dict[str, str]:
     The reference, which most releases have not, is there only if it was evaluated.
     """
     there = {result["model"] for result in report["results"]}
-    return {name: shown for name, shown in MODELS.items() if name in there or name != "reference"}
+    return {
+        name: shown
+        for name, shown in MODELS.items()
+        if name in there or name not in ("reference", "control")
+    }
 
 
 def metric_table(report: Mapping[str, Any]) -> list[dict[str, Any]]:

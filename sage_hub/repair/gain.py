@@ -52,6 +52,7 @@ class Chosen:
 
     gains: Gains
     search: dict[str, Any] | None = None
+    levels: tuple[Level, Level] | None = None  # of what they make and of the source, if evaluated
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,7 @@ def _by_evaluation(update: Update, ways: Sequence[Way], trial: Trial) -> Chosen:
                 for entry in _listed(look.known)
             ],
         },
+        (tried[gain], source),
     )
 
 

@@ -101,13 +101,12 @@ def test_the_summary_shows_before_and_after() -> None:
         "better",
         "base",
         "unlearned",
-        "control αΔ",
         "sanitized",
         "sanitized − unlearned",
     ]
-    figures = ["0.9000", "0.6000", "–", "0.8700", "+0.2700, better"]
+    figures = ["0.9000", "0.6000", "0.8700", "+0.2700, better"]
     assert rows[2] == ["heldout", "probability", "higher", *figures]
-    assert rows[3] == ["forget", "probability", "lower", "–", "0.0500", "–", "0.1000", ""]
+    assert rows[3] == ["forget", "probability", "lower", "–", "0.0500", "0.1000", ""]
     assert "(<https://huggingface.co/org/unlearned-sage/commit/abc123>)" in text
     assert "90 % of the held-out probability" in text
     assert "no \\-\\-generate was given" in text
@@ -184,7 +183,7 @@ def test_nothing_hostile_gets_out_of_its_cell() -> None:
         entry["set"] = HOSTILE
     text = github.summary(result)
     tables = [line for line in text.splitlines() if line.startswith("|")]
-    assert {len(row) for row in rows_of("\n".join(tables))} == {5, 8}
+    assert {len(row) for row in rows_of("\n".join(tables))} == {5, 7}
     one_line = "".join(c if c.isprintable() else " " for c in HOSTILE)
     assert literal(rows_of(text)[2][0]) == one_line
     unescaped = re.sub(r"\\.", "", text)

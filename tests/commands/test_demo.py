@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -11,24 +10,13 @@ import pytest
 from support.soak import soak
 
 from sage_hub.cli.main import main
-from sage_hub.commands import demo_models
 
 
-def with_fewer_people(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half the people, who are learnt in half the time."""
-    people = demo_models._RECIPES["people"]
-    learn = dataclasses.replace(people.learn, steps=250, rate=3e-3)
-    fewer = dataclasses.replace(people, retain=16, heldout=16, learn=learn)
-    monkeypatch.setitem(demo_models._RECIPES, "people", fewer)
-
-
-@pytest.mark.parametrize("people", ["fewer", soak("all")])
+@pytest.mark.parametrize("method", ["npo", soak("ga")])
 def test_the_demo_repairs_more_than_it_gives_back(
-    people: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if people == "fewer":
-        with_fewer_people(monkeypatch)
-    assert main(["demo", "--json", "--quiet"]) == 0
+    assert main(["demo", "--json", "--quiet", "--method", method]) == 0
     result = json.loads(capsys.readouterr().out)
     value = {
         (r["model"], r["set"]): r["value"]
@@ -38,10 +26,10 @@ def test_the_demo_repairs_more_than_it_gives_back(
     assert value["base", "heldout"] > 0.98
     assert value["unlearned", "heldout"] < 0.9 * value["base", "heldout"]
     assert value["unlearned", "forget"] < 0.2
-    assert value["sanitized", "heldout"] > value["control", "heldout"]
-    # As much is forgotten as by the source, and more is known.
+    # As much is forgotten as by the source, which so is the control, and most is back.
     assert value["sanitized", "forget"] <= 1.01 * value["unlearned", "forget"]
-    assert value["sanitized", "heldout"] > value["unlearned", "heldout"]
+    assert result["report"]["control_by"] == "source"
+    assert result["report"]["retain_recovered"]["value"] > 0.7
 
     # The commands it prints work as they stand, and the first makes the same weights again.
     manifest = Path("sage-demo/release/sage/manifest.json")
