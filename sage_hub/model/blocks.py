@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.errors import ArchitectureError
 from sage_hub.model.filling import copied, filled, make_buffers, replaced
+from sage_hub.model.known import known
 from sage_hub.model.sites import Site, shapes_alone
 from sage_hub.model.weights import Weights
 from sage_hub.rows.encoding import Batch
@@ -214,23 +214,18 @@ def cut(model: PreTrainedModel) -> BlockModel:
     in_blocks = {name for block in blocks for name in block.parameters}
     shared = tuple(name for name in parameters if name not in in_blocks)
     found = BlockModel(model, "meta", blocks, shared, layers)
-    shown = _shown(_Shape(type(model), model.config.to_json_string(), found))
-    return in_one if shown is None else replace(found, _returns=shown[0], _behind=shown[1])
+    shown = known(model, "blocks", lambda: _shown(found))
+    if shown is None:
+        return in_one
+    return replace(found, _returns=tuple(shown["returns"]), _behind=frozenset(shown["behind"]))
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """A model class with its config, on which alone it depends how the layers hand on."""
-
-    kind: type[PreTrainedModel]
-    config: str
-    model: BlockModel = field(compare=False)
-
-
-@lru_cache(maxsize=4)  # every evaluation of a run asks for the same
-def _shown(shape: _Shape) -> tuple[tuple[int, ...], frozenset[str]] | None:
-    found = _proved(shape.model)
-    return None if found is None else (found._returns, found._behind)
+def _shown(found: BlockModel) -> dict[str, Any] | None:
+    """How the layers hand on, and what runs behind them; None for a model of one block."""
+    proved = _proved(found)
+    if proved is None:
+        return None
+    return {"returns": list(proved._returns), "behind": sorted(proved._behind)}
 
 
 def _proved(found: BlockModel) -> BlockModel | None:

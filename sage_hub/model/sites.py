@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sage_hub.checkpoint.architecture import is_experts, linear_maps, quiet_transformers
 from sage_hub.errors import ArchitectureError, first_line
+from sage_hub.model.known import known
 
 _TOKENS = 13  # so many, or any other number
 
@@ -56,6 +57,11 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     Modules that are given the very same tensor share a site: q, k and v; gate and up. A module
     that the pass does not reach has no site.
     """
+    found = known(model, "sites", lambda: [astuple(site) for site in _find_sites(model)])
+    return [Site(name, tuple(modules), size, expert) for name, modules, size, expert in found]
+
+
+def _find_sites(model: PreTrainedModel) -> list[Site]:
     inputs: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

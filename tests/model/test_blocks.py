@@ -11,7 +11,6 @@ from support.architectures import ARCHITECTURES, load, make_model
 from transformers import PreTrainedModel
 
 from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
-from sage_hub.model import blocks
 from sage_hub.model.blocks import cut, open_blocks
 from sage_hub.model.sites import find_sites
 from sage_hub.model.spill import Spill
@@ -20,9 +19,10 @@ from sage_hub.rows.encoding import Batch
 
 
 @pytest.fixture(autouse=True)
-def _nothing_known() -> None:
+def _nothing_known(tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any) -> None:
     """Some models here do more than their config says."""
-    blocks._shown.cache_clear()
+    folder = tmp_path_factory.mktemp("shapes")
+    monkeypatch.setattr("sage_hub.model.known.shelf", lambda: folder)
 
 
 def save(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
