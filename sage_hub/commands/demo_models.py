@@ -290,7 +290,7 @@ class _Trainer:
         picks = self._pick_rows(len(rows), schedule)
         for picked in self.progress.each(what, picks, schedule.steps, "step"):
             logp, tokens = self._answers(model, [rows[number] for number in picked])
-            if float((logp / tokens).exp().mean()) <= schedule.until:
+            if float((logp.detach() / tokens).exp().mean()) <= schedule.until:
                 return
             loss(logp, tokens, torch.tensor(picked)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
