@@ -5,18 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.evaluation.comparison import figures
 from sage_hub.evaluation.evaluate import Study, prepared, seen_by
 from sage_hub.evaluation.scoring import score_each
-from sage_hub.model.blocks import open_blocks
+from sage_hub.model.blocks import cut, open_blocks
 from sage_hub.model.compute import type_of
 from sage_hub.model.weights import Blend, open_blends
 from sage_hub.runtime.machine import GB
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
 
-ROOM = 1 / 8  # of --memory: for what was read of each side
+ROOM = 1 / 8  # of --memory, at most: for what is read or computed once for all variants
+
+
+def room_for_a_block(side: Checkpoint, settings: Settings) -> float:
+    """The bytes of the largest block in float32, so that it is there for all variants."""
+    model = cut(side.of_model.empty_model())
+    state = model.model.state_dict(keep_vars=True)
+    largest = max(sum(state[n].numel() for n in block.parameters) for block in model.blocks)
+    return min(ROOM * settings.memory * GB, float(largest) * torch.float32.itemsize)
 
 
 def evaluate_variants(
@@ -35,7 +45,7 @@ def evaluate_variants(
     sets, _ = prepared(study, settings)
     rows = [row for part in sets for told in part.told for row in told]
     what = f"Evaluating {', '.join(variants)}"
-    room = ROOM * settings.memory * GB
+    room = room_for_a_block(side, settings)
     with (
         open_blends(side, base, [*variants.values()], room) as weights,
         open_blocks(side, weights[0], settings.device, type_of(settings.compute_dtype)) as model,

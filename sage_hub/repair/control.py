@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sage_hub.errors import ArchitectureError
+from sage_hub.evaluation.variants import room_for_a_block
 from sage_hub.method.sage import Gains
 from sage_hub.model.weights import Blend, part_of_the_way
 from sage_hub.repair.carrier import carried
-from sage_hub.repair.gain import ROOM, Chosen, Trial
+from sage_hub.repair.gain import Chosen, Trial
 from sage_hub.repair.search import CLOSE, LARGEST, Goal, Level, around, search
 from sage_hub.repair.update import Update
-from sage_hub.runtime.machine import GB
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _by_forgetting(update: Update, chosen: Chosen, trial: Trial) -> Control | No
 
 def _levels(update: Update, gains: Gains, trial: Trial) -> tuple[Level, Level]:
     """Those of the release, and of its source."""
-    blend = carried(update, trial.settings.memory * GB * ROOM)(gains)
+    blend = carried(update, room_for_a_block(update.plan.unlearned, trial.settings))(gains)
     variants: dict[str, Blend | None] = {"the release": blend, "the unlearned model": None}
     release, source = trial.levels(update, variants)
     return release, source

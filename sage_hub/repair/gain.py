@@ -16,7 +16,7 @@ from typing import Any
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.errors import NothingToDoError, ProxyError
 from sage_hub.evaluation.evaluate import Candidate, Study, evaluate
-from sage_hub.evaluation.variants import evaluate_variants
+from sage_hub.evaluation.variants import evaluate_variants, room_for_a_block
 from sage_hub.method.sage import Gains, gain_shares
 from sage_hub.model.weights import Blend
 from sage_hub.repair.bias import matching_gain_of
@@ -33,7 +33,6 @@ from sage_hub.repair.search import (
 )
 from sage_hub.repair.update import Measurement, Update
 from sage_hub.rows.proxies import Proxy
-from sage_hub.runtime.machine import GB
 from sage_hub.runtime.run import Run
 from sage_hub.settings import SEARCH_TOKENS, Settings
 
@@ -43,7 +42,6 @@ LEVELS = ("probability", "accuracy", "loss")
 FIRST = 4  # every n-th row is enough for a first look at every way
 FEWEST = 40  # rows of a set that a look takes
 STEP = 2.0  # between the gains of a first look
-ROOM = 1 / 8  # of --memory: for what is computed once for all gains
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,7 @@ def _by_evaluation(update: Update, ways: Sequence[Way], trial: Trial) -> Chosen:
     The way is chosen by a first look at a part of the rows, at a few gains of each; its gain is
     then searched for on all of them. Several gains are evaluated in one pass over the weights.
     """
-    blends = carried(update, trial.settings.memory * GB * ROOM)
+    blends = carried(update, room_for_a_block(update.plan.unlearned, trial.settings))
     base, reference = update.plan.base, None
     if trial.settings.target is None and trial.reference is not None:
         reference = trial.level(trial.reference, "reference", base).forget

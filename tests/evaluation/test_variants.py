@@ -15,7 +15,7 @@ from torch import Tensor
 from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
 from sage_hub.checkpoint.pair import open_unlearned
 from sage_hub.evaluation.evaluate import Candidate, Study, evaluate
-from sage_hub.evaluation.variants import evaluate_variants
+from sage_hub.evaluation.variants import evaluate_variants, room_for_a_block
 from sage_hub.model.weights import Blend, open_blends, open_weights, part_of_the_way
 from sage_hub.rows.sources import read_proxy
 from sage_hub.settings import Settings
@@ -76,3 +76,11 @@ def test_weights(sides: tuple[Checkpoint, Checkpoint], room: float) -> None:
         for place in [*range(len(names)), *(n % len(names) for n in order)]:
             for variant, weights in zip(VARIANTS, several, strict=True):
                 assert torch.equal(weights(names[place]), expected[variant][place])
+
+
+def test_no_more_is_kept_than_a_block(sides: tuple[Checkpoint, Checkpoint]) -> None:
+    """So that the plan's figure for memory holds, however much is allowed."""
+    _, unlearned = sides
+    counts = [p.numel() for p in unlearned.of_model.empty_model().parameters()]
+    assert 4 * max(counts) <= room_for_a_block(unlearned, Settings(memory=64.0)) < 4 * sum(counts)
+    assert room_for_a_block(unlearned, Settings(memory=1e-9)) < 1

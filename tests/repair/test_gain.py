@@ -105,6 +105,7 @@ def test_the_way_that_keeps_more_is_taken(better: str, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Trial, "levels", levels)
     monkeypatch.setattr("sage_hub.repair.gain.carried", lambda *_: lambda gains: gains)
+    monkeypatch.setattr("sage_hub.repair.gain.room_for_a_block", lambda *_: 0.0)
     update: Any = SimpleNamespace(plan=SimpleNamespace(base=None, unlearned=None))
     proxies: Any = dict.fromkeys(("forget", "retain"))
     trial = Trial(proxies, Settings(forget="f"), None, Path())
