@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,35 +47,24 @@ class Dequantized(Through):
     def header(self, file: str) -> Header:
         return _seen(self.raw[file], self.packed)
 
-    def open(self, file: str) -> Dequantizing:
-        return Dequantizing(self, file)
+    @contextmanager
+    def open(self, file: str) -> Iterator[OpenTensors]:
+        with self.files.open(file) as own:
+            yield Dequantizing(self, file, own)
 
 
 class Dequantizing:
-    """An open shard of which quantized weights are read as float32; a context manager."""
+    """An open shard of which quantized weights are read as float32.
 
-    def __init__(self, files: Dequantized, shard: str) -> None:
-        self._files, self._shard = files, shard
+    Raises CorruptCheckpointError for what is in it and cannot be decoded.
+    """
+
+    def __init__(self, files: Dequantized, shard: str, own: OpenTensors) -> None:
+        self._files, self._shard, self._own = files, shard, own
         self._elsewhere: dict[str, Tensor] = {}
-
-    def __enter__(self) -> Dequantizing:
-        self._stack = ExitStack()
-        self._own: OpenTensors = self._stack.enter_context(self._files.files.open(self._shard))
-        with ExitStack() as opened:
-            opened.push(self._stack)
-            for name, packed in self._files.packed.items():
-                if self._files.homes[name] == self._shard:
-                    packed.check(self._rows)
-            opened.pop_all()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
+        for name, packed in files.packed.items():
+            if files.homes[name] == shard:
+                packed.check(self._rows)
 
     @property
     def header(self) -> Header:

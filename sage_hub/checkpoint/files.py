@@ -6,6 +6,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
@@ -65,7 +66,7 @@ class Files(Protocol):
     def header(self, file: str) -> Header:
         """The header of a file of tensors, without its data."""
 
-    def open(self, file: str) -> OpenTensors:
+    def open(self, file: str) -> AbstractContextManager[OpenTensors]:
         """A file of tensors to read rows of, fetched if need be."""
 
     def sha256(self, file: str) -> str:
@@ -120,7 +121,7 @@ class LocalFiles:
     def header(self, file: str) -> Header:
         return read_header(self._folder / file)
 
-    def open(self, file: str) -> OpenTensors:
+    def open(self, file: str) -> AbstractContextManager[OpenTensors]:
         return TensorReader(self._folder / file)
 
     def sha256(self, file: str) -> str:
@@ -180,7 +181,7 @@ class Through:
     def header(self, file: str) -> Header:
         return self.files.header(file)
 
-    def open(self, file: str) -> OpenTensors:
+    def open(self, file: str) -> AbstractContextManager[OpenTensors]:
         return self.files.open(file)
 
     def sha256(self, file: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from copy import copy
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -137,7 +138,7 @@ class HubFiles:
 
         return ask(self._shown, looked, self.commit)
 
-    def open(self, file: str) -> OpenTensors:
+    def open(self, file: str) -> AbstractContextManager[OpenTensors]:
         return TensorReader(self.path(file))
 
     def header(self, file: str) -> Header:

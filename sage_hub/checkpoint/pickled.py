@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from errno import EINVAL
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, TypeVar
 from zipfile import ZIP_STORED, ZipFile
 
@@ -98,8 +97,10 @@ class Unpickled(Through):
     def header(self, file: str) -> Header:
         return _header_of(self._glimpse(file), self.dropped)
 
-    def open(self, file: str) -> OpenTensors:
-        return _PickleReader(self.files.path(self._own(file)), self.name, self.dropped)
+    @contextmanager
+    def open(self, file: str) -> Iterator[OpenTensors]:
+        path = self.files.path(self._own(file))
+        yield _PickleReader(_load(path, path.name, self.name, in_place=True), self.dropped)
 
     def without_twins(self, tied: Callable[[str], bool]) -> Unpickled:
         """The same without tensors that are `tied` and that another one holds too."""
@@ -143,22 +144,11 @@ class Unpickled(Through):
 
 
 class _PickleReader:
-    """The tensors of a pickle, mapped from the file; a context manager."""
+    """The tensors of a pickle, mapped from the file."""
 
-    def __init__(self, path: Path, name: str, dropped: Collection[str]) -> None:
-        self._tensors = _load(path, path.name, name, in_place=True)
-        self.header = _header_of(self._tensors, dropped)
-
-    def __enter__(self) -> _PickleReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._tensors = {}
+    def __init__(self, tensors: Mapping[str, Tensor], dropped: Collection[str]) -> None:
+        self._tensors = tensors
+        self.header = _header_of(tensors, dropped)
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, in memory of its own."""

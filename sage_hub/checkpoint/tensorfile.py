@@ -158,20 +158,11 @@ class RowReader(Protocol):
 
 
 class OpenTensors(RowReader, Protocol):
-    """A file of tensors to read from; a context manager."""
+    """A file of tensors to read from."""
 
     @property
     def header(self) -> Header:
         """Its header, as it is now."""
-
-    def __enter__(self) -> OpenTensors: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
 
 
 class TensorReader:

@@ -99,7 +99,7 @@ def evaluate(
         except ArchitectureError as error:
             if name != "control":
                 raise
-            not_run.append({"what": "the norm-matched control", "reason": str(error)})
+            not_run.append({"what": "the control αΔ", "reason": str(error)})
             continue
         seen |= {(name, condition): views for condition, views in look.views.items()}
         not_run += look.not_run

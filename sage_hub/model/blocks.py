@@ -214,10 +214,13 @@ def cut(model: PreTrainedModel) -> BlockModel:
     in_blocks = {name for block in blocks for name in block.parameters}
     shared = tuple(name for name in parameters if name not in in_blocks)
     found = BlockModel(model, "meta", blocks, shared, layers)
-    shown = known(model, "blocks", lambda: _shown(found))
-    if shown is None:
-        return in_one
-    return replace(found, _returns=tuple(shown["returns"]), _behind=frozenset(shown["behind"]))
+
+    def read(shown: Any) -> BlockModel:
+        if shown is None:
+            return in_one
+        return replace(found, _returns=tuple(shown["returns"]), _behind=frozenset(shown["behind"]))
+
+    return known(model, "blocks", lambda: _shown(found), read)
 
 
 def _shown(found: BlockModel) -> dict[str, Any] | None:

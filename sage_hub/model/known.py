@@ -6,13 +6,15 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedModel
 
 from sage_hub.checkpoint.files import digest
 from sage_hub.runtime.versions import versions
+
+T = TypeVar("T")
 
 FORMAT = 1  # of what is kept; another one is found out anew
 
@@ -22,10 +24,12 @@ def shelf() -> Path:
     return Path(HF_HOME) / "sage-hub" / "shapes"
 
 
-def known(model: PreTrainedModel, what: str, find: Callable[[], Any]) -> Any:
-    """What `find` gives as JSON, found out once for all models of this class and config.
+def known(
+    model: PreTrainedModel, what: str, find: Callable[[], Any], read: Callable[[Any], T]
+) -> T:
+    """What `read` makes of what `find` gives, JSON, found out once for this class and config.
 
-    A disk that cannot be read or written is no hindrance.
+    A disk that cannot be read or written, or holds something else, is no hindrance.
     """
     kind = type(model)
     key = digest(
@@ -38,7 +42,7 @@ def known(model: PreTrainedModel, what: str, find: Callable[[], Any]) -> Any:
     )
     path = shelf() / f"{key}.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["found"]
+        return read(json.loads(path.read_text(encoding="utf-8"))["found"])
     except (OSError, ValueError, KeyError, TypeError):
         found = find()
     try:
@@ -48,4 +52,4 @@ def known(model: PreTrainedModel, what: str, find: Callable[[], Any]) -> Any:
         new.replace(path)
     except OSError:
         pass
-    return found
+    return read(found)

@@ -57,8 +57,11 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     Modules that are given the very same tensor share a site: q, k and v; gate and up. A module
     that the pass does not reach has no site.
     """
-    found = known(model, "sites", lambda: [astuple(site) for site in _find_sites(model)])
-    return [Site(name, tuple(modules), size, expert) for name, modules, size, expert in found]
+
+    def read(found: Any) -> list[Site]:
+        return [Site(name, tuple(modules), size, expert) for name, modules, size, expert in found]
+
+    return known(model, "sites", lambda: [astuple(site) for site in _find_sites(model)], read)
 
 
 def _find_sites(model: PreTrainedModel) -> list[Site]:

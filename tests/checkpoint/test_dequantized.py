@@ -214,18 +214,28 @@ def test_experts_that_are_stored_one_by_one(tmp_path: Path) -> None:
             assert torch.allclose(found.double(), tensor, rtol=1e-5)
 
 
-def test_with_low_disk_nothing_of_it_is_left(tmp_path: Path, hub: LoopbackHub) -> None:
-    make_pair(tmp_path, dtype=torch.float32)
-    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    update(model, size=0.5)
-    model.save_pretrained(tmp_path / "unlearned", max_shard_size="20KB")
+@pytest.mark.parametrize("adapter", [True, False])
+def test_with_low_disk_nothing_of_it_is_left(
+    adapter: bool, tmp_path: Path, hub: LoopbackHub
+) -> None:
+    """Nor of the base of an adapter, which evaluation reads once more; the adapter itself, which
+    the plan looks into, is small and stays."""
+    if adapter:
+        make_adapter(tmp_path, "Llama")
+    else:
+        make_pair(tmp_path, dtype=torch.float32)
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        update(model, size=0.5)
+        model.save_pretrained(tmp_path / "unlearned", max_shard_size="20KB")
     quantize(tmp_path / "base", nf4)
     for side in ("base", "unlearned"):
         hub.add_repo(f"org/{side}", tmp_path / side)
-    out = ["--retain", str(tmp_path / "retain.jsonl"), "--output", str(tmp_path / "out"), "-q"]
+    words = ["--retain", str(tmp_path / "retain.jsonl"), "--forget", str(tmp_path / "forget.jsonl")]
+    words += ["--output", str(tmp_path / "out"), "-q"]
     before = {*Path(HF_HUB_CACHE).rglob("*.safetensors")}  # other tests'
-    assert main(["sanitize", "org/base", "org/unlearned", *out, "--low-disk"]) == 0
-    assert {*Path(HF_HUB_CACHE).rglob("*.safetensors")} == before
+    assert main(["sanitize", "org/base", "org/unlearned", *words, "--low-disk"]) == 0
+    left = {*Path(HF_HUB_CACHE).rglob("*.safetensors")} - before
+    assert [file.name for file in left] == [ADAPTER] * adapter
 
 
 def test_scales_in_another_shard(lora: Path) -> None:

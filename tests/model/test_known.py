@@ -44,7 +44,9 @@ def test_the_second_time_nothing_is_run(
         find_sites(other)
 
 
-@pytest.mark.parametrize("content", ["", "[1", "[]", '{"other": 1}', "\x00"])
+@pytest.mark.parametrize(
+    "content", ["", "[1", "[]", '{"other": 1}', '{"found": "x"}', '{"found": 3}', "\x00"]
+)
 def test_what_cannot_be_read_is_found_out_again(content: str, shelf: Path) -> None:
     first = about(make_model("Llama"))
     for file in shelf.iterdir():
