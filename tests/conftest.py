@@ -102,7 +102,11 @@ def _the_hub() -> LoopbackHub:
 
 @pytest.fixture
 def hub() -> Iterator[LoopbackHub]:
-    """The Hub that HF_ENDPOINT names, empty."""
+    """The Hub that HF_ENDPOINT names, empty; the machine has seen nothing of an earlier one."""
+    for kept in ("hub", "sage-hub"):
+        for path in Path(_HOME.name, kept).glob("*"):
+            if path.name != "shapes":
+                shutil.rmtree(path, ignore_errors=True)
     _HUB.reset()
     yield _HUB
     _HUB.reset()

@@ -233,7 +233,6 @@ def test_push_an_adapter_from_hub_to_hub(hub: LoopbackHub, tmp_path: Path) -> No
 
 
 def test_merge_with_low_disk_keeps_no_whole_base(hub: LoopbackHub, tmp_path: Path) -> None:
-    shutil.rmtree(HF_HUB_CACHE, ignore_errors=True)
     make_adapter(tmp_path, "Llama")
     for side in ("base", "unlearned"):
         hub.add_repo(f"org/{side}", tmp_path / side)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,6 @@ from sage_hub.publish.opened import open_as_user
 from sage_hub.publish.upload import Upload
 
 SHARDS = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
-
-
-@pytest.fixture(autouse=True)
-def _empty_cache() -> Iterator[None]:
-    shutil.rmtree(HF_HUB_CACHE, ignore_errors=True)
-    yield
-    shutil.rmtree(HF_HUB_CACHE, ignore_errors=True)
 
 
 @pytest.fixture

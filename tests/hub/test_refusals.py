@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, constants
-from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError
 from support.loopback_hub import LoopbackHub
 from support.loopback_hub.messages import HubError
@@ -20,13 +17,6 @@ from sage_hub.publish.target import Publication
 
 FULL = "Storage limit reached for org: delete some repos, or get more storage"
 MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left_behind() -> Iterator[None]:
-    yield
-    shutil.rmtree(HF_HUB_CACHE, ignore_errors=True)
-    shutil.rmtree(Path(HF_HOME, "sage-hub"), ignore_errors=True)
 
 
 def refuse(message: str, status: int = 403) -> object:

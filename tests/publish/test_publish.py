@@ -35,13 +35,6 @@ def statistics(_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
-@pytest.fixture(autouse=True)
-def _nothing_left_behind() -> Iterator[None]:
-    yield
-    shutil.rmtree(HF_HUB_CACHE, ignore_errors=True)
-    shutil.rmtree(Path(HF_HOME, "sage-hub"), ignore_errors=True)
-
-
 @pytest.fixture
 def sources(hub: LoopbackHub, pair: Path) -> LoopbackHub:
     for side in ("base", "unlearned"):
