@@ -185,7 +185,7 @@ def build_statistics(pair: str, rank: int) -> None:
             values = 1 / torch.arange(1, len(basis) + 1, dtype=torch.float64)
             # The last direction is needed to hold the filter's share of the energy.
             found = Spectrum(basis, values, float(values.sum()) / energy, 1)
-            journal.add(f"retain/{site.name}", found)
+            journal.add(f"retain/{site.name}", found, dict.fromkeys(site.modules, 1.0))
         journal.finish_block({})
         write_statistics(path, origin, sites, journal)
         journal.remove()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sage_hub.calibration.cache import link, statistics_key
 from sage_hub.calibration.journal import Journal, journal_of
-from sage_hub.calibration.observe import View, watching
+from sage_hub.calibration.observe import Sight, View, watching
 from sage_hub.calibration.sets import CalibrationSet, notes_on, origin_of, plan_sets
 from sage_hub.calibration.statistics import is_whole, stored_energy, write_statistics
 from sage_hub.checkpoint.files import digest
@@ -114,10 +114,10 @@ def _calibrate(
             with model.holding(block, reader):
                 for part, states in zip(sets, hidden, strict=True):
                     look = _Look(model, block, part, settings, ranks)
-                    moments = look.at(seen, states, places, bar)
-                    for site, found in _decompose(seen, moments, settings, ranks):
+                    sights = look.at(seen, states, places, bar)
+                    for site, found, outputs in _decompose(seen, sights, settings, ranks):
                         for path in part.files if ranks.first else ():
-                            journals[path].add(f"{part.name}/{site.name}", found)
+                            journals[path].add(f"{part.name}/{site.name}", found, outputs)
             place = places[1]
             rows = sum(len(part.rows) for part in sets) * bar.n / total
             bar.set_postfix_str(f"{rows / (bar.format_dict['elapsed'] or 1):.3g} row/s")
@@ -145,32 +145,40 @@ def _go_on(journals: Mapping[Path, Journal], sets: Sequence[CalibrationSet]) -> 
 
 
 def _decompose(
-    sites: Sequence[Site], moments: dict[str, Moment], settings: Settings, ranks: Ranks
-) -> Iterator[tuple[Site, Spectrum]]:
-    """The spectra of `moments`, which are dropped as they are done, in the first rank.
+    sites: Sequence[Site], sights: dict[str, Sight], settings: Settings, ranks: Ranks
+) -> Iterator[tuple[Site, Spectrum, dict[str, float]]]:
+    """The spectra of `sights`, which are dropped as they are done, in the first rank.
+
+    With each the mean of ‖W x‖² of its maps.
 
     Every rank decomposes every n-th.
     """
     energy = stored_energy(settings)
     for start in range(0, len(sites), ranks.count):
         some = sites[start : start + ranks.count]
-        own = [moments[site.name] for site in ranks.mine(some)]
+        own = [sights[site.name].moment for site in ranks.mine(some)]
         found = ranks.to_first([spectrum(moment, energy, settings.rank) for moment in own])
-        for site in some:
-            del moments[site.name]
-        for site, (one,) in zip(some, found, strict=False):
-            yield site, one
+        sums = [sights.pop(site.name).outputs for site in some]
+        for site, outputs, (one,) in zip(some, sums, found, strict=False):
+            yield site, one, {name: total / one.tokens for name, total in outputs.items()}
 
 
-def _add_up(moments: Collection[Moment], ranks: Ranks) -> None:
+def _add_up(sights: Collection[Sight], ranks: Ranks) -> None:
     """Put what all ranks have seen into each of them."""
     if ranks.count == 1:
         return
+    moments = [sight.moment for sight in sights]
     tokens = torch.tensor([moment.tokens for moment in moments])
     sketches = [moment for moment in moments if isinstance(moment, SketchedMoment)]
     squares = torch.tensor([moment.squares for moment in sketches], dtype=torch.float64)
-    for tensor in (tokens, squares, *(moment.total for moment in moments)):
+    outputs = torch.tensor(
+        [one for sight in sights for one in sight.outputs.values()], dtype=torch.float64
+    )
+    for tensor in (tokens, squares, outputs, *(moment.total for moment in moments)):
         ranks.add_up(tensor)
+    left = iter(outputs.tolist())
+    for sight in sights:
+        sight.outputs = dict(zip(sight.outputs, left, strict=False))
     for moment, count in zip(moments, tokens.tolist(), strict=True):
         moment.tokens = count
     for sketch, sum_of in zip(sketches, squares.tolist(), strict=True):
@@ -189,8 +197,8 @@ class _Look:
 
     def at(
         self, sites: Sequence[Site], hidden: Spill, places: tuple[int, int], bar: Any
-    ) -> dict[str, Moment]:
-        """The moments of what `sites` take in, by name. Raises NonFiniteError.
+    ) -> dict[str, Sight]:
+        """What is seen of `sites`, by name. Raises NonFiniteError.
 
         `hidden` has the states of batch n before the block at 2 n + places[0], and gets those
         behind it at 2 n + places[1]. An expert sees the tokens that are routed to it. Where those
@@ -198,7 +206,7 @@ class _Look:
         block instead, in a second pass; the set names these.
         """
         part, block, ranks = self.part, self.block, self.ranks
-        moments = {site.name: self._moment(site) for site in sites}
+        sights = {site.name: self._sight(site) for site in sites}
         view = View(part.rows, f"{part.name} proxy ({part.about['name']})")
 
         def batches_run() -> Iterator[tuple[int, Batch, Tensor]]:
@@ -207,20 +215,25 @@ class _Look:
                 before = hidden.get(2 * number + places[0])
                 yield number, batch, self.model.run(block, batch, before)
 
-        with watching(self.model, sites, moments, view):
+        with watching(self.model, sites, sights, view):
             for number, batch, states in batches_run():
                 if not block.finishes:
                     hidden.put(2 * number + places[1], states)
                 bar.update(ranks.count * int(batch.mask.sum()) / len(self.model.blocks))
-        _add_up(moments.values(), ranks)
-        starved = [site for site in sites if site.expert and moments[site.name].tokens < site.size]
-        moments |= {site.name: self._moment(site) for site in starved}
-        with watching(self.model, starved, moments, view, routed=False):
+        _add_up(sights.values(), ranks)
+        starved = [
+            site for site in sites if site.expert and sights[site.name].moment.tokens < site.size
+        ]
+        sights |= {site.name: self._sight(site) for site in starved}
+        with watching(self.model, starved, sights, view, routed=False):
             for _ in batches_run() if starved else ():
                 pass
-        _add_up([moments[site.name] for site in starved], ranks)
+        _add_up([sights[site.name] for site in starved], ranks)
         part.starved.extend(site.name for site in starved)
-        return moments
+        return sights
+
+    def _sight(self, site: Site) -> Sight:
+        return Sight(self._moment(site), dict.fromkeys(site.modules, 0.0))
 
     def _moment(self, site: Site) -> Moment:
         if site.name in self.part.sketched:

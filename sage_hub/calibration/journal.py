@@ -75,15 +75,17 @@ class Journal:
         self._entries = {name: one for line in lines for name, one in line["entries"].items()}
         self.notes = [line["note"] for line in lines]
 
-    def add(self, name: str, found: Spectrum) -> None:
-        """Take in a spectrum of the block that is not finished yet."""
+    def add(self, name: str, found: Spectrum, outputs: Mapping[str, float]) -> None:
+        """Take in a spectrum of the block that is not finished yet, and the mean of ‖W x‖² of its
+        maps by their names.
+        """
         parts: dict[str, tuple[str, list[int], int]] = {}
         for part, tensor in (("basis", found.basis), ("values", found.values)):
             start = self._data.seek(0, os.SEEK_END)
             parts[part] = dtype_name(tensor.dtype), list(tensor.shape), start
             self._data.write(raw_bytes(tensor))
         about = {"trace": found.trace, "tokens": found.tokens, "missed": found.missed}
-        self._open_block[name] = {**about, "parts": parts}
+        self._open_block[name] = {**about, "outputs": dict(outputs), "parts": parts}
 
     def finish_block(self, note: Mapping[str, Any]) -> None:
         """From here on the spectra that were added outlive the run, with a `note`."""
@@ -98,7 +100,7 @@ class Journal:
         self.notes.append(dict(note))
 
     def scalars(self, name: str) -> dict[str, Any]:
-        """Trace, tokens and what was missed, of a spectrum."""
+        """Trace, tokens, what was missed, and outputs, of a spectrum."""
         return {key: value for key, value in self._entries[name].items() if key != "parts"}
 
     def empty(self, name: str, part: str) -> Tensor:

@@ -1,49 +1,65 @@
-"""Watch the inputs of the sites of one block while batches of rows run through it."""
+"""Watch what the sites of one block take in and make of it while rows run through it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from sage_hub.checkpoint.architecture import EXPERT_KINDS, is_experts
 from sage_hub.errors import ArchitectureError, NonFiniteError
 from sage_hub.method.moments import Moment
 from sage_hub.model.blocks import BlockModel
-from sage_hub.model.sites import Site, expert_inputs
+from sage_hub.model.sites import Site, run_expert
 from sage_hub.rows.encoding import Batch, Encoded
+
+
+@dataclass
+class Sight:
+    """What was seen of one site: its inputs, and how large its maps make them."""
+
+    moment: Moment
+    outputs: dict[str, float]  # map -> Σ ‖W x‖² over the inputs
+
+    def note(self, name: str, squares: Tensor) -> None:
+        """Take in ‖W x‖² of some inputs, made by the map `name`."""
+        self.outputs[name] += float(squares.cpu().double().sum())
 
 
 @contextmanager
 def watching(
     model: BlockModel,
     sites: Sequence[Site],
-    moments: Mapping[str, Moment],
+    sights: Mapping[str, Sight],
     view: View,
     *,
     routed: bool = True,
 ) -> Iterator[None]:
-    """Within it `moments` take in what `sites` are given, of the batch that `view` shows.
+    """Within it `sights` take in what `sites` are given and make, of the batch that `view` shows.
 
     Experts are shown the tokens that are routed to them, or with `routed` false those of their
     whole block.
     """
     with ExitStack() as hooks:
-
-        def before(name: str, hook: Any) -> None:
-            module = model.model.get_submodule(name)
-            hooks.enter_context(module.register_forward_pre_hook(hook))
-
         for site in sites:
-            if not site.expert:
-                before(site.name, _input_hook(site, moments[site.name], view))
-        experts = {site.name: moments[site.name] for site in sites if site.expert}
+            if site.expert:
+                continue
+            module = model.model.get_submodule(site.name)
+            hook = _input_hook(site, sights[site.name], view)
+            hooks.enter_context(module.register_forward_pre_hook(hook))
+            for name in site.modules:
+                hook = _output_hook(name, sights[site.name], view)
+                hooks.enter_context(model.model.get_submodule(name).register_forward_hook(hook))
+        experts = {site.name: sights[site.name] for site in sites if site.expert}
         for name, module in model.model.named_modules() if experts else ():
             if is_experts(module) and any(site.startswith(f"{name}.") for site in experts):
-                before(name, _experts_hook(name, experts, view, routed=routed))
+                hook = _experts_hook(name, experts, view, routed=routed)
+                hooks.enter_context(module.register_forward_pre_hook(hook))
         yield
 
 
@@ -95,23 +111,42 @@ def _all_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x.abs().max()))
 
 
-def _input_hook(site: Site, moment: Moment, view: View) -> Any:
+def _squares(made: Tensor) -> Tensor:
+    """‖y‖² of each output in `made` (n, out), shape (n,)."""
+    norms: Tensor = torch.linalg.vector_norm(made, dim=1, dtype=torch.float32)
+    return norms.square()
+
+
+def _input_hook(site: Site, sight: Sight, view: View) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        moment.add(view.tokens(site.name, args[0]))
+        sight.moment.add(view.tokens(site.name, args[0]))
 
     return hook
 
 
-def _experts_hook(name: str, experts: Mapping[str, Moment], view: View, *, routed: bool) -> Any:
+def _output_hook(name: str, sight: Sight, view: View) -> Any:
+    def hook(module: Any, args: tuple[Tensor, ...], made: Any) -> None:
+        if not isinstance(module, (nn.Linear, Conv1D)):  # a router, which makes more of it
+            made = nn.functional.linear(args[0], module.weight)
+        elif module.bias is not None:
+            made = made - module.bias
+        sight.note(name, _squares(made.reshape(-1, made.shape[-1]))[view.mask])
+
+    return hook
+
+
+def _experts_hook(name: str, experts: Mapping[str, Sight], view: View, *, routed: bool) -> Any:
     def hook(module: Any, args: tuple[Tensor, ...]) -> None:
         x, chosen = view.tokens(name, args[0]), view.tokens(name, args[1])
         for expert in range(module.num_experts):
             seen = x[(chosen == expert).any(dim=1)] if routed else x
             wanted = [k for k in EXPERT_KINDS if f"{name}.{k}.{expert}" in experts]
             if wanted and len(seen):
-                inputs = expert_inputs(module, expert, seen)
+                run = run_expert(module, expert, seen)
                 for kind in wanted:
                     site = f"{name}.{kind}.{expert}"
-                    experts[site].add(view.finite(site, inputs[kind]))
+                    inputs, made = run[kind]
+                    experts[site].moment.add(view.finite(site, inputs))
+                    experts[site].note(site, _squares(made))
 
     return hook

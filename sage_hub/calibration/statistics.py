@@ -32,7 +32,7 @@ from sage_hub.settings import Settings
 REPO_FILE = "statistics.safetensors"  # in a repo of the Hub
 REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 FORMAT = "sage-hub-statistics"
-VERSION = "3"
+VERSION = "4"
 
 # Directions are stored up to this energy even where the filter uses fewer, because a bias is
 # exact only along stored directions.
@@ -125,6 +125,12 @@ class Statistics:
             for site, scalars in own.items()
             if scalars["missed"] is not None
         }
+
+    @property
+    def outputs(self) -> dict[str, float]:
+        """Map -> tr(W_b C W_bᵀ), the mean of ‖W_b x‖² over the retain proxy."""
+        own = self._scalars["retain"].values()
+        return {name: mean for scalars in own for name, mean in scalars["outputs"].items()}
 
     def has(self, which: str) -> bool:
         """Whether there are spectra of the set `which`."""

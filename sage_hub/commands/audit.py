@@ -57,4 +57,5 @@ def audit(
     ):
         update = Update(plan.observed(opened.site_of), opened, how, settings.device)
         names = {"base": plan.base.name, "unlearned": plan.unlearned.name}
-        return {**names, "settings": settings.describe(), **summarize(update.measure(run))}
+        audit = summarize(update.measure(run), opened.outputs)
+        return {**names, "settings": settings.describe(), **audit}

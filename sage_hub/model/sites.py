@@ -90,11 +90,15 @@ def _find_sites(model: PreTrainedModel) -> list[Site]:
     return sites + [Site(m.name, (m.name,), m.features, expert=True) for m in experts]
 
 
-def expert_inputs(module: Any, expert: int, x: Tensor) -> dict[str, Tensor]:
-    """What the parameters of one expert are given when it sees `x` (n, in): kind -> (n, in)."""
+def run_expert(module: Any, expert: int, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the maps of one expert take and make when it sees `x` (n, in): kind -> x and W x."""
+
+    def run(kind: str, given: Tensor) -> Tensor:
+        weight = getattr(module, kind)[expert]
+        return nn.functional.linear(given, weight.T if module.is_transposed else weight)
+
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    weight, bias = getattr(module, first)[expert], None
-    if module.has_bias:
-        bias = getattr(module, f"{first}_bias")[expert]
-    y = nn.functional.linear(x, weight.T if module.is_transposed else weight, bias)
-    return {first: x, "down_proj": module._apply_gate(y) if module.has_gate else module.act_fn(y)}
+    made = run(first, x)
+    y = made + getattr(module, f"{first}_bias")[expert] if module.has_bias else made
+    inner = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    return {first: (x, made), "down_proj": (inner, run("down_proj", inner))}

@@ -45,8 +45,8 @@ def describe_source(checkpoint: Checkpoint, fingerprint: str) -> dict[str, Any]:
 def model_bias(records: Sequence[TensorRecord]) -> dict[str, float | None]:
     """Retention activation bias over all filtered weights, relative to the base's outputs.
 
-    `Σ tr(D C Dᵀ) / Σ tr(W_b C W_bᵀ)`, before (the source's update) and after (what is stored);
-    None for an adapter, whose base weights are not read. `kept` is after / before.
+    `Σ tr(D C Dᵀ) / Σ tr(W_b C W_bᵀ)`, before (the source's update) and after (what is stored).
+    `kept` is after / before.
     """
     whole = math.fsum(record.retain_base for record in records)
     before = math.fsum(record.retain_before for record in records)

@@ -82,7 +82,7 @@ def bias_by_layer(manifest: Mapping[str, Any]) -> Figure | None:
     for tensor in manifest["tensors"]:
         layer = re.search(r"\.(\d+)\.", tensor["name"])
         if layer and tensor.get("bias_before") and tensor.get("bias_after"):
-            words = [w for w in tensor["name"].split(".") if not w.isdigit()]
+            words = [w for w in tensor["name"].split(".") if not w.isdigit() and "lora_" not in w]
             kind = words[-2] if words[-1] in ("weight", "bias") else words[-1]
             own = kinds.setdefault(kind, {}).setdefault(int(layer[1]), [])
             own.append((tensor["bias_before"], tensor["bias_after"]))

@@ -11,23 +11,23 @@ from sage_hub.method.sage import matching_gain, relative
 from sage_hub.repair.update import STRENGTHS, Measurement
 
 
-def summarize(measured: Sequence[Measurement]) -> dict[str, Any]:
+def summarize(measured: Sequence[Measurement], outputs: Mapping[str, float]) -> dict[str, Any]:
     """The audit as data, the modules with the largest part of the retention bias first.
 
-    Biases are relative: `B / tr(W_b C W_bᵀ)`. `retain_after` is what the chosen λ would leave,
-    `share` a module's part of the model's retention bias, `forget_kept` the part of the
-    forgetting carrier that stays (without a gain).
+    Biases are relative: `B / tr(W_b C W_bᵀ)`, which `outputs` has by module. `retain_after` is what
+    the chosen λ would leave, `share` a module's part of the model's retention bias, `forget_kept`
+    the part of the forgetting carrier that stays (without a gain).
     """
     total = math.fsum(m.retain for m in measured)
-    whole = math.fsum(m.base for m in measured)
+    whole = math.fsum(outputs[m.module] for m in measured)
     modules = [
         {
             "module": m.module,
             "rank": m.rank,
-            "retain_before": relative(m.retain, m.base),
-            "retain_after": relative(m.retain_filtered, m.base),
+            "retain_before": relative(m.retain, outputs[m.module]),
+            "retain_after": relative(m.retain_filtered, outputs[m.module]),
             "share": relative(m.retain, total),
-            "forget_before": relative(m.forget, m.base),
+            "forget_before": relative(m.forget, outputs[m.module]),
             "forget_kept": relative(m.forget_filtered, m.forget),
         }
         for m in sorted(measured, key=lambda m: (-m.retain, m.module))

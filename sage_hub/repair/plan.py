@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +59,16 @@ class Operation:
     def dtype(self) -> torch.dtype:
         """The type in the release."""
         return DTYPES[self.stored or self.info.dtype]
+
+    def outputs(self, of: Mapping[str, float]) -> float:
+        """What of the maps' outputs, `of` each by name, is made by the rows of this tensor."""
+        parts = []
+        for piece in self.pieces:
+            if piece.linear is not None:
+                own, rows = piece.stop - piece.start, piece.linear.stop - piece.linear.start
+                share = 1.0 if self.pair is not None else own / rows
+                parts.append(share * of[piece.linear.name])
+        return math.fsum(parts)
 
     def describe(self) -> dict[str, Any]:
         """The operation for a listing."""

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from sage_hub.calibration.statistics import Statistics
@@ -39,15 +38,13 @@ class Filter:
 class Measurement:
     """What the update of one weight does on retained and forgotten inputs.
 
-    Biases are B = tr(D C Dᵀ); `base` is tr(W_b C W_bᵀ), which makes them relative. The forget
-    figures are None without a forget proxy.
+    Biases are B = tr(D C Dᵀ). The forget figures are None without a forget proxy.
     """
 
     module: str
     rank: int
     retain: float  # of the source's update Δ
     retain_filtered: float  # of D, with the gain not applied
-    base: float
     norm: float  # ‖Δ‖²
     profile: tuple[float, ...]  # the retain bias at each of STRENGTHS
     forget: float | None = None
@@ -64,7 +61,6 @@ class Measurement:
             rank=max(self.rank, other.rank),
             retain=self.retain + other.retain,
             retain_filtered=self.retain_filtered + other.retain_filtered,
-            base=self.base + other.base,
             norm=self.norm + other.norm,
             profile=tuple(a + b for a, b in zip(self.profile, other.profile, strict=True)),
             forget=both(self.forget, other.forget),
@@ -109,22 +105,16 @@ class Update:
         base = block.oriented(block.base, self.device)
         unlearned = block.oriented(block.unlearned, self.device)
         update = block.update(unlearned, base)
-        # One product for both, as two small ones take longer.
-        both = project(torch.cat([update, base]), spectrum.basis)
-        along, base_along = both[: len(update)], both[len(update) :]
-        own, origin = (
-            profile(update, spectrum.basis, along),
-            profile(base, spectrum.basis, base_along),
-        )
-        if not math.isfinite(own.norm + origin.norm):
-            # The norms have seen every number, which spares a look of its own at each.
+        along = project(update, spectrum.basis)
+        own = profile(update, spectrum.basis, along)
+        if not math.isfinite(own.norm):
+            # It has seen every number of both sides, which spares a look of its own at each.
             check_finite(block, self.plan)
         measured = Measurement(
             module=linear.name,
             rank=len(g),
             retain=own.bias(spectrum),
             retain_filtered=own.bias(spectrum, g),
-            base=origin.bias(spectrum),
             norm=own.norm,
             profile=tuple(own.biases(spectrum, STRENGTHS, len(g)).tolist()),
         )

@@ -32,7 +32,7 @@ class TensorRecord:
     rank: int | None = None  # the largest, where it holds several maps
     bias_before: float | None = None
     bias_after: float | None = None
-    bias_kept: float | None = None  # after / before, also where the base weight is not read
+    bias_kept: float | None = None  # after / before
     norm_ratio: float | None = None  # ‖D‖ / ‖Δ‖
     # Sums that the model's figures are made of; not relative, not rounded.
     retain_before: float = 0.0
@@ -75,7 +75,7 @@ def write_shards(
     not read and not written, but for its record. Raises NonFiniteError or
     CorruptCheckpointError.
     """
-    plan = update.plan
+    plan, outputs = update.plan, update.statistics.outputs
     different = [shard for shard in todo if shard not in plan.equal]
     with ahead(stream_blocks(plan, different, "Sanitizing", progress)) as blocks:
         stream = iter(blocks)
@@ -92,7 +92,7 @@ def write_shards(
                     while block is not None and block.operation is operation:
                         writer.write(operation.name, _treat(block, update, gains, tally))
                         block = next(stream, None)
-                    records.append(tally.record())
+                    records.append(tally.record(operation.outputs(outputs)))
             yield ShardRecord(shard, writer.sha256, tuple(records))
 
 
@@ -124,7 +124,8 @@ class _Tally:
     kept: float = 0.0  # ‖D‖²
     rounding: float = 0.0  # ‖W_b rounded to the unlearned side's type − W_b‖²
 
-    def record(self) -> TensorRecord:
+    def record(self, outputs: float) -> TensorRecord:
+        """What is said of the tensor, the rows of which make so much of the base's outputs."""
         name, shard, found = self.operation.name, self.operation.shard, self.measured
         if not self.differs:
             return TensorRecord(name, shard, "identical")
@@ -138,13 +139,13 @@ class _Tally:
             shard,
             "filtered",
             rank=found.rank,
-            bias_before=relative(found.retain, found.base),
-            bias_after=relative(self.after, found.base),
+            bias_before=relative(found.retain, outputs),
+            bias_after=relative(self.after, outputs),
             bias_kept=relative(self.after, found.retain),
             norm_ratio=math.sqrt(self.kept / self.update) if self.update else None,
             retain_before=found.retain,
             retain_after=self.after,
-            retain_base=found.base,
+            retain_base=outputs,
             update_norm=self.update,
             kept_norm=self.kept,
             rounding_norm=self.rounding,

@@ -26,10 +26,14 @@ def some_spectrum(seed: int) -> Spectrum:
     return Spectrum(basis, values, float(values.sum()) + 0.1, 7 + seed, 0.25 if seed else None)
 
 
+def some_outputs(seed: int) -> dict[str, float]:
+    return {f"map.{number}": float(seed + number) for number in range(2)}
+
+
 def fill(journal: Journal, blocks: range) -> None:
     for block in blocks:
         for which in ("retain", "forget"):
-            journal.add(f"{which}/site.{block}", some_spectrum(block))
+            journal.add(f"{which}/site.{block}", some_spectrum(block), some_outputs(block))
         journal.finish_block({"retain": [f"é{block}"]})
 
 
@@ -42,7 +46,7 @@ def check(journal: Journal, blocks: int) -> None:
         assert torch.equal(journal.read(name, "basis"), expected.basis)
         assert torch.equal(journal.read(name, "values"), expected.values)
         scalars = {"trace": expected.trace, "tokens": expected.tokens, "missed": expected.missed}
-        assert journal.scalars(name) == scalars
+        assert journal.scalars(name) == scalars | {"outputs": some_outputs(int(name[-1]))}
 
 
 @given(st.sampled_from(["spectra", "blocks.jsonl"]), st.floats(0, 1))
@@ -52,7 +56,7 @@ def test_what_was_cut_off_is_made_again(
     folder = tmp_path_factory.mktemp("journal")
     with Journal(folder, "key") as journal:
         fill(journal, range(3))
-        journal.add("retain/site.3", some_spectrum(3))  # of a block that is never finished
+        journal.add("retain/site.3", some_spectrum(3), {})  # of a block that is never finished
     with (folder / file).open("r+b") as cut:
         cut.truncate(round(share * (folder / file).stat().st_size))
     with Journal(folder, "key") as journal:

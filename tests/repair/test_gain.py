@@ -54,7 +54,7 @@ def test_a_search_needs_retain_rows(pair: Path, capsys: pytest.CaptureFixture[st
 
 def measurement(retain: float, retain_filtered: float, forget: float, kept: float) -> Measurement:
     zeros = (0.0,) * len(STRENGTHS)
-    return Measurement("m", 3, retain, retain_filtered, 1.0, 1.0, zeros, forget, kept)
+    return Measurement("m", 3, retain, retain_filtered, 1.0, zeros, forget, kept)
 
 
 def test_the_closed_form_keeps_the_carrier() -> None:
