@@ -123,6 +123,7 @@ def _calibrate(
             bar.set_postfix_str(f"{rows / (bar.format_dict['elapsed'] or 1):.3g} row/s")
             for path, journal in journals.items() if number >= done else ():
                 journal.finish_block({part.name: part.starved for part in within[path]})
+        checkpoint.files.check_unchanged()
         for path, journal in journals.items():
             origin = origin_of(checkpoint, weights, within[path], settings)
             write_statistics(path, origin, sites, journal)

@@ -147,7 +147,7 @@ def weight_bytes(model: PreTrainedModel) -> float:
 
 
 def probe(dtype: torch.dtype, device: str) -> Rates:
-    """Measure this machine for about a second, on what the work is made of."""
+    """Measure this machine for about half a second, on what the work is made of."""
     tokens, size = 512, 768
     x = torch.randn(tokens, size, device=device).to(dtype)
     weight = torch.randn(4 * size, size, device=device).to(dtype)
@@ -163,7 +163,7 @@ def probe(dtype: torch.dtype, device: str) -> Rates:
         do()  # warms up
         finish()
         rounds, start = 0, time.perf_counter()
-        while time.perf_counter() - start < 0.25:
+        while time.perf_counter() - start < 0.1:
             do()
             finish()
             rounds += 1

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
+from sage_hub.checkpoint.hashes import Stamp, sha256_of, stamp
 from sage_hub.checkpoint.hubfiles import HubFiles
 from sage_hub.checkpoint.location import Location, parse_location
 from sage_hub.checkpoint.tensorfile import (
     Header,
     OpenTensors,
     TensorReader,
-    file_sha256,
     read_header,
 )
 from sage_hub.errors import CorruptCheckpointError, NotFoundError, UsageError
@@ -72,6 +72,9 @@ class Files(Protocol):
     def sha256(self, file: str) -> str:
         """The SHA-256 of `file` in hex."""
 
+    def check_unchanged(self) -> None:
+        """Raise CorruptCheckpointError if a file is not what it was when it was hashed."""
+
     def missing_bytes(self, files: list[str]) -> int:
         """How many bytes of `files` would have to be downloaded."""
 
@@ -106,7 +109,7 @@ class LocalFiles:
             for path in sorted(folder.rglob("*"))
             if path.is_file() and not _is_bookkeeping(path.relative_to(folder).parts)
         }
-        self._hashes: dict[str, str] = {}
+        self._hashes: dict[str, tuple[str, Stamp]] = {}
 
     def path(self, file: str) -> Path:
         return self._folder / file
@@ -126,8 +129,17 @@ class LocalFiles:
 
     def sha256(self, file: str) -> str:
         if file not in self._hashes:
-            self._hashes[file] = file_sha256(self._folder / file)
-        return self._hashes[file]
+            self._hashes[file] = sha256_of(self._folder / file)
+        return self._hashes[file][0]
+
+    def check_unchanged(self) -> None:
+        for file, (_, before) in self._hashes.items():
+            path = self._folder / file
+            if not path.is_file() or stamp(path) != before:
+                raise CorruptCheckpointError(
+                    f"{file} of {self.name} was changed while it was being read, so nothing is "
+                    "made of it; run the same command again when nothing writes to it."
+                )
 
     def missing_bytes(self, files: list[str]) -> int:
         return 0
@@ -186,6 +198,9 @@ class Through:
 
     def sha256(self, file: str) -> str:
         return self.files.sha256(file)
+
+    def check_unchanged(self) -> None:
+        self.files.check_unchanged()
 
     def missing_bytes(self, files: list[str]) -> int:
         return self.files.missing_bytes(files)

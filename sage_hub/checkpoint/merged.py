@@ -118,6 +118,10 @@ class _Overlay(Through):
     def sha256(self, file: str) -> str:
         return self._holder(file).sha256(file)
 
+    def check_unchanged(self) -> None:
+        self.base.check_unchanged()
+        self.files.check_unchanged()
+
     def missing_bytes(self, files: list[str]) -> int:
         return self.files.missing_bytes([WEIGHTS])
 

@@ -130,6 +130,7 @@ def _make(job: Job, work: Work, upload: Upload | None = None) -> Release:
         chosen = choose_gain(update, trial)
         control = choose_control(update, chosen, trial)
         shards = make_shards(update, chosen.gains, work, upload, run)
+        plan.check_unchanged()
         records = [tensor for shard in shards for tensor in shard.tensors]
         check_written(records, plan)
         share = rounding_share(records) if rounded is None else rounded

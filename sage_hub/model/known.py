@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedModel
 
 from sage_hub.checkpoint.files import digest
+from sage_hub.runtime.shelf import keep, recall
 from sage_hub.runtime.versions import versions
 
 T = TypeVar("T")
 
 FORMAT = 1  # of what is kept; another one is found out anew
-
-
-def shelf() -> Path:
-    """The folder of what is known."""
-    return Path(HF_HOME) / "sage-hub" / "shapes"
 
 
 def known(
@@ -40,16 +32,9 @@ def known(
             "versions": versions(),
         }
     )
-    path = shelf() / f"{key}.json"
     try:
-        return read(json.loads(path.read_text(encoding="utf-8"))["found"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return read(recall("shapes", key))
+    except (LookupError, ValueError, TypeError):
         found = find()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(f".{os.getpid()}")  # as another run may be at the same
-        new.write_text(json.dumps({"found": found}), encoding="utf-8")
-        new.replace(path)
-    except OSError:
-        pass
+    keep("shapes", key, found)
     return read(found)

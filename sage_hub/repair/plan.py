@@ -154,6 +154,11 @@ class Plan:
         sides = self.base.passing(folder / "base"), self.unlearned.passing(folder / "unlearned")
         return replace(self, base=sides[0], unlearned=sides[1], low_disk=True)
 
+    def check_unchanged(self) -> None:
+        """Raise CorruptCheckpointError if a file of either side is not what it was at first."""
+        self.base.files.check_unchanged()
+        self.unlearned.files.check_unchanged()
+
     def base_shards(self, shard: str) -> list[str]:
         """The shards of the base that `shard` of the unlearned side needs, in that order."""
         if shard in self.equal:

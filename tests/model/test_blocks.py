@@ -22,7 +22,7 @@ from sage_hub.rows.encoding import Batch
 def _nothing_known(tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any) -> None:
     """Some models here do more than their config says."""
     folder = tmp_path_factory.mktemp("shapes")
-    monkeypatch.setattr("sage_hub.model.known.shelf", lambda: folder)
+    monkeypatch.setattr("sage_hub.runtime.shelf.shelf", lambda kind: folder)
 
 
 def save(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 from support.architectures import ARCHITECTURES, make_model
 
-from sage_hub.model import known
 from sage_hub.model.blocks import cut
 from sage_hub.model.sites import find_sites
 
 
 @pytest.fixture(autouse=True)
 def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(known, "shelf", lambda: tmp_path / "shapes")
+    monkeypatch.setattr("sage_hub.runtime.shelf.shelf", lambda kind: tmp_path / kind)
     return tmp_path / "shapes"
 
 
@@ -58,5 +57,6 @@ def test_what_cannot_be_read_is_found_out_again(content: str, shelf: Path) -> No
 def test_a_disk_that_cannot_be_written(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = about(make_model("Llama"))
     (shelf.parent / "file").write_text("no folder")
-    monkeypatch.setattr(known, "shelf", lambda: shelf.parent / "file" / "shapes")
+    nowhere = shelf.parent / "file" / "shapes"
+    monkeypatch.setattr("sage_hub.runtime.shelf.shelf", lambda kind: nowhere)
     assert about(make_model("Llama")) == first
