@@ -29,9 +29,20 @@ from sage_hub.kinds import (
 
 OUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 SETS = ("retain", "forget", "heldout")
+GUARD = "guard"  # the set that the base writes where there is none to forget
 # What gates call other things by, so that no bystander can be called that.
 _TAKEN = (
-    *(*SETS, "unseen", "reference", "base", "unlearned", "control", "sanitized", "robustness"),
+    *(
+        *SETS,
+        GUARD,
+        "unseen",
+        "reference",
+        "base",
+        "unlearned",
+        "control",
+        "sanitized",
+        "robustness",
+    ),
     *("bias", "gain", "all", "control_alpha", "retain_recovered"),
 )
 MODELS = ("reference", "tokenizer")  # settings that name a repo or a folder
@@ -61,7 +72,9 @@ class Settings:
     Raises UsageError for a value out of its range.
     """
 
-    retain: str | None = _data(None, PROXY, "what must be kept", usual="a general-purpose proxy")
+    retain: str | None = _data(
+        None, PROXY, "what must be kept", usual="rows that the base writes; general ones for audit"
+    )
     forget: str | None = _data(None, PROXY, "what must go")
     heldout: str | None = _data(None, PROXY, "retained knowledge outside the proxy, to evaluate on")
     unseen: str | None = _evaluation(None, PROXY, "what no model was trained on, for PrivLeak")
@@ -84,13 +97,13 @@ class Settings:
         None,
         number("λ", "inf", minimum=0),
         "how strongly retained directions are protected; 0 is the source, inf a hard projection",
-        usual="100; 10 without a search",
+        usual="100; 10 where no gain is searched for",
     )
     energy: float | None = _method(
         None,
         number("ρ", exclusiveMinimum=0, maximum=1),
         "share of the retained inputs' energy that is protected",
-        usual="0.99; 0.9 without a search",
+        usual="0.99; 0.9 where no gain is searched for",
     )
     rank: int | None = _method(None, whole(1, "K"), "protect at most so many directions per site")
     gain: float | Literal["match", "auto"] = _method(
@@ -103,6 +116,11 @@ class Settings:
         number("LEVEL"),
         "what gain 'auto' brings the forget set to",
         usual="the source's level",
+    )
+    keep: float = _method(
+        0.88,
+        number("SHARE", exclusiveMinimum=0, maximum=1),
+        "without --forget gain 'auto' keeps this share of what was lost on rows the base writes",
     )
     max_tokens: int = _computation(131_072, whole(1), "tokens of each set to calibrate on")
     max_length: int = _computation(2_048, whole(1), "longest row in tokens")
@@ -259,22 +277,23 @@ class Settings:
         )
 
     @property
-    def gain_rule(self) -> Literal["number", "match", "search"]:
+    def gain_rule(self) -> Literal["number", "match", "search", "keep"]:
         """How γ is found: as given, in closed form, or by evaluating what a few would make.
 
-        "auto" is a search over evaluations. With `low_disk`, where each would download both sides
-        anew, it is the closed form, and without a forget set 1.
+        "auto" is a search over evaluations: of the forget set, or without one of what is kept of
+        rows that the base writes. With `low_disk`, where each would download both sides anew, it
+        is the closed form, and without a forget set 1.
         """
-        if self.gain == "match":
-            return "match"
-        if self.gain != "auto" or self.forget is None:
-            return "number"
-        return "match" if self.low_disk else "search"
+        if self.gain != "auto":
+            return "match" if self.gain == "match" else "number"
+        if self.low_disk:
+            return "number" if self.forget is None else "match"
+        return "keep" if self.forget is None else "search"
 
     @property
     def sharpness(self) -> tuple[float, float]:
         """λ and ρ: as given, else what suits the way the gain is found (docs/results.md)."""
-        strength, energy = (100.0, 0.99) if self.gain_rule == "search" else (10.0, 0.9)
+        strength, energy = (100.0, 0.99) if self.gain_rule in ("search", "keep") else (10.0, 0.9)
         return (
             strength if self.strength is None else self.strength,
             energy if self.energy is None else self.energy,
@@ -297,21 +316,6 @@ class Settings:
     def stored_dtype(self) -> str | None:
         """`out_dtype` as safetensors names it."""
         return None if self.out_dtype is None else OUT_DTYPES[self.out_dtype]
-
-    def resolve_device(self) -> Settings:
-        """The settings with "auto" replaced. Raises UsageError for a device that is not here."""
-        import torch
-
-        if self.device == "auto":
-            return replace(self, device="cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            # "meta" is a device to torch, but nothing can be computed on it.
-            torch.ones(1, device=self.device).item()
-        except Exception:
-            raise UsageError(
-                f"The device {self.device!r} is not available here; use --device cpu."
-            ) from None
-        return self
 
 
 def _declared(one: Field[Any]) -> Setting:

@@ -36,6 +36,8 @@ from hypothesis import is_hypothesis_test, settings  # noqa: E402
 from support.pico import make_pair  # noqa: E402
 from support.quick import hurry, take_time  # noqa: E402
 
+from sage_hub.settings import Settings  # noqa: E402
+
 torch.set_num_threads(1)
 
 settings.register_profile("lean", max_examples=40, deadline=None)
@@ -110,6 +112,19 @@ def hub() -> Iterator[LoopbackHub]:
     _HUB.reset()
     yield _HUB
     _HUB.reset()
+
+
+@pytest.fixture(autouse=True)
+def _untaught(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models of nearly all tests are random: they know nothing that could be lost.
+
+    So without a forget set the gain is 1 there, as if it were given; but in tests marked `taught`.
+    """
+    rule = Settings.gain_rule.fget
+    assert rule is not None
+    if request.node.get_closest_marker("taught") is None:
+        known = property(lambda own: "number" if rule(own) == "keep" else rule(own))
+        monkeypatch.setattr(Settings, "gain_rule", known)
 
 
 @pytest.fixture(scope="session")

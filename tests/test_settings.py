@@ -23,6 +23,7 @@ from support.loopback_hub import LoopbackHub
 import sage_hub
 from sage_hub.cli.config import load_settings
 from sage_hub.cli.parser import COMMANDS, make_parser
+from sage_hub.commands.here import on_device
 from sage_hub.errors import NotFoundError, UsageError
 from sage_hub.kinds import Setting
 from sage_hub.settings import ABOUT_THE_RECORD, SETTINGS, Settings
@@ -461,21 +462,23 @@ def test_the_recorded_settings_can_be_given_again() -> None:
 
 
 def test_auto_becomes_a_device_that_is_here() -> None:
-    resolved = Settings().resolve_device()
+    resolved = on_device(Settings())
     assert resolved.device in ("cpu", "cuda")
-    assert resolved.resolve_device() == resolved
+    assert on_device(resolved) == resolved
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "vulkan", "hpu", "meta"])
 def test_a_device_that_cannot_compute_here_is_refused(device: str) -> None:
     with pytest.raises(UsageError, match="not available here; use --device cpu"):
-        Settings(device=device).resolve_device()
+        on_device(Settings(device=device))
 
 
+@pytest.mark.taught
 @pytest.mark.parametrize(
     "given, rule",
     [
-        ({}, "number"),
+        ({}, "keep"),
+        ({"low_disk": True}, "number"),
         ({"forget": "f.jsonl"}, "search"),
         ({"forget": "f.jsonl", "low_disk": True}, "match"),
         ({"forget": "f.jsonl", "gain": 3}, "number"),
@@ -487,8 +490,10 @@ def test_how_the_gain_is_found_goes_by_what_there_is(given: dict[str, Any], rule
     assert Settings(**given).gain_rule == rule
 
 
+@pytest.mark.taught
 def test_how_sharp_the_filter_is_goes_by_how_the_gain_is_found() -> None:
-    assert Settings().sharpness == Settings(gain=3).sharpness == (10, 0.9)
+    assert Settings(low_disk=True).sharpness == Settings(gain=3).sharpness == (10, 0.9)
+    assert Settings().sharpness == (100, 0.99)
     searched = Settings(forget="f.jsonl")
     assert searched.sharpness == (100, 0.99)
     assert Settings(forget="f.jsonl", strength=1).sharpness == (1, 0.99)

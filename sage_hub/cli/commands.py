@@ -233,6 +233,7 @@ def _how(args: argparse.Namespace) -> Any:
         own.get("ranks", ALONE),
         stats_cache=own.get("stats_cache"),
         record=own.get("record"),
+        save_retain=own.get("save_retain"),
     )
 
 

@@ -31,7 +31,7 @@ from sage_hub.repair.gain import SOURCE_LEVEL
 from sage_hub.repair.plan import Plan
 from sage_hub.runtime.machine import GB
 from sage_hub.runtime.progress import in_bytes
-from sage_hub.settings import SETS, Settings
+from sage_hub.settings import GUARD, SETS, Settings
 
 LITTLE = 0.5  # of what was lost: less than that come back is worth a hint
 
@@ -55,7 +55,7 @@ def _plan_lines(job: Job) -> Iterator[tuple[str, str]]:
     yield "weights", f"{described['filter']} of {described['tensors']} tensors can be filtered"
     for reason, count in described["copy"].items():
         yield "", f"copied: {count} × {reason}"
-    for which in SETS:
+    for which in (*SETS, *[GUARD] * (job.settings.gain_rule == "keep")):
         yield which, _set(job, which)
         if which in job.shown:
             yield "", f"as the model sees it: {printable(job.shown[which])}"
@@ -96,9 +96,11 @@ def _set(job: Job, which: str) -> str:
     """Where the rows of a set come from."""
     if proxy := job.proxies.get(which):
         return f"{proxy.name}, {len(proxy.rows)} rows"
+    if which in job.supply.written:
+        return "written by the base before calibration"
     if which == "retain" and job.statistics is not None:
         return f"ready statistics, {job.statistics.name}"
-    if getattr(job.settings, which) is not None:
+    if getattr(job.settings, which, None) is not None:
         return "cannot be used; see the problem below"
     return f"not given; {which} metrics will not be run"
 
@@ -237,6 +239,8 @@ def _gain(settings: Settings) -> str:
         return f"auto, by evaluating, to {aim}"
     if settings.gain_rule == "match":
         return "by the closed form"
+    if settings.gain_rule == "keep":
+        return f"auto, as large as keeps {100 * settings.keep:g} % of the loss on guard rows"
     return "1" if settings.gain == "auto" else f"{settings.gain:g}"
 
 

@@ -169,6 +169,11 @@ OPTIONS: Mapping[str, Sequence[Option]] = {
             action="append",
             default=argparse.SUPPRESS,
         ),
+        _option(
+            *("push sanitize", "--save-retain", "FILE"),
+            "leave the retain rows that the base writes in this file; they may hold what was to "
+            "be forgotten, and are never published",
+        ),
     ),
     "publication": (
         _option("push", "--to", "TARGET", "Hub repo or folder (default: UNLEARNED with -sage)"),

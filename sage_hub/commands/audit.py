@@ -10,7 +10,7 @@ from typing import Any
 from sage_hub.calibration.statistics import find_ready
 from sage_hub.checkpoint.pair import open_pair
 from sage_hub.commands.here import settle
-from sage_hub.commands.inputs import read_proxies
+from sage_hub.commands.inputs import general_texts, read_proxies
 from sage_hub.commands.job import Job
 from sage_hub.commands.survey import check_given_statistics
 from sage_hub.repair.bias import summarize
@@ -42,7 +42,7 @@ def audit(
     if plan.problems:
         raise plan.problems[0]
     check_filters(plan, settings)
-    proxies = read_proxies(settings.to_calibrate(), calibrates=ready is None)
+    proxies = read_proxies(settings.to_calibrate(), general_texts() if ready is None else {})
     check_rows(proxies, plan.base, settings)
     fingerprints = {
         "base": plan.base.fingerprint(run.progress),

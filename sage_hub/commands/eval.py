@@ -40,7 +40,7 @@ def evaluate_models(
     if not settings.sets:
         raise UsageError("Nothing to evaluate on; give --forget, --retain, --heldout or others.")
     harness.check_available(settings.lm_eval)
-    proxies = read_proxies(settings, calibrates=False)
+    proxies = read_proxies(settings)
     pickled = settings.pickled_weights
     first = open_checkpoint(models[0], pickled=pickled, dequantize=True)
     sides: dict[str, Checkpoint] = {models[0]: first}

@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from sage_hub.calibration.budget import RUNTIME
+from sage_hub.calibration.estimate import weight_bytes
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.errors import UsageError
 from sage_hub.evaluation.comparison import Result
 from sage_hub.evaluation.evaluate import expected_names
 from sage_hub.evaluation.imported import read_results
+from sage_hub.evaluation.written import NAME
+from sage_hub.model.compute import type_of
 from sage_hub.record.gates import ALWAYS_KNOWN, Gate, check_names, parse
 from sage_hub.record.tables import MODELS
 from sage_hub.repair.plan import Plan
 from sage_hub.rows.encoding import check_rows
+from sage_hub.rows.forms import parse_rows
 from sage_hub.rows.proxies import Proxy, check_disjoint
 from sage_hub.rows.sources import read_proxy
-from sage_hub.settings import Settings
+from sage_hub.runtime.machine import GB
+from sage_hub.runtime.progress import in_bytes
+from sage_hub.settings import GUARD, Settings
+
+# What a set that the base will write is taken for before that, to know the names of its figures.
+EXAMPLE = Proxy(NAME, parse_rows([{"question": "?", "answer": "."}], NAME))
+
+
+@dataclass(frozen=True)
+class Supply:
+    """Where the rows come from that a run needs and that nobody has given."""
+
+    written: tuple[str, ...] = ()  # the sets that the base writes
+    general: tuple[str, ...] = ()  # the sets that general texts stand in for
+    why: str = ""  # the base does not write them
+
+    @classmethod
+    def of(cls, base: Checkpoint, settings: Settings, *, calibrates: bool) -> Supply:
+        """What a run of `settings` needs: the base writes it if it fits into memory as a whole."""
+        needs = {
+            "retain": settings.retain is None and (calibrates or settings.gain_rule == "search"),
+            GUARD: settings.gain_rule == "keep",
+        }
+        sets = tuple(which for which, needed in needs.items() if needed)
+        if not sets:
+            return cls()
+        if settings.low_disk:
+            return cls(general=sets, why="with --low-disk it is never here as a whole")
+        needed = weight_bytes(base.empty_model(type_of(settings.compute_dtype))) + RUNTIME
+        limit = settings.memory * GB
+        if needed > limit:
+            why = f"it takes {in_bytes(needed)} of memory, and --memory allows {in_bytes(limit)}"
+            return cls(general=sets, why=why)
+        return cls(written=sets)
 
 
 @dataclass
@@ -25,6 +63,7 @@ class Inputs:
 
     settings: Settings
     calibrates: bool
+    supply: Supply
     proxies: dict[str, Proxy] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
@@ -39,14 +78,9 @@ class Inputs:
     def read_sets(self) -> None:
         """The sets, and whether there are those that the gain is found by."""
         settings = self.settings
-        self.proxies |= read_proxies(settings, calibrates=self.calibrates)
+        self.proxies |= read_proxies(settings, general_texts(self.supply.general))
         if settings.gain == "match" and self.calibrates and "forget" not in self.proxies:
             raise UsageError("--gain match is measured on the forget proxy; give --forget.")
-        if settings.gain_rule == "search" and "retain" not in self.proxies:
-            raise UsageError(
-                "The gain is searched for on the forget rows, and held back by retain rows, which "
-                "statistics don't hold: give --retain beside --stats, or --gain match."
-            )
         if settings.target is not None and settings.gain_rule != "search":
             raise UsageError(
                 "--target is reached by evaluating the forget set; give --forget, no --low-disk."
@@ -64,7 +98,8 @@ class Inputs:
         if not self.proxies.keys() >= settings.sets.keys():
             return
         models = [*MODELS, *(["reference"] if settings.reference else [])]
-        known = {*expected_names(self.proxies, settings, models), *ALWAYS_KNOWN}
+        written = {which: EXAMPLE for which in self.supply.written}
+        known = {*expected_names({**written, **self.proxies}, settings, models), *ALWAYS_KNOWN}
         for result in self.results:
             known |= {f"{result.model}.{result.set}.{result.metric}"}
             known |= {f"{result.set}.{result.metric}"} if result.model == "sanitized" else set()
@@ -72,12 +107,19 @@ class Inputs:
         check_names(self.gates, known, tasks)
 
 
-def read_proxies(settings: Settings, *, calibrates: bool) -> dict[str, Proxy]:
-    """The sets that are given, read and checked to be disjoint.
-
-    Without a retain proxy the general-purpose one stands in, if it is to calibrate on.
-    """
-    sources: dict[str, str | None] = {"retain": None} if calibrates else {}
-    proxies = {which: read_proxy(source) for which, source in (sources | settings.sets).items()}
+def read_proxies(settings: Settings, others: Mapping[str, Proxy] = {}) -> dict[str, Proxy]:
+    """The sets that are given, and `others` in the place of those that are not; all disjoint."""
+    given = {which: read_proxy(source) for which, source in settings.sets.items()}
+    proxies = {**others, **given}
     check_disjoint({which: proxy.hashes for which, proxy in proxies.items()})
     return proxies
+
+
+def general_texts(sets: Sequence[str] = ("retain",)) -> dict[str, Proxy]:
+    """The texts that come with sage-hub as these sets, every third one as a guard row."""
+    proxy = read_proxy(None)
+    if GUARD not in sets:
+        return dict.fromkeys(sets, proxy)
+    others = tuple(row for number, row in enumerate(proxy.rows) if number % 3)
+    parts = {GUARD: proxy.rows[::3], "retain": others}
+    return {which: replace(proxy, rows=parts[which]) for which in sets}

@@ -17,6 +17,7 @@ from sage_hub.calibration.statistics import Ready, Statistics, open_statistics
 from sage_hub.checkpoint.files import digest
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.checkpoint.location import Location
+from sage_hub.commands.inputs import Supply
 from sage_hub.errors import SageHubError
 from sage_hub.evaluation.comparison import Result
 from sage_hub.publish.target import Publication
@@ -46,6 +47,7 @@ class Job:
     publication: Publication = field(default_factory=Publication)  # if the target is on the Hub
     force: bool = False
     run: Run = field(default_factory=Run)
+    supply: Supply = field(default_factory=Supply)  # where rows come from that nobody gave
     shown: Mapping[str, str] = field(default_factory=dict)  # the first row of each set, as seen
     warnings: tuple[str, ...] = ()
     problems: tuple[SageHubError, ...] = ()  # each would stop the run
@@ -60,7 +62,7 @@ class Job:
     @property
     def keeps_output(self) -> bool:
         """Whether all finished shards stay until the end: the result, or what is evaluated."""
-        evaluates = self.proxies.keys() - {"retain"}
+        evaluates = {*self.proxies, *self.supply.written} - {"retain"}
         return self.target.folder is not None or not self.settings.low_disk or bool(evaluates)
 
     @property

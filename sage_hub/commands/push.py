@@ -12,6 +12,7 @@ from typing import Any
 from sage_hub.checkpoint.location import Location
 from sage_hub.checkpoint.pair import open_pair, open_unlearned
 from sage_hub.commands.job import Job
+from sage_hub.commands.rows import with_written
 from sage_hub.commands.survey import check_weights, choose_target, survey
 from sage_hub.errors import SageHubError
 from sage_hub.evaluation.evaluate import Candidate, Evaluation, Study, evaluate
@@ -26,8 +27,9 @@ from sage_hub.record.manifest import MANIFEST, leave_record, make_manifest, make
 from sage_hub.record.release import Release, Terms, stop_at_gates
 from sage_hub.repair.beside import carry_files, write_index
 from sage_hub.repair.control import Control, choose_control
-from sage_hub.repair.effect import check_changes, check_rounding, check_written
+from sage_hub.repair.effect import check_breadth, check_changes, check_rounding, check_written
 from sage_hub.repair.gain import Trial, choose_gain
+from sage_hub.repair.keeping import choose_by_keeping
 from sage_hub.repair.plan import Plan
 from sage_hub.repair.update import Filter, Update
 from sage_hub.repair.write import norm_matched_alpha, rounding_share
@@ -118,8 +120,11 @@ def _make(job: Job, work: Work, upload: Upload | None = None) -> Release:
     settings, run, clock = job.settings, job.run, Clock()
     if not settings.low_disk:  # where each look at a shard is a download
         run.ranks.once(lambda: check_changes(job.plan))
+        if settings.gain_rule == "keep":
+            run.ranks.once(lambda: check_breadth(job.plan))
     looked_at = job.plan.passing(work.downloads) if settings.low_disk else job.plan
     rounded = run.ranks.once(lambda: check_rounding(looked_at))
+    job = with_written(job, work)
     with job.calibrated(work.statistics) as statistics:
         clock.lap("calibrate")
         plan = job.plan.observed(statistics.site_of)
@@ -127,7 +132,8 @@ def _make(job: Job, work: Work, upload: Upload | None = None) -> Release:
         how = Filter(*settings.sharpness, settings.rank)
         update = Update(plan, statistics, how, settings.device)
         trial = Trial(job.proxies, settings, job.reference, work.folder, run)
-        chosen = choose_gain(update, trial)
+        choose = choose_by_keeping if settings.gain_rule == "keep" else choose_gain
+        chosen = choose(update, trial)
         control = choose_control(update, chosen, trial)
         shards = make_shards(update, chosen.gains, work, upload, run)
         plan.check_unchanged()

@@ -15,7 +15,7 @@ from sage_hub.checkpoint.hubfiles import HubFiles
 from sage_hub.checkpoint.index import open_checkpoint
 from sage_hub.checkpoint.tensorfile import file_sha256
 from sage_hub.commands.here import settle
-from sage_hub.commands.inputs import read_proxies
+from sage_hub.commands.inputs import general_texts, read_proxies
 from sage_hub.errors import TargetError, UsageError
 from sage_hub.publish.target import Publication, check_target
 from sage_hub.publish.upload import Upload
@@ -67,7 +67,7 @@ def collect_statistics(
         if retain:
             files = _files(retain, file, settings)
         else:
-            files = {file: read_proxies(settings.to_calibrate(), calibrates=True)}
+            files = {file: read_proxies(settings.to_calibrate(), general_texts())}
         for proxies in files.values():
             check_rows(proxies, checkpoint, settings)
         weights = once(lambda: checkpoint.fingerprint(run.progress))
@@ -101,7 +101,7 @@ def _files(retain: Sequence[str], folder: Path, settings: Settings) -> dict[Path
     files: dict[Path, dict[str, Proxy]] = {}
     for source in retain:
         own = replace(settings.to_calibrate(), retain=source)
-        proxies = read_proxies(own, calibrates=True)
+        proxies = read_proxies(own)
         name = proxies["retain"].name
         stem = name if "://" in name else Path(name).stem
         stem = re.sub(r"\W+", "-", stem.removeprefix(DATASET_SCHEME)).strip("-")

@@ -16,8 +16,9 @@ from sage_hub.checkpoint.merged import Merged, check_effect
 from sage_hub.checkpoint.notes import notes_on
 from sage_hub.checkpoint.pair import Pair
 from sage_hub.commands.here import settle
-from sage_hub.commands.inputs import Inputs
+from sage_hub.commands.inputs import Inputs, Supply
 from sage_hub.commands.job import Job
+from sage_hub.commands.rows import check_save, warn_of_rows
 from sage_hub.errors import (
     OutOfMemoryError,
     SageHubError,
@@ -72,7 +73,8 @@ def survey(
     memory, least, room = expect_calibration(plan.base, settings)
     if ready is not None:
         memory = replace(memory, moments=0, sketched=frozenset())
-    data = Inputs(settings, calibrates=ready is None)
+    supply = Supply.of(plan.base, settings, calibrates=ready is None)
+    data = Inputs(settings, ready is None, supply)
     job = Job(
         plan,
         settings,
@@ -85,17 +87,19 @@ def survey(
         publication=publication,
         force=force,
         run=run,
+        supply=supply,
     )
     checks: list[Callable[[], object]] = [
         lambda: check_filters(plan, settings),
         lambda: _check_target(job, pair),
         lambda: _check_ranks(job),
+        lambda: check_save(job),
         lambda: check_disk(
             plan,
             job.output,
             statistics=room if ready is None else ready.missing_bytes,
             low_disk=settings.low_disk,
-            keep=target.folder is not None or bool(settings.sets.keys() - {"retain"}),
+            keep=job.keeps_output or bool(settings.sets.keys() - {"retain"}),
         ),
         lambda: check_effect(plan.unlearned),
         lambda: data.read_results(pair.sides),
@@ -251,17 +255,7 @@ def check_given_statistics(job: Job) -> None:
 
 
 def _warnings(job: Job) -> Iterator[str]:
-    retain = job.proxies.get("retain")
-    if retain is not None and retain.builtin:
-        yield (
-            "The retain proxy is the general-purpose one that comes with sage-hub. A few hundred "
-            "rows of your own domain, given with --retain, protect what you care for better."
-        )
-    if job.settings.gain == "auto" and job.settings.forget is None:
-        yield (
-            "Without --forget no gain can be chosen: what is left of the update is not turned up, "
-            "so the release will forget less than its source, and nothing here shows how much."
-        )
+    yield from warn_of_rows(job)
     available = machine_memory()
     if available is not None and job.settings.memory * GB > available:
         yield (

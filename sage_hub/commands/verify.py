@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from sage_hub.commands.here import on_device
 from sage_hub.commands.push import sanitize
 from sage_hub.errors import NotFoundError, UsageError, VerificationError
 from sage_hub.publish.verify import Verification, read_manifest, verify
@@ -49,9 +50,9 @@ def _rebuild(release: str, run: Run) -> list[str]:
     settings = Settings.from_record(manifest["settings"]).without_evaluation()
     device = settings.device
     try:
-        settings.resolve_device()
+        on_device(settings)
     except UsageError:  # made on a GPU, and there is none
-        settings = replace(settings, device="auto").resolve_device()
+        settings = on_device(replace(settings, device="auto"))
     needed = {base, unlearned, *settings.sets.values(), manifest["statistics"].get("file")}
     for name in card.local_inputs(manifest):
         if name in needed and not Path(name).exists():

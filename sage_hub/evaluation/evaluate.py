@@ -33,7 +33,7 @@ from sage_hub.rows.proxies import Proxy
 from sage_hub.runtime.machine import GB
 from sage_hub.runtime.progress import in_bytes
 from sage_hub.runtime.run import Run
-from sage_hub.settings import SETS, Settings
+from sage_hub.settings import GUARD, SETS, Settings
 
 ROBUST = ("base", "unlearned", "sanitized")  # the models that robustness is measured of
 
@@ -129,7 +129,7 @@ def prepared(study: Study, settings: Settings) -> tuple[list[EvaluationSet], lis
     sets = []
     for which, proxy in study.proxies.items():
         # What retention was calibrated on proves nothing of it, and generating takes long.
-        vain = which == "retain" and proxy.fingerprint in study.calibrated
+        vain = which == GUARD or (which == "retain" and proxy.fingerprint in study.calibrated)
         own = replace(settings, generate_rows=0) if vain else settings
         sets.append(prepare(which, proxy, study.tokens_of, own))
     reasons = {one.name: "every answer is cut away by --max-length" for one in sets if not one.rows}
@@ -155,7 +155,7 @@ def expected_names(
     """The names that the figures of an evaluation will have in gates, if all goes well."""
     for which, proxy in proxies.items():
         metrics = set(metrics_of(proxy.rows, settings.suite))
-        if which == "retain" or not settings.generate_rows:
+        if which in ("retain", GUARD) or not settings.generate_rows:
             metrics -= ANSWERS.keys()
         if not any(row.perturbed for row in proxy.rows):
             metrics.discard("truth_ratio")

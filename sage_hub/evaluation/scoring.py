@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -189,6 +189,27 @@ def _continue(
     kind: Answering,
     ends: Sequence[int],
 ) -> Iterator[str]:
+    for line in generate(model, tokenizer, prompts, kind, ends):
+        text = str(tokenizer.decode(line, skip_special_tokens=True))
+        for stop in kind.stops:
+            text = text.partition(stop)[0]
+        yield text.strip()
+
+
+@torch.inference_mode()
+def generate(
+    model: BlockModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    kind: Answering,
+    ends: Sequence[int],
+    choose: Callable[[Tensor], Tensor] | None = None,
+) -> list[list[int]]:
+    """The tokens that `model`, whole and in memory, goes on with behind each of `prompts`.
+
+    Up to one of `ends`, which is left away; one of the stops may be among them, with a few more.
+    Greedily, or sampled from the logits (rows, vocabulary) that `choose` makes of them.
+    """
     width = max(map(len, prompts))
     # Padded on the left, so that every row goes on from its own last token.
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -199,7 +220,7 @@ def _continue(
     context = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     room = context - width if isinstance(context, int) else kind.max_new_tokens
     config = GenerationConfig(
-        do_sample=False,
+        **({"do_sample": True, "top_k": 0} if choose else {"do_sample": False}),
         max_new_tokens=max(1, min(kind.max_new_tokens, room)),
         eos_token_id=list(ends) or None,
         pad_token_id=ends[0] if ends else 0,
@@ -216,11 +237,10 @@ def _continue(
         attention_mask=mask.to(model.device),
         generation_config=config,
         stopping_criteria=[stopped] if kind.stops else [],
+        logits_processor=[lambda _, logits: choose(logits)] if choose else [],
     )
-    for line in made[:, width:].tolist():
-        if end := [place for place, token in enumerate(line) if token in ends]:
-            line = line[: end[0]]
-        text = str(tokenizer.decode(line, skip_special_tokens=True))
-        for stop in kind.stops:
-            text = text.partition(stop)[0]
-        yield text.strip()
+    lines: list[list[int]] = made[:, width:].tolist()
+    return [
+        line[: next((place for place, token in enumerate(line) if token in ends), len(line))]
+        for line in lines
+    ]

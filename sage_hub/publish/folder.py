@@ -60,6 +60,11 @@ class Work:
         return self.folder / "statistics.safetensors"
 
     @property
+    def rows(self) -> Path:
+        """The rows that the base model has written, if it had to."""
+        return self.folder / "rows.json"
+
+    @property
     def downloads(self) -> Path:
         """Where shards of the sources are kept while they are read, with low disk."""
         return self.folder / "downloads"
@@ -96,7 +101,7 @@ class Work:
     @property
     def has_parts(self) -> bool:
         """Whether anything is finished that a next run would not have to do again."""
-        begun = self.statistics, journal_of(self.statistics)
+        begun = self.rows, self.statistics, journal_of(self.statistics)
         return any(map(Path.exists, begun)) or any(self._note("").parent.glob("*.json"))
 
     def open(self, progress: Progress) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -19,6 +19,7 @@ OPEN = 2  # shards of each side
 NOISE = 1e-6  # of sums in float32
 ROWS = 64  # of each tensor, for the rounding of a quantized base
 MOSTLY = 0.5
+FEW = 0.05  # of all linear maps
 
 
 def no_update(plan: Plan) -> NothingToDoError:
@@ -51,6 +52,35 @@ def check_changes(plan: Plan) -> None:
 
     Both are read until they do, which is at the first such tensor as a rule.
     """
+    if next(_changed_maps(plan), None) is None:
+        raise NothingToDoError(
+            f"{plan.unlearned.name} differs from {plan.base.name} in no weight that can be "
+            "filtered, so the release would be the unlearned model itself. If it is a LoRA "
+            "adapter, it may not have been trained; else what unlearning changed lies in "
+            "embeddings, norms or the head, which sage-hub leaves alone."
+        )
+
+
+def check_breadth(plan: Plan) -> None:
+    """Raise NothingToDoError if so few maps differ that damage shows nothing of forgetting.
+
+    Both sides are read until enough of them do (docs/results.md, "Without rows").
+    """
+    maps = sum(map(len, plan.base.architecture.linears.values()))
+    changed: set[str] = set()
+    for name in _changed_maps(plan):
+        changed.add(name)
+        if len(changed) >= FEW * maps:
+            return
+    raise NothingToDoError(
+        f"The two checkpoints differ in {len(changed)} of {maps} linear maps. So narrow an update, "
+        "as RMU makes, loses what it forgets long before it loses what the base writes, so that "
+        "without a forget set no gain can be chosen. Give --forget, or insist with --gain 1."
+    )
+
+
+def _changed_maps(plan: Plan) -> Iterator[str]:
+    """The linear maps that differ between the two sides, read as they are asked for."""
     with ExitStack() as stack:
         base, unlearned = (
             stack.enter_context(open_shards(side, OPEN)) for side in (plan.base, plan.unlearned)
@@ -62,7 +92,7 @@ def check_changes(plan: Plan) -> None:
                 b = unlearned(operation.shard).read(operation.pair.b)
                 a = unlearned(operation.shard).read(operation.tensor)
                 if a.any() and b.any():
-                    return
+                    yield from (linear.name for linear in operation.linears)
                 continue
             for piece in operation.pieces:
                 if piece.linear is not None and piece.base is not None:
@@ -73,13 +103,7 @@ def check_changes(plan: Plan) -> None:
                         piece.base, *_rows_of_base(piece)
                     )
                     if _differ(ours, theirs, operation):
-                        return
-    raise NothingToDoError(
-        f"{plan.unlearned.name} differs from {plan.base.name} in no weight that can be filtered, "
-        "so the release would be the unlearned model itself. If it is a LoRA adapter, it may not "
-        "have been trained; else what unlearning changed lies in embeddings, norms or the head, "
-        "which sage-hub leaves alone."
-    )
+                        yield piece.linear.name
 
 
 def check_rounding(plan: Plan) -> float | None:

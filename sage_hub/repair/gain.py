@@ -8,7 +8,7 @@ how much it forgets for what it disturbs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ LEVELS = ("probability", "accuracy", "loss")
 FIRST = 4  # every n-th row is enough for a first look at every way
 FEWEST = 40  # rows of a set that a look takes
 STEP = 2.0  # between the gains of a first look
+BOTH = ("forget", "retain")
+
+Figures = Mapping[tuple[str, str], float]  # set and metric -> value
 
 
 @dataclass(frozen=True)
@@ -67,25 +70,35 @@ class Trial:
         self, update: Update, variants: Mapping[str, Blend | None], every: int = 1
     ) -> list[Level]:
         """How well variants of the unlearned side know both sets, by every n-th row of them."""
-        plan, study = update.plan, Study(self._sets(every), update.plan.base)
+        return [level_of(figures) for figures in self.figures(update, variants, BOTH, every)]
+
+    def figures(
+        self,
+        update: Update,
+        variants: Mapping[str, Blend | None],
+        sets: Collection[str],
+        every: int = 1,
+    ) -> list[Figures]:
+        """What variants of the unlearned side make of every n-th row of `sets`."""
+        plan, study = update.plan, Study(self._sets(sets, every), update.plan.base)
         how = replace(self._asked, max_tokens=self._asked.max_tokens // every)
         found = evaluate_variants(
             plan.unlearned, plan.base, variants, study, how, self.scratch, self.run
         )
-        return [level_of(figures) for figures in found.values()]
+        return [*found.values()]
 
     def level(self, checkpoint: Checkpoint, name: str, tokens_of: Checkpoint) -> Level:
         """How well another model, called `name`, knows both sets."""
-        models, study = {name: Candidate(checkpoint)}, Study(self._sets(), tokens_of)
+        models, study = {name: Candidate(checkpoint)}, Study(self._sets(BOTH), tokens_of)
         found = evaluate(models, study, self._asked, self.scratch, self.run)
         return level_of({(result.set, result.metric): result.value for result in found.results})
 
-    def _sets(self, every: int = 1) -> dict[str, Proxy]:
-        """Every n-th row of both sets, but not fewer than FEWEST where there are so many."""
-        sets = {which: self.proxies[which] for which in ("forget", "retain")}
+    def _sets(self, sets: Collection[str], every: int = 1) -> dict[str, Proxy]:
+        """Every n-th row of `sets`, but not fewer than FEWEST where there are so many."""
+        proxies = {which: self.proxies[which] for which in sets}
         return {
             which: replace(proxy, rows=proxy.rows[:: max(1, min(every, len(proxy.rows) // FEWEST))])
-            for which, proxy in sets.items()
+            for which, proxy in proxies.items()
         }
 
     @property
@@ -274,12 +287,12 @@ def _words(level: Level, outcome: str, source: Level, of: str) -> str:
     return f"is as far as it goes without harming retained rows; it misses {of}"
 
 
-def level_of(figures: Mapping[tuple[str, str], float]) -> Level:
+def level_of(figures: Figures) -> Level:
     """How well both sets are known by the figures of a model, the worse where there is none."""
-    return Level(_level(figures, "forget", math.inf), _level(figures, "retain", -math.inf))
+    return Level(how_known(figures, "forget", math.inf), how_known(figures, "retain", -math.inf))
 
 
-def _level(figures: Mapping[tuple[str, str], float], which: str, otherwise: float) -> float:
+def how_known(figures: Figures, which: str, otherwise: float) -> float:
     """How well `which` is known, `otherwise` if there is no figure of it."""
     for metric in LEVELS:
         value = figures.get((which, metric), math.nan)

@@ -92,6 +92,25 @@ class Chat:
                 wrong.append(str(error))
         raise ProxyError(f"{where}: the chat template {wrong[0]}; {OTHERWISE}.")
 
+    @property
+    def turn(self) -> tuple[str, str]:
+        """What the template writes before the first thing that a user says, and behind it.
+
+        Raises ProxyError if it begins no conversation with that.
+        """
+        wrong = []
+        for form in FORMS:
+            try:
+                text = self._render(_formed([{"role": "user", "content": MARK}], form), None)
+            except Unfit as error:
+                wrong.append(str(error))
+                continue
+            before, found, behind = text.partition(MARK)
+            if found and MARK not in behind:
+                return before, behind
+            wrong.append("does not write what a user says, or not once")
+        raise ProxyError(f"The chat template {wrong[0]}; {OTHERWISE}.")
+
     def _show(self, row: Row, form: Callable[[str], Any]) -> Shown:
         messages, tools = messages_of(row)
         answer = messages[-1]["content"]

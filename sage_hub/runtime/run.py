@@ -17,3 +17,4 @@ class Run:
     ranks: Ranks = ALONE  # the processes that do it together
     stats_cache: Path | None = None  # where statistics are looked for and kept
     record: Path | None = None  # where card and record are left too
+    save_retain: Path | None = None  # where the rows that the base writes are left

@@ -94,7 +94,7 @@ def test_a_dry_run_of_folders_reads_headers_alone(
     def no_data(path: Path) -> None:
         assert path.suffix != ".safetensors", "read the weights"
 
-    monkeypatch.setattr("sage_hub.checkpoint.files.file_sha256", no_data)
+    monkeypatch.setattr("sage_hub.checkpoint.hashes.file_sha256", no_data)
     monkeypatch.setattr("sage_hub.checkpoint.files.TensorReader", no_data)
     both = ["sanitize", str(pair / "base"), str(pair / "unlearned"), "--output", "out"]
     assert main([*both, "--dry-run", "--verbose"]) == 0

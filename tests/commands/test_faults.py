@@ -100,7 +100,8 @@ def prepared(
     assert main(["stats", str(_pair / "base"), *retain, "--output", statistics]) == 0
     command = ["push", "org/base", "org/unlearned", "--to", TARGET, "--stats", statistics]
     # Nothing is evaluated, to save time; TestStopped does it the other way.
-    command += ["--retain", "hf://datasets/org/facts", "--yes", "--quiet", LOW_DISK]
+    command += ["--retain", "hf://datasets/org/facts", "--yes", "--quiet"]
+    command += ["--gain", "1", LOW_DISK]
     rows = [json.dumps(row) for row in make_rows(4, 7)]
     repos = {
         ("org/base", "model"): _pair / "base",

@@ -55,7 +55,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(source: Path, output: Path, *options: str) -> list[str]:
     words = ["sanitize", str(source / "base"), str(source / "unlearned"), "--output", str(output)]
-    return [*words, "--retain", str(source / "retain.jsonl"), *options]
+    return [*words, "--retain", str(source / "retain.jsonl"), "--gain", "1", *options]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -209,7 +209,7 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
 
 
 def job(source: Path, output: Path) -> Job:
-    settings = sage_hub.Settings(retain=str(source / "retain.jsonl"))
+    settings = sage_hub.Settings(retain=str(source / "retain.jsonl"), gain=1.0)
     pair = open_pair(str(source / "base"), str(source / "unlearned"))
     return check_weights(survey(pair, Location(output), settings))
 

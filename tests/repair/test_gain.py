@@ -41,15 +41,20 @@ def test_forget_rows_without_an_answer_stop_the_search(
     assert "makes no number of any answer of the forget set (forget.jsonl)" in said
 
 
-def test_a_search_needs_retain_rows(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_without_retain_rows_has_them_written(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They hold the gain back, whatever was calibrated on."""
     sides = [str(pair / "base"), str(pair / "unlearned")]
     retain = ["--retain", str(pair / "retain.jsonl")]
     forget = ["--forget", str(pair / "forget.jsonl")]
     assert main(["stats", sides[0], *retain, *forget, "--output", "s.safetensors", "-q"]) == 0
     words = ["sanitize", *sides, *forget, "--stats", "s.safetensors", "--output", "out", "-q"]
-    assert main(words) == 2
-    assert "give --retain beside --stats, or --gain match" in capsys.readouterr().err
-    assert main([*words, *retain, "--dry-run"]) == main([*words, "--gain", "match"]) == 0
+    assert main([word for word in words if word != "-q"]) == 0
+    err = capsys.readouterr().err
+    assert "retain      written by the base before calibration" in err
+    assert "γ = " in err
+    assert main([*words, "--gain", "match", "--dry-run"]) == 0
 
 
 def measurement(retain: float, retain_filtered: float, forget: float, kept: float) -> Measurement:
