@@ -261,7 +261,8 @@ def copy(pair: str) -> None:
 def sanitize(pair: Path) -> list[str]:
     """The arguments of sage-hub: its defaults, with the statistics that were built."""
     options = ["--output", f"{pair}/output", "--stats", f"{pair}/statistics.safetensors"]
-    return ["sanitize", f"{pair}/base", f"{pair}/unlearned", *options, "--quiet"]
+    sides = [f"{pair}/base", f"{pair}/unlearned"]
+    return ["sanitize", *sides, *options, "--gain", "1", "--quiet"]
 
 
 def merge(python: str, pair: Path) -> list[str]:
