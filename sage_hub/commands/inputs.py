@@ -12,7 +12,7 @@ from sage_hub.errors import UsageError
 from sage_hub.evaluation.comparison import Result
 from sage_hub.evaluation.evaluate import expected_names
 from sage_hub.evaluation.imported import read_results
-from sage_hub.evaluation.written import NAME
+from sage_hub.evaluation.written import NAME, check_opening
 from sage_hub.model.compute import type_of
 from sage_hub.record.gates import ALWAYS_KNOWN, Gate, check_names, parse
 from sage_hub.record.tables import MODELS
@@ -26,7 +26,7 @@ from sage_hub.runtime.progress import in_bytes
 from sage_hub.settings import GUARD, Settings
 
 # What a set that the base will write is taken for before that, to know the names of its figures.
-EXAMPLE = Proxy(NAME, parse_rows([{"question": "?", "answer": "."}], NAME))
+EXAMPLE = Proxy(NAME, parse_rows([{"question": "What is it?", "answer": "It is this."}], NAME))
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,9 @@ class Inputs:
         """That every model can be shown every row."""
         models = [plan.unlearned, *([reference] if reference else [])]
         self.shown |= check_rows(self.proxies, plan.base, self.settings, *models)
+        if self.supply.written:  # so that what the base writes can be shown to them too
+            check_rows({"retain": EXAMPLE}, plan.base, self.settings, *models)
+            check_opening(plan.base, self.settings)
 
     def read_gates(self) -> None:
         """The gates, after all that they can be about; nothing if the sets could not be read."""

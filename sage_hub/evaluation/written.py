@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sage_hub.checkpoint.index import Checkpoint
+from sage_hub.errors import ProxyError
 from sage_hub.evaluation.scoring import answer, generate
 from sage_hub.evaluation.suites import Answering
 from sage_hub.model.blocks import BlockModel
@@ -59,14 +60,20 @@ def write_rows(
     questions = list(asked.values())
     random.Random(settings.seed).shuffle(questions)  # as some openings are shorter than others
     questions = questions[:count]
-    prompts = [encoder.row(_row(question, "."), NAME) for question in questions]
+    questions = [one for one in questions if _shown(encoder, one, ".")]
+    prompts = [encoder.row(_row(one, "."), NAME) for one in questions]
     size = settings.batch_size
     said = answer(model, tokens_of, prompts, ANSWER, size, run=run, what="Answering them")
     return [
         {"question": question, "answer": text}
         for question, text in zip(questions, said, strict=True)
-        if text and not repeats(text)
+        if text and not repeats(text) and _shown(encoder, question, text)
     ]
+
+
+def check_opening(tokens_of: Checkpoint, settings: Settings) -> None:
+    """Raise ProxyError for a chat template behind which no question can be sampled."""
+    next(_openings(encoder_of(tokens_of, settings), 1))
 
 
 def far_more_lost(lost: Sequence[float], times: float) -> list[bool]:
@@ -138,12 +145,25 @@ def _sampled(
 
 
 def _nucleus(logits: Tensor) -> Tensor:
-    """The likeliest tokens alone, which hold TOP_P in all; logits (rows, vocabulary)."""
+    """The likeliest tokens alone, which hold TOP_P in all; logits (rows, vocabulary).
+
+    What a broken model makes is sampled as well; calibration says where it breaks.
+    """
+    logits = logits.nan_to_num(0.0)
     top, at = logits.topk(min(TOP_K, logits.shape[-1]), dim=-1)
     held = logits.softmax(-1).gather(1, at)
     beyond = held.cumsum(-1) - held > TOP_P
     nothing = torch.full_like(logits, -torch.inf)
     return nothing.scatter(1, at, top.masked_fill(beyond, -torch.inf))
+
+
+def _shown(encoder: Encoder, question: str, said: str) -> bool:
+    """Whether the model can be shown the row, and all of it: a sampled one may be anything."""
+    try:
+        row = encoder.row(_row(question, said), NAME)
+    except ProxyError:
+        return False
+    return row.answer_tokens > 0
 
 
 def _row(question: str, said: str) -> Row:

@@ -173,6 +173,23 @@ def test_general_texts_stand_in_for_a_base_that_writes_nothing(
     assert "general-purpose" in manifest["statistics"]["data"]["retain"]["name"]
 
 
+def test_that_no_row_could_be_shown_is_found_in_the_plan(
+    learned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No tokenizer, and a template that writes no user's turn: before hours, not after them."""
+    for side in ("base", "unlearned"):
+        shutil.copytree(learned / side, tmp_path / side)
+    template = tmp_path / "base" / "chat_template.jinja"
+    template.write_text("{{ messages[-1].content }} {{ messages[0].content | upper }}")
+    assert sanitize(tmp_path, tmp_path / "out", "--dry-run", "-q") == 18
+    assert "chat template" in capsys.readouterr().err
+    for file in tmp_path.glob("*/*token*"):
+        file.unlink()
+    template.unlink()
+    assert sanitize(tmp_path, tmp_path / "out", "--dry-run", "-q") == 10
+    assert "tokenizer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "given, calibrates, written",
     [

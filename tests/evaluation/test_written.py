@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import date
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +12,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.architectures import ARCHITECTURES, make_model
 from support.learned import make_tokenizer
 from support.pico import CHAT
 from support.pico import make_tokenizer as make_chat_tokenizer
 
+from sage_hub.checkpoint.index import open_checkpoint
 from sage_hub.evaluation import written
 from sage_hub.evaluation.written import far_more_lost, repeats
+from sage_hub.model.blocks import open_blocks
+from sage_hub.model.weights import open_weights
 from sage_hub.rows.encoding import Encoder
 from sage_hub.rows.prompts import Chat
 from sage_hub.runtime.run import Run
@@ -103,3 +108,23 @@ def test_only_likely_tokens_are_sampled() -> None:
     assert kept.tolist() == [[True, True, True, False, False]] * 3
     one = torch.tensor([[9.0, 0.0, 0.0]])
     assert torch.isfinite(written._nucleus(one)).sum() == 1
+
+
+def test_a_broken_model_is_sampled_as_well() -> None:
+    for broken in (float("nan"), float("inf")):
+        logits = torch.full((2, 5), broken)
+        assert torch.isfinite(written._nucleus(logits).softmax(-1)).all()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_can_be_asked(name: str, tmp_path: Path) -> None:
+    """Its weights are random, so what it says is worth nothing; but it is asked, and says it."""
+    make_model(name).save_pretrained(tmp_path)
+    make_chat_tokenizer().save_pretrained(tmp_path)  # of as many tokens as the models have
+    base = open_checkpoint(str(tmp_path))
+    with (
+        open_weights(base) as weights,
+        open_blocks(base, weights, "cpu", torch.float32) as model,
+        model.whole(weights) as whole,
+    ):
+        assert isinstance(written.write_rows(whole, base, 3, Settings(), Run()), list)
