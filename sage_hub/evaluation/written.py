@@ -108,6 +108,11 @@ def _openings(encoder: Encoder, rounds: int) -> Iterator[_Opening]:
     if chat is not None:
         before, behind = chat.turn
         ids = tuple(tokenizer(before, add_special_tokens=False)["input_ids"])
+        if not ids:
+            raise ProxyError(
+                "The chat template writes nothing before what a user says, so the base cannot be "
+                "asked for questions; give --retain and --forget, or use --no-chat-template."
+            )
         stops = (behind.strip(),) if behind.strip() else ()
         yield from [_Opening(ids, stops)] * rounds
         return

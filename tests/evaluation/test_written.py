@@ -18,6 +18,7 @@ from support.pico import CHAT
 from support.pico import make_tokenizer as make_chat_tokenizer
 
 from sage_hub.checkpoint.index import open_checkpoint
+from sage_hub.errors import ProxyError
 from sage_hub.evaluation import written
 from sage_hub.evaluation.written import far_more_lost, repeats
 from sage_hub.model.blocks import open_blocks
@@ -77,6 +78,13 @@ def test_a_chat_model_is_given_the_opening_of_a_turn(monkeypatch: pytest.MonkeyP
         " ".join(f"w{n % 50}" for n in range(written.QUESTION_TOKENS)),  # no end
     ]
     assert questions(encoder, sampled, 100, monkeypatch) == ["w1 w2 w3 w4", "w5 w6 w7 w8"]
+
+
+def test_a_template_that_opens_no_turn_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_chat_tokenizer("{% for m in messages %}{{ m.content }} {% endfor %}")
+    encoder = Encoder(tokenizer, Chat(tokenizer, date(2026, 11, 28)), 64)
+    with pytest.raises(ProxyError, match="writes nothing before what a user says"):
+        questions(encoder, [], 1, monkeypatch)
 
 
 @given(st.lists(st.floats(0, 1), min_size=8, max_size=40), st.integers(1, 3))
