@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +36,8 @@ from sage_hub.rows.encoding import describe_prompts
 from sage_hub.runtime.progress import Clock
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
+
+COMPARED = [("sanitized", other) for other in ("unlearned", "control", "base")]
 
 
 def push(
@@ -157,7 +158,8 @@ def _make(job: Job, work: Work, upload: Upload | None = None) -> Release:
         manifest["prompts"] = describe_prompts(plan.base, settings)
         seen = {about["fingerprint"] for about in statistics.origin.data.values()}
     control = control or Control(norm_matched_alpha(records), "size")
-    evaluation = _evaluate(job, plan, work, control, seen)
+    study = Study(job.proxies, plan.base, seen, COMPARED, known=chosen.known)
+    evaluation = _evaluate(job, plan, work, control, study)
     clock.lap("evaluate")
     about = describe(plan, job.target.name, job.warnings)
     report = make_report(evaluation, settings, clock.laps, control=control, card=about)
@@ -169,9 +171,7 @@ def _write_beside(plan: Plan, work: Work, settings: Settings) -> dict[str, str]:
     return index | carry_files(plan, work.release, settings.out_dtype)
 
 
-def _evaluate(
-    job: Job, plan: Plan, work: Work, control: Control, calibrated: Collection[str]
-) -> Evaluation:
+def _evaluate(job: Job, plan: Plan, work: Work, control: Control, study: Study) -> Evaluation:
     """Evaluate base, unlearned, the control W_b + αΔ if it is another, and what was written."""
     if not work.keeps:
         return Evaluation.not_at_all(
@@ -187,8 +187,6 @@ def _evaluate(
         del models["control"]
     if job.reference is not None:
         models["reference"] = Candidate(job.reference)
-    compared = [("sanitized", other) for other in ("unlearned", "control", "base")]
-    study = Study(job.proxies, plan.base, calibrated, compared)
     return evaluate(models, study, job.settings, work.folder, job.run)
 
 

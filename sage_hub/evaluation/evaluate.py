@@ -24,7 +24,7 @@ from sage_hub.evaluation.comparison import (
 from sage_hub.evaluation.harness import run_tasks
 from sage_hub.evaluation.metrics import METRICS, Seen
 from sage_hub.evaluation.robustness import BITS, TRAINING_BYTES, choose_taught, quantized, relearn
-from sage_hub.evaluation.scoring import Scored, answer, score
+from sage_hub.evaluation.scoring import Known, Scored, answer, score
 from sage_hub.evaluation.suites import ANSWERS, EvaluationSet, Told, metrics_of, prepare
 from sage_hub.model.blocks import BlockModel, open_blocks
 from sage_hub.model.compute import type_of
@@ -73,6 +73,7 @@ class Study:
     compared: Sequence[tuple[str, str]] = ()  # pairs of models whose difference is wanted
     robust: Collection[str] = ROBUST  # whose robustness is wanted, if any is
     origin: str = "base"  # the model that knew all, which relearning leads back to
+    known: Mapping[str, Known] = field(default_factory=dict)  # of models, by their names
 
 
 def evaluate(
@@ -93,7 +94,7 @@ def evaluate(
     others: list[Result] = []
     for name, candidate in models.items() if sets else ():
         own = settings if name in study.robust else replace(settings, robustness=False)
-        look = _Look(name, sets, study.tokens_of, own, scratch, run)
+        look = _Look(name, sets, study.tokens_of, own, scratch, run, study.known.get(name, {}))
         try:
             look.at(candidate)
         except ArchitectureError as error:
@@ -193,6 +194,7 @@ class _Look:
     settings: Settings
     scratch: Path
     run: Run
+    known: Known
     views: dict[str | None, dict[str, list[Seen]]] = field(default_factory=dict)  # by condition
     others: list[Result] = field(default_factory=list)  # of lm-eval
     not_run: list[dict[str, str]] = field(default_factory=list)
@@ -261,11 +263,14 @@ class _Look:
         how: str = "",
     ) -> dict[str, list[Seen]]:
         rows = [one for part in sets for told in part.told for one in told]
+        found = {} if how else {row: self.known[row] for row in rows if row in self.known}
+        left = [row for row in rows if row not in found]
         what = f"Evaluating {self.name} {how}".strip()
         own, scratch = self.settings, self.scratch
-        return seen_by(
-            sets, score(model, weights, rows, own, scratch, run=self.run, what=what), said
-        )
+        if left:
+            scored = score(model, weights, left, own, scratch, run=self.run, what=what)
+            found |= dict(zip(left, scored, strict=True))
+        return seen_by(sets, [found[row] for row in rows], said)
 
     def _answers(self, model: BlockModel, asked: EvaluationSet) -> dict[int, str]:
         kind = next(ANSWERS[metric] for metric in asked.metrics if metric in ANSWERS)

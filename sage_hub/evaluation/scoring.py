@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -43,6 +43,9 @@ class Scored:
     def loss(self) -> float:
         """ℓ, the mean negative log-likelihood per answer token, in nats; NaN of no tokens."""
         return -float(self.logprobs.mean(dtype=np.float64)) if self.tokens else math.nan
+
+
+Known = Mapping[Encoded, Scored]  # rows that a model was shown already, as it sees them
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.evaluation.comparison import figures
 from sage_hub.evaluation.evaluate import Study, prepared, seen_by
-from sage_hub.evaluation.scoring import score_each
+from sage_hub.evaluation.scoring import Known, score_each
 from sage_hub.model.blocks import cut, open_blocks
 from sage_hub.model.compute import type_of
 from sage_hub.model.weights import Blend, open_blends
@@ -19,6 +20,14 @@ from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
 
 ROOM = 1 / 8  # of --memory, at most: for what is read or computed once for all variants
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A variant's figures, set and metric -> value, without generated answers, and their rows."""
+
+    figures: Mapping[tuple[str, str], float]
+    known: Known
 
 
 def room_for_a_block(side: Checkpoint, settings: Settings) -> float:
@@ -37,8 +46,8 @@ def evaluate_variants(
     settings: Settings,
     scratch: Path,
     run: Run = Run(),  # noqa: B008 - frozen
-) -> dict[str, dict[tuple[str, str], float]]:
-    """Of each variant its figures: set and metric -> value, without generated answers.
+) -> dict[str, Variant]:
+    """What each of `variants` makes of the rows of `study`.
 
     A variant is what its blend makes of the weights of `base` and of `side`, or `side` itself.
     """
@@ -51,8 +60,9 @@ def evaluate_variants(
         open_blocks(side, weights[0], settings.device, type_of(settings.compute_dtype)) as model,
     ):
         scored = score_each(model, weights, rows, settings, scratch, run=run, what=what)
-    found: dict[str, dict[tuple[str, str], float]] = {}
+    found: dict[str, Variant] = {}
     for name, own in zip(variants, scored, strict=True):
-        known, _ = figures(sets, {(name, None): seen_by(sets, own)}, settings.seed, study.origin)
-        found[name] = {(key.set, key.metric): figure.value for key, figure in known.items()}
+        made, _ = figures(sets, {(name, None): seen_by(sets, own)}, settings.seed, study.origin)
+        values = {(key.set, key.metric): figure.value for key, figure in made.items()}
+        found[name] = Variant(values, dict(zip(rows, own, strict=True)))
     return found

@@ -15,8 +15,9 @@ from typing import Any
 
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.errors import NothingToDoError, ProxyError
-from sage_hub.evaluation.evaluate import Candidate, Study, evaluate
-from sage_hub.evaluation.variants import evaluate_variants, room_for_a_block
+from sage_hub.evaluation.evaluate import Study
+from sage_hub.evaluation.scoring import Known
+from sage_hub.evaluation.variants import Variant, evaluate_variants, room_for_a_block
 from sage_hub.method.sage import Gains, gain_shares
 from sage_hub.model.weights import Blend
 from sage_hub.repair.bias import matching_gain_of
@@ -54,6 +55,7 @@ class Chosen:
     gains: Gains
     search: dict[str, Any] | None = None
     levels: tuple[Level, Level] | None = None  # of what they make and of the source, if evaluated
+    known: Mapping[str, Known] = field(default_factory=dict)  # what was seen of models, by name
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,15 @@ class Trial:
         self, update: Update, variants: Mapping[str, Blend | None], every: int = 1
     ) -> list[Level]:
         """How well variants of the unlearned side know both sets, by every n-th row of them."""
-        return [level_of(figures) for figures in self.figures(update, variants, BOTH, every)]
+        return [level_of(one.figures) for one in self.looks(update, variants, BOTH, every)]
 
-    def figures(
+    def looks(
         self,
         update: Update,
         variants: Mapping[str, Blend | None],
         sets: Collection[str],
         every: int = 1,
-    ) -> list[Figures]:
+    ) -> list[Variant]:
         """What variants of the unlearned side make of every n-th row of `sets`."""
         plan, study = update.plan, Study(self._sets(sets, every), update.plan.base)
         how = replace(self._asked, max_tokens=self._asked.max_tokens // every)
@@ -87,11 +89,13 @@ class Trial:
         )
         return [*found.values()]
 
-    def level(self, checkpoint: Checkpoint, name: str, tokens_of: Checkpoint) -> Level:
-        """How well another model, called `name`, knows both sets."""
-        models, study = {name: Candidate(checkpoint)}, Study(self._sets(BOTH), tokens_of)
-        found = evaluate(models, study, self._asked, self.scratch, self.run)
-        return level_of({(result.set, result.metric): result.value for result in found.results})
+    def look(self, checkpoint: Checkpoint, name: str, tokens_of: Checkpoint) -> Variant:
+        """What another model, called `name`, makes of both sets."""
+        study, how = Study(self._sets(BOTH), tokens_of), self._asked
+        found = evaluate_variants(
+            checkpoint, checkpoint, {name: None}, study, how, self.scratch, self.run
+        )
+        return found[name]
 
     def _sets(self, sets: Collection[str], every: int = 1) -> dict[str, Proxy]:
         """Every n-th row of `sets`, but not fewer than FEWEST where there are so many."""
@@ -205,16 +209,21 @@ def _by_evaluation(update: Update, ways: Sequence[Way], trial: Trial) -> Chosen:
     then searched for on all of them. Several gains are evaluated in one pass over the weights.
     """
     blends = carried(update, room_for_a_block(update.plan.unlearned, trial.settings))
-    base, reference = update.plan.base, None
+    known: dict[str, Known] = {}
+    reference = None
     if trial.settings.target is None and trial.reference is not None:
-        reference = trial.level(trial.reference, "reference", base).forget
+        look = trial.look(trial.reference, "reference", update.plan.base)
+        reference, known["reference"] = level_of(look.figures).forget, look.known
 
     def evaluated(
         asked: Sequence[tuple[Way, float]], *, every: int = 1, source: bool = False
     ) -> list[Level]:
         variants: dict[str, Blend | None] = {"the unlearned model": None} if source else {}
         variants |= {way.variant(gain): blends(Gains(gain, way.shares)) for way, gain in asked}
-        return trial.levels(update, variants, every)
+        looks = trial.looks(update, variants, BOTH, every)
+        if source and every == 1:
+            known["unlearned"] = looks[0].known
+        return [level_of(one.figures) for one in looks]
 
     grid = [(way, gain) for way in ways for gain in spread(way.start or STEP, STEP)]
     source, *levels = evaluated(grid, every=FIRST, source=True)
@@ -256,6 +265,7 @@ def _by_evaluation(update: Update, ways: Sequence[Way], trial: Trial) -> Chosen:
             ],
         },
         (tried[gain], source),
+        known,
     )
 
 

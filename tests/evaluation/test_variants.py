@@ -58,8 +58,32 @@ def test_figures(sides: tuple[Checkpoint, Checkpoint], memory: float, tmp_path: 
         expected[one.model][one.set, one.metric] = one.value
     assert found.keys() == expected.keys()
     for name, figures in expected.items():
-        assert found[name] == pytest.approx(figures, rel=1e-6), name
-    assert len({figures["forget", "probability"] for figures in found.values()}) == 4
+        assert found[name].figures == pytest.approx(figures, rel=1e-6), name
+    assert len({one.figures["forget", "probability"] for one in found.values()}) == 4
+
+
+def test_what_is_known_is_not_scored_again(
+    sides: tuple[Checkpoint, Checkpoint], tmp_path: Path
+) -> None:
+    """But for what it is known of: another model's rows, and other rows, are scored."""
+    base, unlearned = sides
+    forget, retain = (
+        read_proxy(str(write_rows(tmp_path / f"{seed}.jsonl", make_rows(9, seed))))
+        for seed in range(2)
+    )
+    settings = Settings(batch_size=4, generate_rows=0, device="cpu")
+    study = Study({"forget": forget}, base)
+    half = evaluate_variants(unlearned, base, VARIANTS, study, settings, tmp_path)["half"].known
+    assert len(half) == len(forget.rows)
+    models = {name: Candidate(unlearned) for name in ("told", "fresh")}
+    both = Study({"forget": forget, "retain": retain}, base, known={"told": half})
+    values = {
+        (one.model, one.set): one.value
+        for one in evaluate(models, both, settings, tmp_path).results
+        if one.metric == "probability"
+    }
+    assert values["told", "forget"] != pytest.approx(values["fresh", "forget"], rel=1e-3)
+    assert values["told", "retain"] == pytest.approx(values["fresh", "retain"], rel=1e-6)
 
 
 @pytest.mark.parametrize("room", [0.0, 3e3, 1e9])

@@ -20,12 +20,13 @@ from sage_hub.checkpoint.pair import Pair, open_unlearned
 from sage_hub.cli.main import main
 from sage_hub.commands.stats import collect_statistics
 from sage_hub.errors import ProxyError
+from sage_hub.evaluation.variants import Variant
 from sage_hub.method.sage import Gains
 from sage_hub.model.weights import open_weights
 from sage_hub.repair.carrier import carried
 from sage_hub.repair.gain import Trial, Way, _by_evaluation, closed_form, shares_of
 from sage_hub.repair.matching import make_plan
-from sage_hub.repair.search import CLOSE, Level
+from sage_hub.repair.search import CLOSE
 from sage_hub.repair.update import STRENGTHS, Filter, Measurement, Update
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
@@ -97,18 +98,24 @@ def test_shares_are_those_of_the_whole_model_in_float64(pair: Path, tmp_path: Pa
 def test_the_way_that_keeps_more_is_taken(better: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, list[Any]]] = []
 
-    def levels(_: Trial, __: Any, variants: dict[str, Any], every: int = 1) -> list[Level]:
+    def seen(forget: float, retain: float) -> Variant:
+        figures = {("forget", "probability"): forget, ("retain", "probability"): retain}
+        return Variant(figures, {})
+
+    def looks(
+        _: Trial, __: Any, variants: dict[str, Any], sets: Any, every: int = 1
+    ) -> list[Variant]:
         asked.append((every, [*variants.values()]))
         found = []
         for gains in variants.values():
             if gains is None:
-                found.append(Level(0.1, 0.5))
+                found.append(seen(0.1, 0.5))
                 continue
             way = "shares" if gains.shares else "even"
-            found.append(Level(0.8 / gains.model, 0.9 if way == better else 0.8))
+            found.append(seen(0.8 / gains.model, 0.9 if way == better else 0.8))
         return found
 
-    monkeypatch.setattr(Trial, "levels", levels)
+    monkeypatch.setattr(Trial, "looks", looks)
     monkeypatch.setattr("sage_hub.repair.gain.carried", lambda *_: lambda gains: gains)
     monkeypatch.setattr("sage_hub.repair.gain.room_for_a_block", lambda *_: 0.0)
     update: Any = SimpleNamespace(plan=SimpleNamespace(base=None, unlearned=None))
