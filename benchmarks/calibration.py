@@ -139,12 +139,12 @@ def build(folder: Path, size: float) -> Path:
 def write_rows(model: str, tokens: str, file: str, proxy: str | None = None) -> None:
     """Write the batches that `sage-hub stats` runs into `file`: ids and mask of each."""
     from sage_hub.checkpoint.index import open_checkpoint
-    from sage_hub.rows.encoding import batches, take_rows
+    from sage_hub.rows.encoding import batches, encoder_of, take_rows
     from sage_hub.rows.sources import read_proxy
     from sage_hub.settings import Settings
 
     settings = Settings(max_tokens=int(tokens), max_length=LENGTH)
-    rows, _ = take_rows(read_proxy(proxy), open_checkpoint(model), settings)
+    rows, _ = take_rows(read_proxy(proxy), encoder_of(open_checkpoint(model), settings), settings)
     made = [
         (batch.ids.tolist(), batch.mask.tolist()) for batch in batches(rows, settings.batch_size)
     ]

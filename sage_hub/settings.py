@@ -31,22 +31,12 @@ OUT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64":
 SETS = ("retain", "forget", "heldout")
 GUARD = "guard"  # the set that the base writes where there is none to forget
 # What gates call other things by, so that no bystander can be called that.
-_TAKEN = (
-    *(
-        *SETS,
-        GUARD,
-        "unseen",
-        "reference",
-        "base",
-        "unlearned",
-        "control",
-        "sanitized",
-        "robustness",
-    ),
-    *("bias", "gain", "all", "control_alpha", "retain_recovered"),
-)
+_TAKEN = [
+    *(*SETS, GUARD, "unseen", "reference", "base", "unlearned", "control", "sanitized"),
+    *("robustness", "bias", "gain", "all", "control_alpha", "retain_recovered"),
+]
 MODELS = ("reference", "tokenizer")  # settings that name a repo or a folder
-OF_PROMPTS = ("date", "template")  # settings that prompts depend on, if they are given
+OF_PROMPTS = ("date", "template", "system_prompt")  # what prompts depend on, if given
 SEARCH_TOKENS = 16_384  # of each set that a search for the gain evaluates, at most
 # They bear on what is said of a release and not on what it is: a finished one is not made again.
 ABOUT_THE_RECORD = ("gates", "results", "card_template")
@@ -153,6 +143,12 @@ class Settings:
         option="--chat-template",
         usual="the one called default",
     )
+    system_prompt: str | None = _computation(
+        None,
+        text("TEXT"),
+        "what the system says, in the chat template, before rows in which it says nothing",
+        usual="what the template writes of its own",
+    )
     tokenizer: str | None = _computation(
         None,
         text("REPO|FOLDER"),
@@ -225,6 +221,8 @@ class Settings:
             setting.check(getattr(self, name))
         if self.template is not None and not self.chat_template:
             raise UsageError("--chat-template names one, and --no-chat-template takes none.")
+        if self.system_prompt is not None and not self.chat_template:
+            raise UsageError("--system-prompt is for a chat template, and there is to be none.")
         if self.target is not None and self.gain != "auto":
             raise UsageError("A target is what gain 'auto' brings the forget set to; set that.")
 

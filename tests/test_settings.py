@@ -339,7 +339,11 @@ def values_of(setting: Setting) -> st.SearchStrategy[Any]:
 @given(
     st.fixed_dictionaries({}, optional={n: values_of(one) for n, one in SETTINGS.items()})
     .filter(lambda values: "target" not in values or values.get("gain", "auto") == "auto")
-    .filter(lambda values: "template" not in values or values.get("chat_template", True))
+    .filter(
+        lambda values: (
+            not {"template", "system_prompt"} & values.keys() or values.get("chat_template", True)
+        )
+    )
     .map(lambda values: Settings(**values))
 )
 def test_settings_survive_the_record_and_a_file(made: Settings) -> None:

@@ -13,7 +13,7 @@ from sage_hub.calibration.statistics import Origin, stored_energy
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.model.blocks import BlockModel
 from sage_hub.model.sites import Site
-from sage_hub.rows.encoding import Batch, Encoded, batches, row_limit, take_rows
+from sage_hub.rows.encoding import Batch, Encoded, batches, encoder_of, row_limit, take_rows
 from sage_hub.rows.proxies import Proxy
 from sage_hub.settings import OF_PROMPTS, SETS, Settings
 
@@ -72,7 +72,7 @@ def _read_set(
     which: str, proxy: Proxy, checkpoint: Checkpoint, settings: Settings
 ) -> CalibrationSet:
     """The proxy as tokens, as many as the settings allow."""
-    used, places = take_rows(proxy, checkpoint, settings)
+    used, places = take_rows(proxy, encoder_of(checkpoint, settings), settings)
     about = {
         **proxy.describe(),
         "rows_used": len(used),

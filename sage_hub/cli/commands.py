@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sage_hub.cli import github
+from sage_hub.cli.benchmarks import benchmark_settings
 from sage_hub.cli.terminal import Part, print_text
 from sage_hub.errors import GateError, NotFoundError, UsageError
 from sage_hub.runtime.progress import Progress
@@ -46,7 +47,7 @@ def _run(args: argparse.Namespace, target: Any, how: dict[str, Any]) -> None:
     from sage_hub.commands.push import release
     from sage_hub.commands.survey import check_weights, choose_target, survey
 
-    settings, run = _settings(args, args.unlearned), _how(args)
+    settings, run = _settings(args, args.base, args.unlearned), _how(args)
     pair = open_pair(
         args.base, args.unlearned, merge=settings.merge, pickled=settings.pickled_weights
     )
@@ -99,7 +100,7 @@ def _stats(args: argparse.Namespace) -> None:
         args.model,
         args.output,
         to=args.to,
-        settings=_settings(args, None),
+        settings=_settings(args, args.model, None),
         retain=several,
         publication=_publication(args),
         force=args.force,
@@ -123,7 +124,9 @@ def _eval(args: argparse.Namespace) -> None:
     from sage_hub.cli import display
     from sage_hub.commands.eval import evaluate_models
 
-    report = evaluate_models(args.models, settings=_settings(args, None), run=_how(args))
+    report = evaluate_models(
+        args.models, settings=_settings(args, args.models[0], None), run=_how(args)
+    )
     _show(args, report, display.evaluation_text(report))
 
 
@@ -143,7 +146,7 @@ def _audit(args: argparse.Namespace) -> None:
         raise NotFoundError(f"--html {args.html}: there is no folder {args.html.parent}.")
     if args.html is not None and args.html.is_dir():
         raise UsageError(f"--html {args.html} is a folder; give the file to write.")
-    settings = _settings(args, args.unlearned)
+    settings = _settings(args, args.base, args.unlearned)
     how = {"settings": settings, "statistics": args.stats, "run": _how(args)}
     result = audit(args.base, args.unlearned, **how)
     if args.html is not None:
@@ -157,7 +160,12 @@ def _plan(args: argparse.Namespace) -> None:
     from sage_hub.commands.plan import forecast
     from sage_hub.commands.survey import choose_target, survey
 
-    settings = _settings(args, args.unlearned)
+    if args.show:
+        if args.benchmark is None:
+            raise UsageError("--show prints the settings of a --benchmark, and none is given.")
+        print(benchmark_settings(args.benchmark, args.base), end="")
+        return
+    settings = _settings(args, args.base, args.unlearned)
     found = forecast(args.base, settings)
     if args.unlearned is None:
         _show(args, found.describe(), display.forecast_text(found))
@@ -244,10 +252,16 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
 
 
-def _settings(args: argparse.Namespace, unlearned: str | None) -> Any:
+def _settings(args: argparse.Namespace, base: str, unlearned: str | None) -> Any:
     from sage_hub.cli.config import load_settings
 
-    settings, file = load_settings(_given(args), config=args.config, unlearned=unlearned)
+    named = getattr(args, "benchmark", None)
+    settings, file = load_settings(
+        _given(args),
+        config=args.config,
+        unlearned=unlearned,
+        benchmark=benchmark_settings(named, base) if named else "",
+    )
     if file is not None:
         _progress(args).note(f"Settings come from {file}; the command line wins.")
     return settings

@@ -18,35 +18,49 @@ NAME_FILES = (*SETS, "unseen", "bystanders", *MODELS, "lm_eval", "results", "car
 
 
 def load_settings(
-    given: Mapping[str, Any], *, config: Path | None, unlearned: str | None
+    given: Mapping[str, Any],
+    *,
+    config: Path | None,
+    unlearned: str | None,
+    benchmark: str = "",
 ) -> tuple[Settings, str | None]:
-    """Settings from `given` (the command line), then sage.yaml, then the defaults.
+    """Settings from `given` (the command line), then sage.yaml, the `benchmark`'s, the defaults.
 
-    The file is `config`, else sage.yaml in the current folder, else the one in the repo or folder
-    `unlearned`. Returns what it is called too, None if there is none. Raises UsageError with file
-    and line.
+    The benchmark's are the text of a settings file. The file is `config`, else sage.yaml in the
+    current folder, else the one in the repo or folder `unlearned`. Returns what it is called too,
+    None if there is none. Raises UsageError with file and line.
     """
+    beneath = _parse(benchmark, "the benchmark's settings")
     if config is None and Path(CONFIG).is_file():
         config = Path(CONFIG)
     if config is not None:
         if not config.is_file():
             raise NotFoundError(f"The settings file {config} does not exist.")
         shown = str(config)
-        values = _beside(_parse(config, shown), config.parent)
+        values = _beside(_read(config, shown), config.parent)
     elif unlearned is not None and CONFIG in (files := open_files(unlearned)).sizes:
         shown, path = f"{CONFIG} of {files.name}", files.path(CONFIG)
-        values = _parse(path, shown)
+        values = _read(path, shown)
         theirs = files.commit is not None
         values = _in_repo(values, files, shown) if theirs else _beside(values, path.parent)
     else:
-        return Settings(**given), None
-    return Settings(**{**values, **given}), shown
+        return Settings(**{**beneath, **given}), None
+    return Settings(**{**beneath, **values, **given}), shown
 
 
-def _parse(path: Path, shown: str) -> dict[str, Any]:
+def _read(path: Path, shown: str) -> dict[str, Any]:
     """The settings in a file, checked. Raises UsageError with the file and the line."""
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except ValueError:
+        raise UsageError(f"{shown}: not valid YAML.") from None
+    return _parse(text, shown)
+
+
+def _parse(text: str, shown: str) -> dict[str, Any]:
+    """The settings in a text called `shown`, checked."""
+    try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         values = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

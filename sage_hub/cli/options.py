@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sage_hub.cli.benchmarks import BENCHMARKS
 from sage_hub.kinds import PROXY, SWITCH, Kind, Setting, whole
 from sage_hub.settings import SETTINGS
 
@@ -162,6 +163,12 @@ OPTIONS: Mapping[str, Sequence[Option]] = {
             *("push sanitize plan stats audit eval", "--config", "FILE"),
             "settings (default: sage.yaml, see docs/settings.md)",
         ),
+        _option(
+            *("push sanitize plan audit eval", "--benchmark", "NAME"),
+            "the sets and settings that it prescribes, beneath those of sage.yaml: "
+            f"{', '.join(BENCHMARKS)}",
+        ),
+        _option("plan", "--show", "", "print the settings of --benchmark, and stop"),
         _option(
             *("stats", "--retain", "PROXY"),
             "what must be kept (default: a general-purpose proxy); given several times, --output "

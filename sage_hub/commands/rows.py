@@ -23,7 +23,7 @@ from sage_hub.rows.proxies import Proxy, Row
 from sage_hub.runtime.run import Run
 from sage_hub.settings import GUARD
 
-RETAIN_ROWS, GUARD_ROWS = 200, 40  # docs/results.md
+RETAIN_ROWS, GUARD_ROWS = 200, 100  # docs/results.md
 SPARE = 1.25  # that many times as many are written, as some are left out
 FEWEST = 20  # of a set, or general texts stand in
 FAR = 3.0  # times the median deviation: what is lost far more than the rest (docs/results.md)

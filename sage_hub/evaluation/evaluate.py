@@ -273,7 +273,8 @@ class _Look:
         return seen_by(sets, [found[row] for row in rows], said)
 
     def _answers(self, model: BlockModel, asked: EvaluationSet) -> dict[int, str]:
-        kind = next(ANSWERS[metric] for metric in asked.metrics if metric in ANSWERS)
+        kind = asked.answering
+        assert kind is not None
         rows = [asked.told[place].answer for place in asked.answered]
         what = f"{self.name} answers {asked.name}"
         size = self.settings.batch_size

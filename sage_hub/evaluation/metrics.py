@@ -16,7 +16,7 @@ from sage_hub.evaluation.suites import Told
 from sage_hub.rows.proxies import Row
 
 Direction = Literal["higher", "lower", "near zero", "not stated"]
-UNDERFLOW = 700.0  # nats: exp of less is 0, of more ∞
+NOTHING = 1e-10  # what open-unlearning adds to a probability that it divides by
 MIN_K = 0.4  # MUSE's share of the least probable tokens
 
 
@@ -50,61 +50,59 @@ def probability(seen: Seen) -> float:
     """exp(−ℓ) (TOFU, Maini et al. 2024, arXiv 2401.06121).
 
     Of a question with wrong answers but no other wording of the right one (TOFU's real authors
-    and world facts), p(answer) over the sum of it and of all wrong answers'.
+    and world facts), p(answer) over the sum of it and of all wrong answers'; of one with choices,
+    over that of all choices'.
     """
-    told = seen.told
+    told, own = seen.told, _likelihood(seen.told.answer)
     if told.choices:
-        own, *all_of_them = _likelihoods(told.answer, *told.choices)
-        return own / sum(all_of_them)
+        return own / (sum(map(_likelihood, told.choices)) + NOTHING)
     if told.perturbed and told.paraphrased is None:
-        own, *others = _likelihoods(told.answer, *told.perturbed)
-        return own / (own + sum(others))
-    return math.exp(-told.answer.loss)
+        return own / (own + sum(map(_likelihood, told.perturbed)) + NOTHING)
+    return own
 
 
-def _likelihoods(*answers: Scored) -> list[float]:
-    """exp(−ℓ) of each, all times the same where none of them would be more than 0."""
-    losses = [one.loss for one in answers]
-    least = min(losses) if min(losses) > UNDERFLOW else 0.0
-    return [math.exp(least - loss) for loss in losses]
+def _likelihood(answer: Scored) -> float:
+    return math.exp(-answer.loss)
 
 
 def truth_ratio(seen: Seen) -> float | None:
     """min(R, 1/R) of a row to forget, max(0, 1−R) of any other (TOFU, arXiv 2401.06121)."""
-    log_ratio = wrong_to_right(seen)
-    if log_ratio is None:
+    ratio = wrong_to_right(seen)
+    if ratio is None:
         return None
-    ratio = math.exp(min(log_ratio, UNDERFLOW))
     if seen.forgotten:
-        return ratio if log_ratio <= 0 else 1 / ratio
+        return ratio if ratio <= 1 else 1 / ratio
     return max(1 - ratio, 0.0)  # in this order NaN stays NaN
 
 
 def wrong_to_right(seen: Seen) -> float | None:
-    """ln R, R = exp(−mean ℓ(wrong answers)) / exp(−ℓ(right one, in other words if there are any)).
+    """R = exp(−mean ℓ(wrong answers)) / exp(−ℓ(right one, in other words if there are any)).
 
-    As a logarithm, because a model that is sure of a wrong answer has an R beyond all numbers.
+    With open-unlearning's 1e-10 beside the divisor, which is all of it for a model that finds
+    every answer impossible.
     """
     if not seen.told.perturbed:
         return None
     right = seen.told.paraphrased or seen.told.answer
     wrong = math.fsum(one.loss for one in seen.told.perturbed) / len(seen.told.perturbed)
-    return right.loss - wrong
+    return math.exp(-wrong) / (_likelihood(right) + NOTHING)
 
 
 def extraction_strength(seen: Seen) -> float:
     """1 − k/T, k the shortest prefix of the T answer tokens after which greedy decoding, shown
-    the right tokens, takes all others (Carlini et al. 2021, arXiv 2012.07805, as open-unlearning
-    measures it)."""
+    the right tokens, takes all others (Carlini et al. 2021, arXiv 2012.07805). As open-unlearning
+    has it, k is no more than T − 1, and an answer without tokens counts as 0."""
     hits = seen.told.answer.hits
     wrong = np.flatnonzero(~hits)
-    return 1 - (int(wrong[-1]) + 1 if len(wrong) else 0) / len(hits)
+    prefix = min(int(wrong[-1]) + 1, len(hits) - 1) if len(wrong) else 0
+    return 1 - prefix / len(hits) if len(hits) else 0.0
 
 
-def exact_memorization(seen: Seen) -> float:
+def exact_memorization(seen: Seen) -> float | None:
     """The share of answer tokens that greedy decoding takes, shown those before (Tirumala et al.
     2022, arXiv 2205.10770)."""
-    return float(seen.told.answer.hits.mean())
+    hits = seen.told.answer.hits
+    return float(hits.mean()) if len(hits) else None
 
 
 def accuracy(seen: Seen) -> float | None:
@@ -187,8 +185,7 @@ def direction(metric: str, which: str) -> Direction:
 def forget_quality(model: Sequence[Seen], reference: Sequence[Seen]) -> tuple[float, float] | None:
     """The p-value and the D of a two-sample Kolmogorov-Smirnov test (TOFU, arXiv 2401.06121).
 
-    Whether the truth ratios R of the forget rows are those of a model that never saw them, which
-    the test tells by their order alone, so by that of ln R. None
+    Whether the truth ratios R of the forget rows are those of a model that never saw them. None
     where the rows have no wrong answers. With n rows p is no less than 2 / C(2n, n).
     """
     from scipy.stats import ks_2samp
@@ -204,7 +201,7 @@ def membership_auc(forget: Sequence[Seen], unseen: Sequence[Seen]) -> float:
     """How often a forget row looks less familiar than one that was never seen, in [0, 1].
 
     By Min-K% (Shi et al. 2024, arXiv 2310.16789): the mean negative log-likelihood of the K % of
-    tokens that are the least probable; K = 40 as in MUSE.
+    tokens that may be memorized and are the least probable; K = 40 as in MUSE.
     """
     from scipy.stats import mannwhitneyu
 
@@ -214,8 +211,11 @@ def membership_auc(forget: Sequence[Seen], unseen: Sequence[Seen]) -> float:
 
 
 def _min_k(scored: Scored) -> float:
-    some = max(1, int(MIN_K * scored.tokens))
-    return -float(np.sort(scored.logprobs)[:some].mean(dtype=np.float64))
+    counted = scored.logprobs[: len(scored.hits)]
+    if not len(counted):
+        return 0.0
+    some = max(1, int(MIN_K * len(counted)))
+    return -float(np.sort(counted)[:some].mean(dtype=np.float64))
 
 
 def privleak(auc: float, reference_auc: float) -> float:

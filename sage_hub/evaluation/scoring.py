@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,28 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from sage_hub.checkpoint.files import read_json
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.evaluation.suites import Answering
 from sage_hub.model.blocks import BlockModel
 from sage_hub.model.spill import Spill
 from sage_hub.model.weights import Weights
-from sage_hub.rows.encoding import Batch, Encoded, batches, end_tokens, load_tokenizer
+from sage_hub.rows.encoding import (
+    Batch,
+    Encoded,
+    attended,
+    batches,
+    end_tokens,
+    load_tokenizer,
+)
 from sage_hub.runtime.machine import GB
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
 
 TAIL = 16  # tokens in which the end of an answer is looked for
 LOGITS = 1 << 24  # at a time: 64 MB in float32
+# What generation_config.json may say of greedy decoding.
+TUNED = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "suppress_tokens")
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,8 @@ class Scored:
     """An answer as a model sees it, token by token, each given all that stands before it."""
 
     logprobs: np.ndarray  # (tokens,) float32, in nats
-    hits: np.ndarray  # (tokens,) bool: whether it is the token that greedy decoding takes
+    # (tokens that may be memorized,) bool: whether it is the one that greedy decoding takes
+    hits: np.ndarray
 
     @property
     def tokens(self) -> int:
@@ -43,6 +54,10 @@ class Scored:
     def loss(self) -> float:
         """ℓ, the mean negative log-likelihood per answer token, in nats; NaN of no tokens."""
         return -float(self.logprobs.mean(dtype=np.float64)) if self.tokens else math.nan
+
+    def without(self, uncounted: int) -> Scored:
+        """The same, the last `uncounted` tokens being none that may be memorized."""
+        return replace(self, hits=self.hits[: max(0, self.tokens - uncounted)])
 
 
 Known = Mapping[Encoded, Scored]  # rows that a model was shown already, as it sees them
@@ -88,7 +103,8 @@ def score_each(
     ranks, kept = run.ranks, settings.memory * GB / 4
     alike: dict[object, list[int]] = {}
     for place, row in enumerate(rows):
-        alike.setdefault(row.ids[:-1] if row.answer_tokens == 1 else place, []).append(place)
+        alone = (row.ids[:-1], row.unattended) if row.answer_tokens == 1 else place
+        alike.setdefault(alone, []).append(place)
     groups = list(alike.values())
     found: list[dict[int, Scored]] = [{} for _ in variants]
     own = ranks.mine(list(batches([rows[group[0]] for group in groups], settings.batch_size)))
@@ -115,7 +131,10 @@ def score_each(
     for part in ranks.all(found):
         for own_scores, more in zip(everything, part, strict=True):
             own_scores |= more
-    return [[scores[place] for place in range(len(rows))] for scores in everything]
+    return [
+        [scores[place].without(row.uncounted) for place, row in enumerate(rows)]
+        for scores in everything
+    ]
 
 
 def _scored(
@@ -171,32 +190,37 @@ def answer(
     `model` must be whole, and in memory.
     """
     tokenizer, ends, ranks = load_tokenizer(tokens_of), end_tokens(tokens_of), run.ranks
-    order = sorted(range(len(rows)), key=lambda place: (-rows[place].answer_start, place))
+    tuned = _tuned(tokens_of) if kind.tuned else {}
+    order = sorted(range(len(rows)), key=lambda place: (-len(rows[place].asked), place))
     size = 4 * batch_size  # one token of a row at a time takes little, so more rows fit
     groups = [order[i : i + size] for i in range(0, len(order), size)]
     found: dict[int, str] = {}
     with run.progress.counter(what, len(rows), "row") as bar:
         for places in ranks.mine(groups):
-            prompts = [rows[place].ids[: rows[place].answer_start] for place in places]
-            texts = _continue(model, tokenizer, prompts, kind, ends)
-            found |= dict(zip(places, texts, strict=True))
+            prompts = [rows[place].asked for place in places]
+            unattended = rows[places[0]].unattended  # as in all of one set
+            lines = generate(
+                model, tokenizer, prompts, kind, ends, tuned=tuned, unattended=unattended
+            )
+            for place, line in zip(places, lines, strict=True):
+                found[place] = _said(tokenizer, line, kind)
             bar.update(ranks.count * len(places))
     everything = {place: text for part in ranks.all(found) for place, text in part.items()}
     return [everything[place] for place in range(len(rows))]
 
 
-def _continue(
-    model: BlockModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    kind: Answering,
-    ends: Sequence[int],
-) -> Iterator[str]:
-    for line in generate(model, tokenizer, prompts, kind, ends):
-        text = str(tokenizer.decode(line, skip_special_tokens=True))
-        for stop in kind.stops:
-            text = text.partition(stop)[0]
-        yield text.strip()
+def _said(tokenizer: PreTrainedTokenizerBase, line: Sequence[int], kind: Answering) -> str:
+    text = str(tokenizer.decode([*line], skip_special_tokens=True))
+    for stop in kind.stops:
+        text = text.partition(stop)[0]
+    return text.strip()
+
+
+def _tuned(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What generation_config.json says of how tokens are chosen, but for sampling."""
+    name = "generation_config.json"
+    stated = read_json(checkpoint.files, name) if name in checkpoint.files.sizes else {}
+    return {key: stated[key] for key in TUNED if key in stated}
 
 
 @torch.inference_mode()
@@ -207,11 +231,15 @@ def generate(
     kind: Answering,
     ends: Sequence[int],
     choose: Callable[[Tensor], Tensor] | None = None,
+    *,
+    tuned: Mapping[str, Any] = {},
+    unattended: int | None = None,
 ) -> list[list[int]]:
     """The tokens that `model`, whole and in memory, goes on with behind each of `prompts`.
 
     Up to one of `ends`, which is left away; one of the stops may be among them, with a few more.
-    Greedily, or sampled from the logits (rows, vocabulary) that `choose` makes of them.
+    Greedily, or sampled from the logits (rows, vocabulary) that `choose` makes of them. `tuned` are
+    fields of a GenerationConfig, `unattended` a token of the prompts that no other looks at.
     """
     width = max(map(len, prompts))
     # Padded on the left, so that every row goes on from its own last token.
@@ -219,10 +247,11 @@ def generate(
     mask = torch.zeros_like(ids)
     for line, prompt in enumerate(prompts):
         ids[line, width - len(prompt) :] = torch.tensor(prompt)
-        mask[line, width - len(prompt) :] = 1
+        mask[line, width - len(prompt) :] = attended(prompt, unattended)
     context = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     room = context - width if isinstance(context, int) else kind.max_new_tokens
     config = GenerationConfig(
+        **tuned,
         **({"do_sample": True, "top_k": 0} if choose else {"do_sample": False}),
         max_new_tokens=max(1, min(kind.max_new_tokens, room)),
         eos_token_id=list(ends) or None,

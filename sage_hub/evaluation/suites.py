@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from sage_hub.checkpoint.index import Checkpoint
-from sage_hub.rows.encoding import Encoded, encoder_of, take_rows
+from sage_hub.rows.benchmark import SUITES as BENCHMARKS
+from sage_hub.rows.benchmark import evaluation_encoder
+from sage_hub.rows.encoding import Encoded, take_rows
 from sage_hub.rows.proxies import Proxy, Row
 from sage_hub.settings import Settings
 
@@ -43,6 +45,7 @@ class Answering:
 
     max_new_tokens: int
     stops: tuple[str, ...] = ()
+    tuned: bool = False  # as generation_config.json says, but for sampling
 
 
 # The metrics of generated answers; lengths are those of TOFU's and MUSE's own code.
@@ -98,6 +101,7 @@ class EvaluationSet:
     rows: tuple[Row, ...]
     told: tuple[Told[Encoded], ...]
     answered: tuple[int, ...]  # the places of the rows whose answer is generated
+    answering: Answering | None = None  # how
 
     @property
     def forgotten(self) -> bool:
@@ -126,8 +130,8 @@ def prepare(name: str, proxy: Proxy, tokens_of: Checkpoint, settings: Settings) 
     A row whose answer is cut away by truncation is left out. At most `settings.generate_rows` of
     them, a choice fixed by the seed, have their answer generated.
     """
-    encoded, places = take_rows(proxy, tokens_of, settings)
-    encoder, named = encoder_of(tokens_of, settings), proxy.places
+    encoder, named = evaluation_encoder(tokens_of, settings), proxy.places
+    encoded, places = take_rows(proxy, encoder, settings)
     metrics = metrics_of(proxy.rows, settings.suite)
     rows: list[Row] = []
     told: list[Told[Encoded]] = []
@@ -140,7 +144,8 @@ def prepare(name: str, proxy: Proxy, tokens_of: Checkpoint, settings: Settings) 
         if not answer.answer_tokens:
             continue
         asked = row.asked_otherwise if settings.robustness and name == "forget" else None
-        if "verbmem" in metrics:  # a long passage is compared as far as it is generated
+        # A long passage is compared as far as it is generated, but for MUSE's own figure.
+        if "verbmem" in metrics and settings.suite not in BENCHMARKS:
             start = answer.answer_start
             kept = answer.ids[start : start + ANSWERS["verbmem"].max_new_tokens]
             row = replace(row, answer=str(encoder.tokenizer.decode(kept, skip_special_tokens=True)))
@@ -159,8 +164,16 @@ def prepare(name: str, proxy: Proxy, tokens_of: Checkpoint, settings: Settings) 
         told.append(Told(answer) if cut else others)
     some = list(range(len(rows)))
     random.Random(settings.seed).shuffle(some)
-    generates = any(metric in ANSWERS for metric in metrics)
-    answered = sorted(some[: settings.generate_rows]) if generates else []
-    return EvaluationSet(
-        name, kind_of(proxy.rows[0]), metrics, tuple(rows), tuple(told), tuple(answered)
-    )
+    answering = _answering(metrics, settings.suite)
+    answered = tuple(sorted(some[: settings.generate_rows]) if answering else ())
+    kind = kind_of(proxy.rows[0])
+    return EvaluationSet(name, kind, metrics, tuple(rows), tuple(told), answered, answering)
+
+
+def _answering(metrics: Sequence[str], suite: str) -> Answering | None:
+    """How the answers that `metrics` take are generated, if any are."""
+    found = next((ANSWERS[metric] for metric in metrics if metric in ANSWERS), None)
+    if found is None or suite not in BENCHMARKS:
+        return found
+    # TOFU's stop with the text alone.
+    return replace(found, stops=() if suite == "tofu" else found.stops, tuned=True)

@@ -33,6 +33,14 @@ class Encoded:
     answer_start: int
     truncated: bool = False
     number: int = 0  # of the row in its proxy, from 1
+    prompt: tuple[int, ...] | None = None  # what is answered, if it is not all before the answer
+    uncounted: int = 0  # of the last tokens: so many are no part of what may be memorized
+    unattended: int | None = None  # a token that no other looks at
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """What an answer is generated behind."""
+        return self.ids[: self.answer_start] if self.prompt is None else self.prompt
 
     @property
     def answer_tokens(self) -> int:
@@ -142,6 +150,13 @@ def encoder_of(checkpoint: Checkpoint, settings: Settings) -> Encoder:
     limit = row_limit(checkpoint, settings.max_length)
     day = date.fromisoformat(settings.date) if settings.date else date.today()
     chat = _chat_of(tokenizer, settings.chat_template, day, settings.template)
+    if settings.system_prompt is not None:
+        if chat is None:
+            raise ProxyError(
+                f"--system-prompt is for a chat template, and the tokenizer of {checkpoint.name} "
+                "has none; leave it out."
+            )
+        chat = replace(chat, system=settings.system_prompt)
     return Encoder(tokenizer, chat, limit)
 
 
@@ -261,12 +276,18 @@ def take_tokens(rows: Sequence[Encoded], max_tokens: int, seed: int) -> list[int
 
 
 def take_rows(
-    proxy: Proxy, checkpoint: Checkpoint, settings: Settings
+    proxy: Proxy, encoder: Encoder, settings: Settings
 ) -> tuple[list[Encoded], list[int]]:
-    """The rows of `proxy` that the settings allow, as tokens of `checkpoint`, and their places."""
-    rows = encoder_of(checkpoint, settings).rows(proxy)
+    """The rows of `proxy` that the settings allow, as `encoder` makes tokens, and their places."""
+    rows = encoder.rows(proxy)
     places = take_tokens(rows, settings.max_tokens, settings.seed)
     return [rows[place] for place in places], places
+
+
+def attended(ids: Sequence[int], unattended: int | None) -> Tensor:
+    """1 for each of `ids` (tokens) that others may look at, 0 for each that is `unattended`."""
+    shown = torch.tensor(ids)
+    return torch.ones_like(shown) if unattended is None else (shown != unattended).long()
 
 
 def batches(rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
@@ -282,6 +303,6 @@ def batches(rows: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
         for line, place in enumerate(places):
             row = rows[place]
             ids[line, : len(row.ids)] = torch.tensor(row.ids)
-            mask[line, : len(row.ids)] = 1
+            mask[line, : len(row.ids)] = attended(row.ids, row.unattended)
             answer[line, row.answer_start : len(row.ids)] = True
         yield Batch(ids, mask, answer, tuple(places))

@@ -40,6 +40,38 @@ def parse_placed(records: Iterable[Placed], name: str) -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def with_shots(rows: Iterable[Row], shots: Iterable[Row], name: str) -> tuple[Row, ...]:
+    """The questions `rows` with others and their answers before each of them.
+
+    Raises ProxyError if one of either is no question.
+    """
+    said: list[tuple[str, str]] = []
+    for number, row in enumerate(shots, 1):
+        _check_question(row, f"{name}, example {number}")
+        said += [*row.turns, ("assistant", row.answer.strip())]
+
+    def shown(row: Row) -> Row:
+        return replace(row, shots=tuple(said))
+
+    found = []
+    for number, row in enumerate(rows, 1):
+        _check_question(row, f"{name}, row {number}")
+        found.append(
+            replace(
+                shown(row),
+                paraphrased=row.paraphrased and shown(row.paraphrased),
+                perturbed=tuple(map(shown, row.perturbed)),
+                asked_otherwise=row.asked_otherwise and shown(row.asked_otherwise),
+            )
+        )
+    return tuple(found)
+
+
+def _check_question(row: Row, where: str) -> None:
+    if not row.turns or row.chat:
+        raise ProxyError(f"{where}: examples are for questions with answers, and it is none.")
+
+
 def _parse_row(record: Record, where: str) -> tuple[str, Row]:
     """Its form in words, and the row."""
     # A null is no column, and neither is the empty cell that CSV has for it.

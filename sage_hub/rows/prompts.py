@@ -55,7 +55,14 @@ def plain(row: Row, where: str) -> Shown:
             f"{where}: it has tools, tool calls or reasoning, which only a chat template can "
             "write; remove them, or use a model that has one."
         )
-    return Shown(row.prompt, row.prompt + row.answer)
+    before = "".join(map(_said, row.shots)) + row.prompt
+    return Shown(before, before + row.answer)
+
+
+def _said(turn: tuple[str, str]) -> str:
+    """A turn of an example, without a template."""
+    role, content = turn
+    return f"Question: {content}\n" if role == "user" else f"Answer: {content}\n\n"
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,15 @@ class Chat:
     tokenizer: PreTrainedTokenizerBase
     day: date
     name: str | None = None  # of the template, where there are several
+    system: str | None = None  # what the system says where a row has it say nothing
     _whole: dict[tuple[Any, ...], bool] = field(default_factory=dict)  # see `_asks`
+
+    def messages(self, row: Row) -> tuple[list[Message], list[Any] | None]:
+        """The row as messages, the answer the last one, and the tools that may be called."""
+        messages, tools = messages_of(row)
+        if self.system is not None and messages[0]["role"] not in ("system", "developer"):
+            messages.insert(0, {"role": "system", "content": self.system})
+        return messages, tools
 
     @property
     def names(self) -> list[str]:
@@ -101,7 +116,10 @@ class Chat:
         wrong = []
         for form in FORMS:
             try:
-                text = self._render(_formed([{"role": "user", "content": MARK}], form), None)
+                opening = [{"role": "user", "content": MARK}]
+                if self.system is not None:
+                    opening.insert(0, {"role": "system", "content": self.system})
+                text = self._render(_formed(opening, form), None)
             except Unfit as error:
                 wrong.append(str(error))
                 continue
@@ -111,8 +129,23 @@ class Chat:
             wrong.append("does not write what a user says, or not once")
         raise ProxyError(f"The chat template {wrong[0]}; {OTHERWISE}.")
 
+    def written(self, messages: Sequence[Message], where: str) -> tuple[str, str]:
+        """The template's text of `messages`, and of all but the last, that which is asked for.
+
+        Raises ProxyError if it cannot write them.
+        """
+        wrong: list[str] = []
+        for form in FORMS:
+            try:
+                text = self._render(_formed(messages, form), None)
+                before = _formed(messages[:-1], form)
+                return text, self._render(before, None, add_generation_prompt=True)
+            except Unfit as error:
+                wrong.append(str(error))
+        raise ProxyError(f"{where}: the chat template {wrong[0]}; {OTHERWISE}.")
+
     def _show(self, row: Row, form: Callable[[str], Any]) -> Shown:
-        messages, tools = messages_of(row)
+        messages, tools = self.messages(row)
         answer = messages[-1]["content"]
 
         def write(said: Sequence[Message], **how: Any) -> str:
@@ -193,7 +226,7 @@ def messages_of(row: Row) -> tuple[list[Message], list[Any] | None]:
         chat = json.loads(row.chat)
         *before, last = chat["messages"]
         return [*before, {**last, "content": row.answer.strip()}], chat["tools"] or None
-    before = [{"role": role, "content": content} for role, content in row.turns]
+    before = [{"role": role, "content": content} for role, content in (*row.shots, *row.turns)]
     return [*before, {"role": "assistant", "content": row.answer.strip()}], None
 
 

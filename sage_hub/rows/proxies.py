@@ -30,6 +30,8 @@ class Row:
     # JSON of its messages and tools, where these say more than `turns` can; no part of what most
     # rows are, so neither of their representation.
     chat: str = field(default="", repr=False)
+    # Turns that are shown before all of it, as examples; other rows, so no part of what it is.
+    shots: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     place: str = field(
         default="", repr=False, compare=False
     )  # "row 4", or "row 4 (line 6)" of its file
@@ -89,7 +91,8 @@ class Proxy:
     def fingerprint(self) -> str:
         """A SHA-256 over the rows, whatever their order."""
         hashes = sorted(
-            hashlib.sha256(f"{row!r}{row.chat}".encode()).hexdigest() for row in self.rows
+            hashlib.sha256(f"{row!r}{row.chat}{row.shots or ''}".encode()).hexdigest()
+            for row in self.rows
         )
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 

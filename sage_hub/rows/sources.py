@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, unquote
 from sage_hub.checkpoint.hubfiles import HubFiles
 from sage_hub.errors import NotFoundError, ProxyError, SageHubError, UsageError, first_line
 from sage_hub.hub.client import ask, explain_any, reading_token
-from sage_hub.rows.forms import Placed, parse_placed, parse_rows
+from sage_hub.rows.forms import Placed, parse_placed, parse_rows, with_shots
 from sage_hub.rows.proxies import Proxy
 from sage_hub.rows.texts import TEXT_READERS, read_text, refuse_pointer
 
@@ -28,8 +28,10 @@ def read_proxy(source: str | None) -> Proxy:
     """Read the proxy that `source` names; None is the general-purpose one in the package.
 
     `source` is a local file in one of FORMATS, of which those that are text may be in gzip, or
-    `hf://datasets/org/name[@revision][/file][?config=NAME&split=NAME]`. Raises ProxyError with
-    the line for a row that cannot be used, NotFoundError for a file that is not there.
+    `hf://datasets/org/name[@revision][/file][?config=NAME&split=NAME&shots=NAME]`; a split may be
+    `NAME[first:last]` as in `datasets`, and `shots` is one whose questions and answers are shown
+    before each of the others. Raises ProxyError with the line for a row that cannot be used,
+    NotFoundError for a file that is not there.
     """
     if source is None:
         rows = parse_placed(_read_file(BUILTIN, BUILTIN.name), BUILTIN_NAME)
@@ -110,23 +112,36 @@ _ADDRESS = re.compile(
 def _read_dataset(source: str) -> Proxy:
     match = _ADDRESS.fullmatch(source.removeprefix(DATASET_SCHEME))
     query = dict(parse_qsl(match["query"] or "")) if match else {}
-    if match is None or query.keys() - {"config", "split"}:
+    if match is None or query.keys() - {"config", "split", "shots"}:
         raise UsageError(
             f"{source!r} is not a dataset address; write "
-            f"{DATASET_SCHEME}org/name[@revision][/file][?config=NAME&split=NAME]."
+            f"{DATASET_SCHEME}org/name[@revision][/file][?config=NAME&split=NAME&shots=NAME]."
         )
     revision = unquote(match["revision"]) if match["revision"] else None
     if revision and revision.startswith("~"):
         revision = f"refs/convert/{revision[1:]}"
     files = HubFiles(match["repo"], revision, kind="dataset")
     name = source.replace(f"@{match['revision']}", "", 1) if revision else source
-    split = query.get("split", "train")
+    split, some = _part(query.get("split", "train"))
     file = match["file"]
     if file in files.sizes and format_of(file) in FORMATS and split == "train":
         rows = parse_placed(_read_file(files.path(file), name), name)
     else:
         rows = parse_rows(_load_split(files, query.get("config"), file, split, name), name)
-    return Proxy(name, rows, revision=files.commit)
+    if shots := query.get("shots"):
+        first = parse_rows(_load_split(files, query.get("config"), file, shots, name), name)
+        rows = with_shots(rows, first, name)
+    if not rows[some]:
+        raise ProxyError(f"{name} has {len(rows)} rows, and none in that part.")
+    return Proxy(name, rows[some], revision=files.commit)
+
+
+def _part(split: str) -> tuple[str, slice]:
+    """The name of a split, and which of its rows are meant."""
+    if match := re.fullmatch(r"(?P<name>.+)\[(?P<first>\d*):(?P<last>\d*)\]", split):
+        first, last = (int(match[end]) if match[end] else None for end in ("first", "last"))
+        return match["name"], slice(first, last)
+    return split, slice(None)
 
 
 def _load_split(

@@ -16,6 +16,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from hypothesis import given
 from hypothesis import strategies as st
 from support.loopback_hub import LoopbackHub
+from support.pico import to_jsonl
 
 from sage_hub.errors import NetworkError, NotFoundError, OverlapError, ProxyError, UsageError
 from sage_hub.rows.forms import parse_rows
@@ -35,10 +36,6 @@ CHAT = [
 CHAT_ROW = Row(
     "system: Be brief.\nuser: Who?\nassistant:", " Ada", (("system", "Be brief."), ("user", "Who?"))
 )
-
-
-def to_jsonl(rows: list[Any]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def to_array(rows: list[Any]) -> bytes:

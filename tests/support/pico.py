@@ -41,8 +41,12 @@ def make_rows(count: int, seed: int) -> list[dict[str, str]]:
     return [{"question": words(6), "answer": words(4)} for _ in range(count)]
 
 
+def to_jsonl(rows: Sequence[object]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
 def write_rows(path: Path, rows: Sequence[object]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_bytes(to_jsonl(rows))
     return path
 
 
