@@ -8,15 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sage_hub.evaluation.bootstrap import Estimate, combine, estimate
+from sage_hub.evaluation.membership import ATTACKS, membership_auc, privleak
 from sage_hub.evaluation.metrics import (
     METRICS,
     Direction,
     Seen,
     direction,
     forget_quality,
-    membership_auc,
     model_utility,
-    privleak,
     recovered,
 )
 from sage_hub.evaluation.robustness import choose_taught
@@ -91,7 +90,8 @@ def figures(
     if "forget" in by_name:
         taught = choose_taught(len(by_name["forget"].rows), seed)
         found |= _relearning(seen, taught, seed, origin)
-    derived, why = _against_reference(seen, by_name)
+    found |= _membership(seen)
+    derived, why = _against_reference(found, seen, by_name)
     return found | derived, absent + why
 
 
@@ -145,12 +145,25 @@ def _relearning(
     return found
 
 
+def _membership(seen: Views) -> dict[Key, Estimate]:
+    """How well each attack tells the forget rows from those that no model has seen."""
+    return {
+        Key(model, "forget", name): Estimate(
+            membership_auc(views["forget"], views["unseen"], attack), len(views["forget"])
+        )
+        for (model, condition), views in seen.items()
+        if condition is None and {"forget", "unseen"} <= views.keys()
+        for name, attack in ATTACKS.items()
+    }
+
+
 def _against_reference(
+    found: Mapping[Key, Estimate],
     seen: Views,
     sets: Mapping[str, EvaluationSet],
 ) -> tuple[dict[Key, Estimate], list[dict[str, str]]]:
     """The metrics that take a model which never saw the forget set, and why others are absent."""
-    found: dict[Key, Estimate] = {}
+    derived: dict[Key, Estimate] = {}
     forget, reference = sets.get("forget"), seen.get(("reference", None))
     if forget is None:
         return {}, []
@@ -168,13 +181,15 @@ def _against_reference(
         rows, theirs = views["forget"], reference["forget"]
         if quality := forget_quality(rows, theirs):
             p, d = (Estimate(value, len(rows)) for value in quality)
-            found[Key(model, "forget", "forget_quality")] = p
-            found[Key(model, "forget", "forget_quality_D")] = d
+            derived[Key(model, "forget", "forget_quality")] = p
+            derived[Key(model, "forget", "forget_quality_D")] = d
         if "unseen" in sets:
-            own = membership_auc(rows, views["unseen"])
-            leak = privleak(own, membership_auc(theirs, reference["unseen"]))
-            found[Key(model, "forget", "privleak")] = Estimate(leak, len(rows))
-    return found, []
+            own, retrained = (
+                found[Key(one, "forget", "mia_min_k")].value for one in (model, "reference")
+            )
+            leak = privleak(own, retrained)
+            derived[Key(model, "forget", "privleak")] = Estimate(leak, len(rows))
+    return derived, []
 
 
 def result_of(key: Key, found: Estimate) -> Result:

@@ -22,6 +22,7 @@ from sage_hub.evaluation.comparison import (
     retain_recovered,
 )
 from sage_hub.evaluation.harness import run_tasks
+from sage_hub.evaluation.membership import ATTACKS
 from sage_hub.evaluation.metrics import METRICS, Seen
 from sage_hub.evaluation.robustness import BITS, TRAINING_BYTES, choose_taught, quantized, relearn
 from sage_hub.evaluation.scoring import Known, Scored, answer, score
@@ -163,6 +164,8 @@ def expected_names(
         if which == "forget" and "reference" in models:
             metrics |= {"forget_quality", "forget_quality_D"} if "truth_ratio" in metrics else set()
             metrics |= {"privleak"} if "unseen" in proxies else set()
+        if which == "forget" and "unseen" in proxies:
+            metrics |= ATTACKS.keys()
         for metric in metrics:
             yield from (f"{name}.{which}.{metric}" for name in models)
             yield f"{which}.{metric}"
@@ -296,6 +299,7 @@ def seen_by(
                 told.map(lambda _: next(scores)),
                 said.get(part.name, {}).get(place),
                 part.forgotten,
+                part.counted[place],
             )
             for place, told in enumerate(part.told)
         ]
@@ -320,6 +324,7 @@ def _without(one: EvaluationSet, taught: Collection[int]) -> EvaluationSet:
         one,
         rows=tuple(one.rows[place] for place in others),
         told=tuple(one.told[place] for place in others),
+        counted=tuple(one.counted[place] for place in others),
         answered=(),
     )
 

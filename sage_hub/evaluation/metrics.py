@@ -17,7 +17,7 @@ from sage_hub.rows.proxies import Row
 
 Direction = Literal["higher", "lower", "near zero", "not stated"]
 NOTHING = 1e-10  # what open-unlearning adds to a probability that it divides by
-MIN_K = 0.4  # MUSE's share of the least probable tokens
+WORDS = 4  # in a row, that are repeated or are not
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Seen:
     told: Told[Scored]
     said: str | None = None
     forgotten: bool = False  # it is of the forget set
+    counted: str = ""  # the text of the tokens that its answer is scored by
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,16 @@ def accuracy(seen: Seen) -> float | None:
     return float(int(np.argmax(sums)) == right)
 
 
+def repetition(seen: Seen) -> float | None:
+    """The share of four words in a row of the model's own answer that it has said before in it.
+
+    None of an answer of fewer words.
+    """
+    words = (seen.said or "").casefold().split()
+    runs = [tuple(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else None
+
+
 def _rouge(part: str) -> Callable[[Seen], float | None]:
     def of(seen: Seen) -> float | None:
         if seen.said is None:
@@ -164,6 +175,7 @@ METRICS: Mapping[str, Metric] = {
     "accuracy": Metric(accuracy, "higher", "lower", "the rows have no choices column"),
     "knowmem": Metric(_rouge("fmeasure"), "higher", "lower", NOT_ANSWERED),
     "verbmem": Metric(_rouge("fmeasure"), "higher", "lower", NOT_ANSWERED),
+    "repetition": Metric(repetition, "lower", "lower", "no answer of four words was generated"),
     "extraction_strength": Metric(extraction_strength, "higher", "lower", ""),
     "exact_memorization": Metric(exact_memorization, "higher", "lower", ""),
 }
@@ -173,6 +185,8 @@ DERIVED: Mapping[str, Direction] = {
     "forget_quality_D": "lower",
     "model_utility": "higher",
     "privleak": "near zero",
+    **dict.fromkeys(("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus"), "not stated"),
+    "fluency": "lower",
     "relearning_recovery": "lower",
 }
 
@@ -195,36 +209,6 @@ def forget_quality(model: Sequence[Seen], reference: Sequence[Seen]) -> tuple[fl
         return None
     found = ks_2samp(*samples)
     return float(found.pvalue), float(found.statistic)
-
-
-def membership_auc(forget: Sequence[Seen], unseen: Sequence[Seen]) -> float:
-    """How often a forget row looks less familiar than one that was never seen, in [0, 1].
-
-    By Min-K% (Shi et al. 2024, arXiv 2310.16789): the mean negative log-likelihood of the K % of
-    tokens that may be memorized and are the least probable; K = 40 as in MUSE.
-    """
-    from scipy.stats import mannwhitneyu
-
-    surprise = [[_min_k(seen.told.answer) for seen in side] for side in (forget, unseen)]
-    found = mannwhitneyu(*surprise).statistic
-    return float(found) / (len(forget) * len(unseen))
-
-
-def _min_k(scored: Scored) -> float:
-    counted = scored.logprobs[: len(scored.hits)]
-    if not len(counted):
-        return 0.0
-    some = max(1, int(MIN_K * len(counted)))
-    return -float(np.sort(counted)[:some].mean(dtype=np.float64))
-
-
-def privleak(auc: float, reference_auc: float) -> float:
-    """100 (AUC − AUC_retrain) / AUC_retrain (MUSE, Shi et al. 2024, arXiv 2407.06460).
-
-    `reference_auc` is that of a model trained without the forget set. Far below 0 the model still
-    knows what it should forget, far above it stands out for not knowing it.
-    """
-    return 100 * (auc - reference_auc) / reference_auc if reference_auc else math.nan
 
 
 def model_utility(parts: Sequence[Estimate]) -> Estimate:

@@ -45,6 +45,9 @@ class Scored:
     logprobs: np.ndarray  # (tokens,) float32, in nats
     # (tokens that may be memorized,) bool: whether it is the one that greedy decoding takes
     hits: np.ndarray
+    # (tokens,) float32: log-probability above the vocabulary's mean, in standard deviations, both
+    # under the model's own distribution; where it was asked for.
+    standard: np.ndarray | None = None
 
     @property
     def tokens(self) -> int:
@@ -101,6 +104,7 @@ def score_each(
     Block by block, so that what they have in common is read and computed once.
     """
     ranks, kept = run.ranks, settings.memory * GB / 4
+    attacked = settings.unseen is not None  # membership is asked for, which takes more
     alike: dict[object, list[int]] = {}
     for place, row in enumerate(rows):
         alone = (row.ids[:-1], row.unattended) if row.answer_tokens == 1 else place
@@ -120,9 +124,8 @@ def score_each(
                             [rows[place].ids[rows[place].answer_start :] for place in groups[line]]
                             for line in batch.rows
                         ]
-                        for line, scored in zip(
-                            batch.rows, _scored(model, batch, states, wanted), strict=True
-                        ):
+                        made = _scored(model, batch, states, wanted, attacked=attacked)
+                        for line, scored in zip(batch.rows, made, strict=True):
                             found[which] |= dict(zip(groups[line], scored, strict=True))
                     else:
                         hidden.put(number, states)
@@ -142,10 +145,13 @@ def _scored(
     batch: Batch,
     states: Tensor,
     wanted: Sequence[Sequence[Sequence[int]]],
+    *,
+    attacked: bool,
 ) -> Iterator[list[Scored]]:
     """Of each row its answers, from the final hidden `states` (rows, tokens, features).
 
-    `wanted` holds the tokens of the answers of each row, which are of one length.
+    `wanted` holds the tokens of the answers of each row, which are of one length. If `attacked`,
+    with each token's place among the vocabulary.
     """
     before = batch.answer[:, 1:]  # the state at a token predicts the next one
     chosen = states[:, :-1][before.to(states.device)]
@@ -161,17 +167,34 @@ def _scored(
         dtype=torch.long,
     ).reshape(-1, most)
     logprobs, hits = np.empty(targets.shape, np.float32), np.empty(targets.shape, bool)
+    standard = np.empty(targets.shape, np.float32) if attacked else None
     step = max(1, LOGITS // model.model.get_input_embeddings().weight.shape[0])
     for start in range(0, len(targets), step):
         part = slice(start, start + step)
         own = targets[part].to(states.device)
         logits = model.logits(chosen[part]).float()
-        logprobs[part] = logits.log_softmax(-1).gather(1, own).cpu().numpy()
+        every = logits.log_softmax(-1)
+        logprobs[part] = every.gather(1, own).cpu().numpy()
         hits[part] = (logits.argmax(-1, keepdim=True) == own).cpu().numpy()
+        if standard is not None:
+            standard[part] = _standard(every, own).cpu().numpy()
     stop = 0
     for answers, count in zip(wanted, counts, strict=True):
         part = slice(stop, stop := stop + count)
-        yield [Scored(logprobs[part, n], hits[part, n]) for n in range(len(answers))]
+        for_each = [standard[part, n] if standard is not None else None for n in range(most)]
+        yield [Scored(logprobs[part, n], hits[part, n], for_each[n]) for n in range(len(answers))]
+
+
+def _standard(logprobs: Tensor, tokens: Tensor) -> Tensor:
+    """How far the log-probabilities of `tokens` (positions, some) lie above their mean.
+
+    In standard deviations; mean and deviation are under each of the distributions `logprobs`
+    (positions, vocabulary) itself.
+    """
+    weights = logprobs.exp()
+    mean = (weights * logprobs).nansum(-1, keepdim=True)  # 0 · −∞ is nothing
+    spread = (weights * logprobs.square()).nansum(-1, keepdim=True) - mean.square()
+    return (logprobs.gather(1, tokens) - mean) / spread.clamp(min=1e-6).sqrt()
 
 
 @torch.inference_mode()

@@ -21,14 +21,14 @@ ALWAYS = ("extraction_strength", "exact_memorization")
 # The metrics of each suite, by the kind of row.
 SUITES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "tofu": {
-        "question": ("probability", "rougeL_recall", "truth_ratio", "loss"),
-        "prompt": ("probability", "rougeL_recall", "loss"),
+        "question": ("probability", "rougeL_recall", "truth_ratio", "repetition", "loss"),
+        "prompt": ("probability", "rougeL_recall", "repetition", "loss"),
         "choice": ("accuracy", "probability", "loss"),
         "text": ("probability", "loss"),
     },
     "muse": {
         "question": ("knowmem", "probability", "loss"),
-        "prompt": ("verbmem", "probability", "loss"),
+        "prompt": ("verbmem", "probability", "repetition", "loss"),
         "choice": ("accuracy", "probability", "loss"),
         "text": ("probability", "loss"),
     },
@@ -102,6 +102,7 @@ class EvaluationSet:
     told: tuple[Told[Encoded], ...]
     answered: tuple[int, ...]  # the places of the rows whose answer is generated
     answering: Answering | None = None  # how
+    counted: tuple[str, ...] = ()  # of each row, the text of the tokens that are scored
 
     @property
     def forgotten(self) -> bool:
@@ -166,8 +167,13 @@ def prepare(name: str, proxy: Proxy, tokens_of: Checkpoint, settings: Settings) 
     random.Random(settings.seed).shuffle(some)
     answering = _answering(metrics, settings.suite)
     answered = tuple(sorted(some[: settings.generate_rows]) if answering else ())
+    counted = tuple(
+        str(encoder.tokenizer.decode(one.answer.counted, skip_special_tokens=True)) for one in told
+    )
     kind = kind_of(proxy.rows[0])
-    return EvaluationSet(name, kind, metrics, tuple(rows), tuple(told), answered, answering)
+    return EvaluationSet(
+        name, kind, metrics, tuple(rows), tuple(told), answered, answering, counted
+    )
 
 
 def _answering(metrics: Sequence[str], suite: str) -> Answering | None:

@@ -108,9 +108,8 @@ class Trial:
     @property
     def _asked(self) -> Settings:
         most = min(self.settings.max_tokens, SEARCH_TOKENS)
-        return replace(
-            self.settings, generate_rows=0, robustness=False, lm_eval=None, max_tokens=most
-        )
+        few = replace(self.settings, max_tokens=most, generate_rows=0)
+        return replace(few, robustness=False, lm_eval=None, unseen=None)
 
 
 def choose_gain(update: Update, trial: Trial) -> Chosen:

@@ -43,6 +43,11 @@ class Encoded:
         return self.ids[: self.answer_start] if self.prompt is None else self.prompt
 
     @property
+    def counted(self) -> list[int]:
+        """The tokens that the answer is scored by."""
+        return list(self.ids[self.answer_start :])
+
+    @property
     def answer_tokens(self) -> int:
         return max(0, len(self.ids) - self.answer_start)
 

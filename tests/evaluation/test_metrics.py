@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
-from sklearn.metrics import roc_auc_score
 
 from sage_hub.evaluation.bootstrap import Estimate, combine, estimate
 from sage_hub.evaluation.comparison import mean_over_rows, verdict
@@ -23,9 +23,7 @@ from sage_hub.evaluation.metrics import (
     exact_memorization,
     extraction_strength,
     forget_quality,
-    membership_auc,
     model_utility,
-    privleak,
     probability,
     recovered,
     truth_ratio,
@@ -162,6 +160,18 @@ def _ratio_rows(ratios: list[float]) -> list[Seen]:
     return [seen(HALF, paraphrased=scored(0.0), perturbed=(scored(math.log(r)),)) for r in ratios]
 
 
+def test_repetition_is_of_four_words_in_a_row() -> None:
+    def of(text: str | None) -> float | None:
+        return METRICS["repetition"].of(replace(seen(HALF), said=text))
+
+    assert of("one two three four five") == 0
+    # One two three four, two three four one, three four one two, four one two three, and again one.
+    assert of("one two three four one two three four") == pytest.approx(1 - 4 / 5)
+    assert of("No no no no no NO") == pytest.approx(1 - 1 / 3)
+    assert of("three words only") is None
+    assert of(None) is None
+
+
 def test_forget_quality_is_the_ks_test_of_the_ratios() -> None:
     one, two = [0.1, 0.2, 0.5, 0.9, 1.5], [0.3, 0.6, 1.1, 2.0, 2.5]
     found = forget_quality(_ratio_rows(one), _ratio_rows(two))
@@ -172,27 +182,6 @@ def test_forget_quality_is_the_ks_test_of_the_ratios() -> None:
     far = forget_quality(_ratio_rows([0.1] * 5), _ratio_rows([2.0] * 5))
     assert far == pytest.approx((2 / math.comb(10, 5), 1.0))
     assert forget_quality([seen(HALF)], [seen(HALF)]) is None
-
-
-def test_membership_is_the_area_under_the_curve_of_min_40_percent() -> None:
-    chance = np.random.default_rng(0)
-    forget = [scored(*-chance.exponential(1.0, 7)) for _ in range(9)]
-    unseen = [scored(*-chance.exponential(1.5, 5)) for _ in range(6)]
-
-    def surprise(one: Scored) -> float:
-        ordered = sorted(one.logprobs)
-        return -float(np.mean(ordered[: int(0.4 * len(ordered))]))
-
-    truth = [1] * len(forget) + [0] * len(unseen)
-    expected = roc_auc_score(truth, [surprise(one) for one in (*forget, *unseen)])
-    found = membership_auc([seen(one) for one in forget], [seen(one) for one in unseen])
-    assert found == pytest.approx(expected)
-
-
-def test_privleak_is_negative_where_the_model_still_knows() -> None:
-    assert privleak(0.0, 0.5) == -100
-    assert privleak(0.5, 0.5) == 0
-    assert privleak(0.9, 0.5) == pytest.approx(80)
 
 
 def test_utility_is_a_harmonic_mean_and_zero_counts() -> None:
@@ -213,9 +202,10 @@ def test_recovered_is_a_share_of_what_was_lost() -> None:
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_forgetting_turns_directions_round_but_for_the_truth_ratio(name: str) -> None:
+def test_forgetting_turns_directions_round_but_for_what_is_no_knowledge(name: str) -> None:
     ways = {direction(name, "heldout"), direction(name, "forget")}
-    assert ways == ({"higher"} if name == "truth_ratio" else {"higher", "lower"})
+    alike = {"truth_ratio": {"higher"}, "repetition": {"lower"}}
+    assert ways == alike.get(name, {"higher", "lower"})
 
 
 def test_a_verdict_takes_more_than_noise() -> None:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import load_weights
+from support.loopback_hub import LoopbackHub
 from support.pico import make_pair, make_tokenizer, proxies
 from support.reference import sanitized_reference
 from transformers import AutoModelForCausalLM
@@ -30,6 +31,7 @@ MACHINES = {
 
 def on(machine: str, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("sage_hub.model.compute.seconds", MACHINES[machine].__getitem__)
+    patch.setattr("sage_hub.model.compute._machine", lambda: {"model": machine})
 
 
 @given(st.floats(1e-6, 10), st.floats(1e-6, 10))
@@ -49,6 +51,18 @@ def test_what_is_chosen(stored: torch.dtype, machine: str, monkeypatch: pytest.M
     for name, dtype in TYPES.items():  # what is asked for is what is done
         assert compute_type(name, stored, "cpu") == dtype
         assert name_of(dtype) == name
+
+
+def test_a_machine_is_asked_once(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run which was stopped goes on, however busy the machine is by then."""
+    on("with units", monkeypatch)
+    assert compute_type("auto", torch.bfloat16, "cpu") == torch.bfloat16
+    busy = MACHINES["AVX2"]
+    monkeypatch.setattr("sage_hub.model.compute.seconds", busy.__getitem__)
+    assert compute_type("auto", torch.bfloat16, "cpu") == torch.bfloat16
+    assert compute_type("auto", torch.float16, "cpu") == torch.float32  # another question
+    on("AVX2", monkeypatch)  # and another machine
+    assert compute_type("auto", torch.bfloat16, "cpu") == torch.float32
 
 
 def test_the_probe_takes_any_type() -> None:
