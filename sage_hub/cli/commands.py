@@ -242,6 +242,7 @@ def _how(args: argparse.Namespace) -> Any:
         stats_cache=own.get("stats_cache"),
         record=own.get("record"),
         save_retain=own.get("save_retain"),
+        answers=own.get("answers"),
     )
 
 

@@ -181,6 +181,11 @@ OPTIONS: Mapping[str, Sequence[Option]] = {
             "leave the retain rows that the base writes in this file; they may hold what was to "
             "be forgotten, and are never published",
         ),
+        _option(
+            *("eval", "--answers", "FILE"),
+            "leave what each model made of each row in this file, for `sage-hub review`; it may "
+            "hold what was to be forgotten",
+        ),
     ),
     "publication": (
         _option("push", "--to", "TARGET", "Hub repo or folder (default: UNLEARNED with -sage)"),

@@ -13,6 +13,7 @@ from sage_hub.commands.here import settle
 from sage_hub.commands.inputs import read_proxies
 from sage_hub.errors import UsageError
 from sage_hub.evaluation import harness
+from sage_hub.evaluation.answers import check_place, write_answers
 from sage_hub.evaluation.evaluate import Candidate, Study, evaluate
 from sage_hub.record.manifest import make_report
 from sage_hub.rows.encoding import check_rows
@@ -45,6 +46,9 @@ def evaluate_models(
     first = open_checkpoint(models[0], pickled=pickled, dequantize=True)
     sides: dict[str, Checkpoint] = {models[0]: first}
     sides |= {name: open_unlearned(name, first, pickled=pickled) for name in models[1:]}
+    if run.answers is not None:
+        folders = [side.files.location.folder for side in sides.values()]
+        check_place(run.answers, "--answers", folders)
     candidates = {name: Candidate(side) for name, side in sides.items()}
     if settings.reference:
         candidates["reference"] = Candidate(open_checkpoint(settings.reference, pickled=pickled))
@@ -63,5 +67,7 @@ def evaluate_models(
     with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
         found = evaluate(candidates, study, settings, Path(scratch), run)
     clock.lap("evaluate")
+    if (path := run.answers) is not None:
+        run.ranks.once(lambda: write_answers(path, found.seen))
     report = make_report(found, settings, clock.laps, control=None, card={})
     return {"models": {name: side.commit for name, side in sides.items()}, **report}

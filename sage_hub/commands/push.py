@@ -14,6 +14,7 @@ from sage_hub.commands.job import Job
 from sage_hub.commands.rows import with_written
 from sage_hub.commands.survey import check_weights, choose_target, survey
 from sage_hub.errors import SageHubError
+from sage_hub.evaluation.answers import beside, write_answers
 from sage_hub.evaluation.evaluate import Candidate, Evaluation, Study, evaluate
 from sage_hub.model.weights import part_of_the_way
 from sage_hub.publish.folder import Work, working_on
@@ -163,6 +164,10 @@ def _make(job: Job, work: Work, upload: Upload | None = None) -> Release:
     clock.lap("evaluate")
     about = describe(plan, job.target.name, job.warnings)
     report = make_report(evaluation, settings, clock.laps, control=control, card=about)
+    if evaluation.seen:
+        run.ranks.once(
+            lambda: write_answers(beside(work.release), evaluation.seen, work.fingerprint)
+        )
     return run.ranks.once(lambda: _finish(job, work, upload, manifest, report))
 
 

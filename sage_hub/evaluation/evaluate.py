@@ -57,6 +57,7 @@ class Evaluation:
     retain_recovered: dict[str, Any] | None = None
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     not_run: list[dict[str, str]] = field(default_factory=list)
+    seen: dict[str, dict[str, list[Seen]]] = field(default_factory=dict)  # model -> set -> rows
 
     @classmethod
     def not_at_all(cls, reason: str) -> Evaluation:
@@ -123,6 +124,7 @@ def evaluate(
         retain_recovered(estimates),
         data,
         _unique(not_run),
+        {name: views for (name, condition), views in seen.items() if condition is None},
     )
 
 

@@ -9,6 +9,7 @@ stopped:
     downloads/                shards of the sources, with --low-disk
     shards/SHARD.json         what was done with a shard that is finished
     release/                  what will be the output
+    release.answers.jsonl     what models made of each row, which will lie beside the output
     old/                      the output before, while it is being replaced
 """
 
@@ -29,6 +30,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from sage_hub.calibration.journal import journal_of
 from sage_hub.checkpoint.tensorfile import file_sha256
 from sage_hub.errors import DiskSpaceError, SageHubError, TargetError
+from sage_hub.evaluation.answers import beside, check_ours
 from sage_hub.record.manifest import MANIFEST
 from sage_hub.repair.plan import Plan
 from sage_hub.runtime.progress import Progress
@@ -96,6 +98,11 @@ class Work:
             raise
         if self.output.exists():
             self.output.rename(self._old)
+        answers = beside(self.release)  # first, as the same command makes them with the release
+        if answers.exists():
+            answers.replace(beside(self.output))
+        else:  # those of the release before are of no use
+            beside(self.output).unlink(missing_ok=True)
         self.release.rename(self.output)
 
     @property
@@ -216,6 +223,7 @@ def check_output(output: Path, sources: Sequence[Path | None] = (), *, force: bo
             f"{output} is where a disk is mounted, which nothing can take the place of; choose a "
             "folder in it."
         )
+    check_ours(beside(output), "Answers are to lie beside the output, and")
     ours = (output / MANIFEST).is_file()
     if output.is_dir() and any(output.iterdir()) and not ours and not force:
         raise TargetError(

@@ -24,6 +24,7 @@ from sage_hub.errors import (
     SageHubError,
     first_line,
 )
+from sage_hub.evaluation.answers import stays_here
 from sage_hub.hub.client import ask, explain, log, may_pass, status_of, wait_before_next
 from sage_hub.publish.target import Head, Publication, check_ours, find_head, tag_is_taken
 from sage_hub.publish.verify import is_of_release, manifest_of
@@ -144,11 +145,8 @@ class Upload:
     def add_folder(self, folder: Path) -> None:
         """Send all files of `folder` that were not sent or copied already, and wait for all."""
         self.wait()
-        files = {
-            path.relative_to(folder).as_posix(): path
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
+        there = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = {p.relative_to(folder).as_posix(): p for p in there if not stays_here(p.name)}
         known = self._added.keys() | self._copied.keys()
         self.send({path: file for path, file in files.items() if path not in known})
         self.wait()

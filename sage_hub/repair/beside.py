@@ -21,6 +21,7 @@ from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.checkpoint.layouts import INDEX, PICKLES, SINGLE
 from sage_hub.checkpoint.tensorfile import file_sha256
 from sage_hub.errors import SageHubError, UsageError
+from sage_hub.evaluation.answers import stays_here
 from sage_hub.repair.belongs import belongs, code_of
 from sage_hub.repair.plan import UNKNOWN, Plan
 
@@ -42,7 +43,8 @@ RESULTS = re.compile(
 PATH = re.compile(r"[/~\\]|\.{1,2}/|[A-Za-z]:[/\\]")  # of a machine; no repo begins so
 PICKLE, WEIGHTS, ARCHIVE = "a pickle", "weights that were not sanitized", "an archive"
 RECORD, HIDDEN = "the record of an earlier release", "a hidden file"
-NEVER = (PICKLE, WEIGHTS, ARCHIVE, RECORD)  # whoever asks for it
+ANSWERS = "answers of models, which may be what had to go"
+NEVER = (PICKLE, WEIGHTS, ARCHIVE, RECORD, ANSWERS)  # whoever asks for it
 
 
 def sort_files(unlearned: Checkpoint) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -68,6 +70,8 @@ def why_left(name: str) -> str:
     """Why a file that is not known to belong to a model stays behind."""
     if name.startswith("sage/"):
         return RECORD
+    if stays_here(name):
+        return ANSWERS
     if _has_suffix(name, PICKLES) and not name.endswith(".index.json"):
         return PICKLE
     if _has_suffix(name, OTHER_WEIGHTS):

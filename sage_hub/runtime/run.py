@@ -18,3 +18,4 @@ class Run:
     stats_cache: Path | None = None  # where statistics are looked for and kept
     record: Path | None = None  # where card and record are left too
     save_retain: Path | None = None  # where the rows that the base writes are left
+    answers: Path | None = None  # where `eval` leaves what models made of each row
