@@ -152,7 +152,7 @@ def test_pictures_are_drawn(release: Path, tmp_path: Path) -> None:
 
 
 def test_pictures_of_what_there_is_not_are_not_drawn() -> None:
-    assert tradeoff({"results": []}) is None
+    assert tradeoff({}, {"results": []}) is None
     assert bias_by_layer({"tensors": [{"name": "a.weight", "action": "identical"}]}) is None
 
 
