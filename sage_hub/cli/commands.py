@@ -140,18 +140,41 @@ def _card(args: argparse.Namespace) -> None:
 def _audit(args: argparse.Namespace) -> None:
     from sage_hub.cli import display
     from sage_hub.commands.audit import audit
-    from sage_hub.record.page import audit_page
+    from sage_hub.evaluation.answers import check_ours
+    from sage_hub.record.content import audit_content
+    from sage_hub.record.page import page_of
 
     if args.html is not None and not args.html.parent.is_dir():
         raise NotFoundError(f"--html {args.html}: there is no folder {args.html.parent}.")
     if args.html is not None and args.html.is_dir():
         raise UsageError(f"--html {args.html} is a folder; give the file to write.")
+    if args.html is not None:
+        check_ours(args.html, "--html")
     settings = _settings(args, args.base, args.unlearned)
     how = {"settings": settings, "statistics": args.stats, "run": _how(args)}
     result = audit(args.base, args.unlearned, **how)
     if args.html is not None:
-        args.html.write_text(audit_page(result), encoding="utf-8")
+        args.html.write_text(page_of(audit_content(result)), encoding="utf-8")
     _show(args, result, display.audit_text(result, top=args.top))
+
+
+def _review(args: argparse.Namespace) -> None:
+    import webbrowser
+
+    from sage_hub.commands.review import review
+
+    made = review(args.release, answers=args.answers, output=args.output)
+    note = _progress(args).note
+    for sentence in made.lacks:
+        note(sentence)
+    content = {
+        "page": str(made.page),
+        "answers": None if made.answers is None else str(made.answers),
+        "lacks": list(made.lacks),
+    }
+    _show(args, content, [str(made.page)])
+    if not (args.no_open or args.json) and not webbrowser.open(made.page.resolve().as_uri()):
+        note("No browser could be opened; open the page in one.")
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -281,6 +304,7 @@ COMMANDS = {
     "eval": _eval,
     "card": _card,
     "verify": _verify,
+    "review": _review,
     "demo": _demo,
     "env": _env,
 }

@@ -103,7 +103,7 @@ def _option(commands: str, names: str, metavar: str, help: str, **how: Any) -> O
     return commands.split(), names.split(), {**how, "help": help}
 
 
-ALL = "push sanitize plan stats audit eval card verify demo env"
+ALL = "push sanitize plan stats audit eval card verify review demo env"
 SOURCE = "Hub repo[@revision] or folder"
 ONE_OF = "one of"
 # By the group that shows them in the help, in its order; "" is argparse's own.
@@ -116,7 +116,7 @@ OPTIONS: Mapping[str, Sequence[Option]] = {
         _option("stats", "model", "MODEL", SOURCE),
         _option("eval", "models", "MODEL", SOURCE, nargs="+"),
         _option("card", "release", "DIR", "the folder of the release"),
-        _option("verify", "release", "RELEASE", SOURCE),
+        _option("verify review", "release", "RELEASE", SOURCE),
         _option("plan", "--to", "TARGET", "Hub repo or folder"),
         _option(
             *("push sanitize plan audit", "--stats", "FILE|REPO"),
@@ -132,6 +132,16 @@ OPTIONS: Mapping[str, Sequence[Option]] = {
             default=15,
         ),
         _option("audit", "--html", "FILE", "write a page with pictures into this file too"),
+        _option(
+            *("review", "--answers", "FILE"),
+            "answers that `sage-hub eval --answers` has left (default: those that the run left "
+            "beside the release)",
+        ),
+        _option(
+            *("review", "--output", "FILE"),
+            "write the page into this file (default: beside the release, or here)",
+        ),
+        _option("review", "--no-open", "", "don't open it in a browser"),
         _option(
             *("verify", "--rebuild", ""),
             "make it again from the recorded commits and settings, and compare; local files are "

@@ -71,6 +71,10 @@ Compare every file of RELEASE with its manifest.
   sage-hub verify ./release
   sage-hub verify org/unlearned-sage
   sage-hub verify org/unlearned-sage --rebuild""",
+    "review": """RELEASE [options]
+Make a page to look at: verdict, pictures, and answers side by side.
+  sage-hub review ./release
+  sage-hub review org/unlearned-sage --output review.html --no-open""",
     "demo": """[options]
 Make a small unlearning problem and run the main job on it.
   sage-hub demo

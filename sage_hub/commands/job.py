@@ -30,6 +30,13 @@ from sage_hub.runtime.versions import versions
 from sage_hub.settings import Settings
 
 
+def output_of(target: Location) -> Path:
+    """Where a release to `target` is made."""
+    if target.folder is not None:
+        return target.folder
+    return Path(HF_HOME) / "sage-hub" / target.repo.replace("/", "--")
+
+
 @dataclass(frozen=True)
 class Job:
     """What is to be made of which pair, with what, where to, and what speaks against it."""
@@ -55,9 +62,7 @@ class Job:
     @property
     def output(self) -> Path:
         """Where the release is made: the target, or a folder of ours until it is published."""
-        if self.target.folder is not None:
-            return self.target.folder
-        return Path(HF_HOME) / "sage-hub" / self.target.repo.replace("/", "--")
+        return output_of(self.target)
 
     @property
     def keeps_output(self) -> bool:

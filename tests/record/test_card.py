@@ -154,15 +154,3 @@ def test_pictures_are_drawn(release: Path, tmp_path: Path) -> None:
 def test_pictures_of_what_there_is_not_are_not_drawn() -> None:
     assert tradeoff({}, {"results": []}) is None
     assert bias_by_layer({"tensors": [{"name": "a.weight", "action": "identical"}]}) is None
-
-
-def test_the_audit_as_a_page(pair: Path, tmp_path: Path) -> None:
-    page = tmp_path / "audit.html"
-    both = [str(pair / "base"), str(pair / "unlearned"), "--quiet"]
-    words = ["--retain", str(pair / "retain.jsonl"), "--html", str(page)]
-    assert main(["audit", *both, *words]) == 0
-    text = page.read_text()
-    assert text.count("data:image/png;base64,") == 2
-    assert "http://" not in text
-    assert "https://" not in text  # self-contained
-    assert "model.layers.0" in text
