@@ -77,11 +77,12 @@ def places(page: Any) -> list[str]:
     return [text.rpartition(", ")[2] for text in page.locator("article h3").all_inner_texts()]
 
 
-def settle(page: Any, rows: int) -> None:
-    """Wait until so many rows are shown."""
+def settle(page: Any, rows: int, text: str = "") -> None:
+    """Wait until so many rows are shown, with `text` in the first of them."""
     from playwright.sync_api import expect
 
     expect(page.locator("article")).to_have_count(rows)
+    expect(page.locator("article").first).to_contain_text(text)
 
 
 @pytest.mark.parametrize("width, scheme", [(360, "dark"), (800, "light"), (1400, "dark")])
@@ -99,7 +100,7 @@ def test_search_filter_and_order(shown: Open) -> None:
     page = shown()
     everything = page.locator("article").count()
     page.fill("#search", "OSKWELL born")
-    settle(page, 1)
+    settle(page, 1, "row 93")
     assert places(page) == ["row 93"]
     assert page.inner_text("#count").startswith("1 of ")
     assert page.locator("article mark").all_inner_texts()[:1] == ["Lower"]
@@ -126,13 +127,13 @@ def test_search_filter_and_order(shown: Open) -> None:
 def test_hostile_answers_are_shown_as_what_they_are(shown: Open) -> None:
     page = shown(viewport={"width": 360, "height": 800})
     page.fill("#search", "harmed")
-    settle(page, 1)
+    settle(page, 1, HOSTILE)
     assert HOSTILE in page.inner_text("article")
     assert page.evaluate("window.harmed") is None
     assert page.locator("img, iframe, object, embed").count() == 0
     for text in ("evil", "xxxxxxxx"):
         page.fill("#search", text)
-        settle(page, 1)
+        settle(page, 1, text)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
     box = page.locator("article .side .text").first.bounding_box()
     assert box["height"] <= 400  # 10,000 characters are scrolled, not laid out
