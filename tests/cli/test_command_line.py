@@ -124,6 +124,7 @@ def json_commands(pair: Path, scratch: Path) -> dict[str, list[str]]:
         "push --dry-run": [*both, *data],
         "verify": [release],
         "card": [release],
+        "review": [release],
         "eval": [*both, *data[2:]],
         "plan": [*both, *data],
         "plan BASE": [both[0]],
