@@ -21,6 +21,7 @@ from sage_hub.evaluation.comparison import (
     result_of,
     retain_recovered,
 )
+from sage_hub.evaluation.fluency import fluency
 from sage_hub.evaluation.harness import run_tasks
 from sage_hub.evaluation.membership import ATTACKS
 from sage_hub.evaluation.metrics import METRICS, Seen
@@ -115,6 +116,10 @@ def evaluate(
             }
         )
     estimates, absent = figures(sets, seen, settings.seed, study.origin)
+    if study.origin in models:
+        reader = models[study.origin].side
+        said = {name: v["forget"] for (name, how), v in seen.items() if not how and "forget" in v}
+        estimates |= fluency(reader, said, study.tokens_of, settings, scratch, run)
     not_run += [*absent, *not_finite(estimates)]
     estimates = {key: found for key, found in estimates.items() if math.isfinite(found.value)}
     data = {one.name: _described(one, proxies[one.name], calibrated) for one in sets}
@@ -160,7 +165,9 @@ def expected_names(
     for which, proxy in proxies.items():
         metrics = set(metrics_of(proxy.rows, settings.suite))
         if which in ("retain", GUARD) or not settings.generate_rows:
-            metrics -= ANSWERS.keys()
+            metrics -= {*ANSWERS, "repetition"}
+        if which == "forget" and metrics & ANSWERS.keys():
+            metrics |= {"fluency"}
         if not any(row.perturbed for row in proxy.rows):
             metrics.discard("truth_ratio")
         if which == "forget" and "reference" in models:
