@@ -170,6 +170,16 @@ def _plan(args: argparse.Namespace) -> None:
     _show(args, display.plan_json(job) | {"estimate": found.describe()}, parts)
 
 
+def _data(args: argparse.Namespace) -> None:
+    from sage_hub.cli.sets import sets_text
+    from sage_hub.commands.data import look
+
+    found, problems = look(args.proxies, _settings(args, None), args.rows)
+    _show(args, found, sets_text(found))
+    if problems:
+        raise problems[0]
+
+
 def _verify(args: argparse.Namespace) -> None:
     from sage_hub.cli import display
     from sage_hub.commands.verify import check, raise_differences
@@ -261,6 +271,7 @@ COMMANDS = {
     "push": _push,
     "sanitize": _sanitize,
     "plan": _plan,
+    "data": _data,
     "stats": _stats,
     "audit": _audit,
     "eval": _eval,

@@ -102,7 +102,7 @@ def _option(commands: str, names: str, metavar: str, help: str, **how: Any) -> O
     return commands.split(), names.split(), {**how, "help": help}
 
 
-ALL = "push sanitize plan stats audit eval card verify demo env"
+ALL = "push sanitize plan data stats audit eval card verify demo env"
 SOURCE = "Hub repo[@revision] or folder"
 ONE_OF = "one of"
 # By the group that shows them in the help, in its order; "" is argparse's own.
@@ -114,6 +114,7 @@ OPTIONS: Mapping[str, Sequence[Option]] = {
         _option("plan", "unlearned", "UNLEARNED", "the same, if there is one", nargs="?"),
         _option("stats", "model", "MODEL", SOURCE),
         _option("eval", "models", "MODEL", SOURCE, nargs="+"),
+        _option("data", "proxies", "PROXY", "rows that are in no set yet", nargs="*"),
         _option("card", "release", "DIR", "the folder of the release"),
         _option("verify", "release", "RELEASE", SOURCE),
         _option("plan", "--to", "TARGET", "Hub repo or folder"),
@@ -129,6 +130,11 @@ OPTIONS: Mapping[str, Sequence[Option]] = {
             *("audit", "--top", "N", "modules to show (default: 15)"),
             type=_reader(whole(0)),
             default=15,
+        ),
+        _option(
+            *("data", "--rows", "N", "rows of each set to show (default: 3)"),
+            type=_reader(whole(0)),
+            default=3,
         ),
         _option("audit", "--html", "FILE", "write a page with pictures into this file too"),
         _option(
@@ -159,7 +165,7 @@ OPTIONS: Mapping[str, Sequence[Option]] = {
     ),
     "data": (
         _option(
-            *("push sanitize plan stats audit eval", "--config", "FILE"),
+            *("push sanitize plan data stats audit eval", "--config", "FILE"),
             "settings (default: sage.yaml, see docs/settings.md)",
         ),
         _option(

@@ -80,8 +80,11 @@ def end_tokens(checkpoint: Checkpoint) -> list[int]:
 
 
 def row_limit(checkpoint: Checkpoint, max_length: int) -> int:
-    """The longest row in tokens: `max_length`, or the model's context if that is shorter."""
-    config = checkpoint.config
+    """The longest row in tokens: `max_length`, or the model's context if that is shorter.
+
+    A tokenizer without a model has none.
+    """
+    config = checkpoint.config if checkpoint.config_file in checkpoint.files.sizes else {}
     context = config.get("max_position_embeddings") or config.get("n_positions")
     return min(max_length, context) if isinstance(context, int) else max_length
 
@@ -220,7 +223,7 @@ def check_rows(
                             f"embedding of {name} has {size} rows; the tokenizer is not that of "
                             "the model, or its embedding was not resized."
                         )
-        shown[which] = _spoken(encoder.row(proxy.rows[0], proxy.name), encoder.tokenizer)
+        shown[which] = _in_short(encoder.row(proxy.rows[0], proxy.name), encoder.tokenizer)
     return shown
 
 
@@ -233,10 +236,16 @@ def _embedded(*models: Checkpoint) -> dict[str, int]:
     return found
 
 
-def _spoken(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A row as a model sees it, special tokens too: what comes before, ⇒, and the answer."""
+def spoken(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """A row as a model sees it, special tokens too: what comes before, and the answer."""
     parts = row.ids[: row.answer_start], row.ids[row.answer_start :]
-    lines = (" ".join(str(tokenizer.decode(list(part))).split()) for part in parts)
+    before, answer = (str(tokenizer.decode(list(part))) for part in parts)
+    return before, answer
+
+
+def _in_short(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The same on one line, with ⇒ between the two."""
+    lines = (" ".join(part.split()) for part in spoken(row, tokenizer))
     return " ⇒ ".join(
         text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
         for text in lines

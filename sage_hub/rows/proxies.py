@@ -33,6 +33,7 @@ class Row:
     place: str = field(
         default="", repr=False, compare=False
     )  # "row 4", or "row 4 (line 6)" of its file
+    form: str = field(default="", repr=False, compare=False)  # the columns that it was read from
 
     @property
     def hash(self) -> str:
