@@ -170,6 +170,16 @@ def _plan(args: argparse.Namespace) -> None:
     _show(args, display.plan_json(job) | {"estimate": found.describe()}, parts)
 
 
+def _init(args: argparse.Namespace) -> None:
+    from sage_hub.commands.init import write_config
+    from sage_hub.settings import Settings
+
+    settings = Settings(**_given(args))
+    found = write_config(args.base, args.unlearned, settings, args.output, force=args.force)
+    parts = [f"{found['file']} is written; look at it, and go on with:", "", f"  {found['next']}"]
+    _show(args, found, parts)
+
+
 def _data(args: argparse.Namespace) -> None:
     from sage_hub.cli.sets import sets_text
     from sage_hub.commands.data import look
@@ -271,6 +281,7 @@ COMMANDS = {
     "push": _push,
     "sanitize": _sanitize,
     "plan": _plan,
+    "init": _init,
     "data": _data,
     "stats": _stats,
     "audit": _audit,

@@ -102,15 +102,15 @@ def _option(commands: str, names: str, metavar: str, help: str, **how: Any) -> O
     return commands.split(), names.split(), {**how, "help": help}
 
 
-ALL = "push sanitize plan data stats audit eval card verify demo env"
+ALL = "push sanitize plan init data stats audit eval card verify demo env"
 SOURCE = "Hub repo[@revision] or folder"
 ONE_OF = "one of"
 # By the group that shows them in the help, in its order; "" is argparse's own.
 OPTIONS: Mapping[str, Sequence[Option]] = {
     "": (
-        _option("push sanitize audit", "base", "BASE", f"before unlearning: {SOURCE}"),
+        _option("push sanitize audit init", "base", "BASE", f"before unlearning: {SOURCE}"),
         _option("plan", "base", "BASE", f"{SOURCE}, or a config alone"),
-        _option("push sanitize audit", "unlearned", "UNLEARNED", "after unlearning: the same"),
+        _option("push sanitize audit init", "unlearned", "UNLEARNED", "after unlearning: the same"),
         _option("plan", "unlearned", "UNLEARNED", "the same, if there is one", nargs="?"),
         _option("stats", "model", "MODEL", SOURCE),
         _option("eval", "models", "MODEL", SOURCE, nargs="+"),
@@ -158,6 +158,11 @@ OPTIONS: Mapping[str, Sequence[Option]] = {
             default="npo",
         ),
         _option("demo", "--force", "", "replace what is in the folder"),
+        _option(
+            *("init", "--output", "FILE", "write the settings here (default: sage.yaml)"),
+            default=Path("sage.yaml"),
+        ),
+        _option("init", "--force", "", "replace the file that is there"),
     ),
     ONE_OF: (
         _option("stats", "--output", "FILE", "write them into this file, or folder"),

@@ -37,7 +37,7 @@ def inherited(plan: Plan) -> dict[str, Any]:
 def metadata_warnings(plan: Plan) -> list[str]:
     """What of the sources' cards cannot be read, is not taken over, or contradicts itself."""
     sides = {"base": plan.base, "unlearned": plan.unlearned}
-    found = {side: _read(checkpoint) for side, checkpoint in sides.items()}
+    found = {side: read_card(checkpoint) for side, checkpoint in sides.items()}
     warnings = [
         f"README.md of the {side} side ({sides[side].name}) {why}; nothing is taken over of it."
         for side, (_, why) in found.items()
@@ -54,7 +54,7 @@ def metadata_warnings(plan: Plan) -> list[str]:
 
 def _sort(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     """What is taken over, and a warning for each thing that is left out."""
-    stated = _read(plan.base)[0] | _read(plan.unlearned)[0]
+    stated = read_card(plan.base)[0] | read_card(plan.unlearned)[0]
     taken = {name: stated[name] for name in INHERITED if stated.get(name)}
     refused = {name: why for name in taken if (why := _refusal(name, taken))}
     warnings = [
@@ -90,7 +90,7 @@ def _tidy(name: str, value: Any) -> Any:
     return list(dict.fromkeys(value)) if isinstance(value, list) else value
 
 
-def _read(checkpoint: Checkpoint) -> tuple[dict[str, Any], str | None]:
+def read_card(checkpoint: Checkpoint) -> tuple[dict[str, Any], str | None]:
     """The front matter of the checkpoint's own card, and what kept it from being read, if any."""
     if "README.md" not in checkpoint.files.sizes:
         return {}, None
