@@ -12,7 +12,7 @@ from typing import Any
 
 from sage_hub.cli import github
 from sage_hub.cli.terminal import Part, print_text
-from sage_hub.errors import GateError, NotFoundError, UsageError
+from sage_hub.errors import GateError, NotFoundError, SageHubError, UsageError
 from sage_hub.runtime.progress import Progress
 
 
@@ -52,6 +52,7 @@ def _run(args: argparse.Namespace, target: Any, how: dict[str, Any]) -> None:
     )
     target = target or choose_target(args.to, pair)
     job = survey(pair, target, settings, statistics=args.stats, force=args.force, run=run, **how)
+    point(job.problems, args)
     _show_plan(args, job, verbose=args.verbose)
     if args.dry_run:
         if args.json:
@@ -166,6 +167,7 @@ def _plan(args: argparse.Namespace) -> None:
         args.base, args.unlearned, merge=settings.merge, pickled=settings.pickled_weights
     )
     job = survey(pair, choose_target(args.to, pair), settings, statistics=args.stats)
+    point(job.problems, args)
     parts = [*display.plan_text(job, verbose=args.verbose), "", *display.forecast_text(found)]
     _show(args, display.plan_json(job) | {"estimate": found.describe()}, parts)
 
@@ -185,6 +187,8 @@ def _data(args: argparse.Namespace) -> None:
     from sage_hub.commands.data import look
 
     found, problems = look(args.proxies, _settings(args, None), args.rows)
+    point(problems, args)
+    found["problems"] = [{"status": p.status, "message": str(p)} for p in problems]
     _show(args, found, sets_text(found))
     if problems:
         raise problems[0]
@@ -271,6 +275,17 @@ def _settings(args: argparse.Namespace, unlearned: str | None) -> Any:
     if file is not None:
         _progress(args).note(f"Settings come from {file}; the command line wins.")
     return settings
+
+
+def point(problems: Iterable[SageHubError], args: argparse.Namespace) -> None:
+    """Have each problem of a setting that the settings file gives say in which line."""
+    from sage_hub.cli.config import line_of
+
+    for problem in problems:
+        if problem.setting and not hasattr(args, problem.setting) and hasattr(args, "config"):
+            unlearned = getattr(args, "unlearned", None)
+            line = line_of(problem.setting, config=args.config, unlearned=unlearned)
+            problem.where = line or problem.where
 
 
 def _print_json(content: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
@@ -12,7 +13,7 @@ from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.errors import SageHubError, UsageError
 from sage_hub.rows.encoding import Encoded, Encoder, dated, encoder_of, spoken
 from sage_hub.rows.likeness import alike
-from sage_hub.rows.proxies import Proxy, check_disjoint
+from sage_hub.rows.proxies import Proxy, about_set, check_disjoint
 from sage_hub.rows.sources import read_proxy
 from sage_hub.settings import Settings
 
@@ -34,8 +35,9 @@ def look(
     problems: list[SageHubError] = []
     for which, source in sources.items():
         try:
-            proxies[which] = read_proxy(source)
-            about.append({"set": which, **_describe(proxies[which], encoder, first)})
+            with about_set(which) if which in settings.sets else nullcontext():
+                proxies[which] = read_proxy(source)
+                about.append({"set": which, **_describe(proxies[which], encoder, first)})
         except SageHubError as error:
             problems.append(error)
     try:  # files without a role may hold the same rows
@@ -47,7 +49,6 @@ def look(
         "longest": encoder and encoder.max_length,
         "sets": about,
         "between": [pair for pair in _between(proxies) if pair["same"] or pair["alike"]],
-        "problems": [{"status": error.status, "message": str(error)} for error in problems],
     }
     return found, problems
 

@@ -24,6 +24,7 @@ from sage_hub.errors import (
     SageHubError,
     StatisticsError,
     UsageError,
+    about,
 )
 from sage_hub.evaluation import harness
 from sage_hub.publish.folder import check_disk, check_output
@@ -61,7 +62,8 @@ def survey(
     ready = None if statistics is None else find_ready(statistics)
     reference = None
     if settings.reference:
-        reference = open_checkpoint(settings.reference, pickled=settings.pickled_weights)
+        with about("reference", "--reference"):
+            reference = open_checkpoint(settings.reference, pickled=settings.pickled_weights)
     others = [pair.unlearned, *([reference] if reference else [])]
     pair = replace(pair, base=pair.base.reading_with(settings.tokenizer, others))
     settings = _pinned(settings, pair.base)
@@ -106,8 +108,10 @@ def survey(
         data.read_sets,
         lambda: data.check_rows(plan, reference),
         data.read_gates,
-        lambda: card.find_template(settings.card_template),
-        lambda: harness.check_available(settings.lm_eval),
+        about("card_template", "--card-template")(
+            lambda: card.find_template(settings.card_template)
+        ),
+        about("lm_eval", "--lm-eval")(lambda: harness.check_available(settings.lm_eval)),
     ]
     if ready is None:
         checks.append(lambda: _check_memory(least))

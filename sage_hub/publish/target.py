@@ -64,7 +64,8 @@ class Publication:
         for option, value in asked.items():
             if value:
                 raise UsageError(
-                    f"{option} is for a repo of the Hub, and the target is a local one."
+                    f"{option} is for a repo of the Hub, and the target is a local one; leave it "
+                    "away, or publish to org/name with --to."
                 )
 
     @property

@@ -19,7 +19,7 @@ from sage_hub.checkpoint.files import read_json
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.errors import ArchitectureError, ProxyError, first_line
 from sage_hub.rows.prompts import CLOCK, Chat, Shown, plain
-from sage_hub.rows.proxies import Proxy, Row
+from sage_hub.rows.proxies import Proxy, Row, about_set
 from sage_hub.settings import Settings
 
 SHOWN = 100  # characters of the first row's prompt, and of its answer
@@ -63,8 +63,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     except Exception as error:
         reason = first_line(error)
         raise ArchitectureError(
-            f"The tokenizer of {checkpoint.name} cannot be loaded (remote code is not run): "
-            f"{reason}"
+            f"The tokenizer of {checkpoint.name} cannot be loaded (remote code is not run); name "
+            f"another with --tokenizer: {reason}"
         ) from None
 
 
@@ -211,20 +211,25 @@ def check_rows(
     encoder, known = encoder_of(tokens_of, settings), _embedded(tokens_of, *models)
     shown = {}
     for which, proxy in proxies.items():
-        for row, place in zip(proxy.rows, proxy.places, strict=True):
-            where = f"{proxy.name}, {place}"
-            for telling in row.tellings:
-                ids = encoder.row(telling, where).ids
-                for name, size in known.items():
-                    if max(ids) >= size:
-                        token = encoder.tokenizer.convert_ids_to_tokens(max(ids))
-                        raise ProxyError(
-                            f"{where}: its token {token!r} has the number {max(ids)}, and the "
-                            f"embedding of {name} has {size} rows; the tokenizer is not that of "
-                            "the model, or its embedding was not resized."
-                        )
-        shown[which] = _in_short(encoder.row(proxy.rows[0], proxy.name), encoder.tokenizer)
+        with about_set(which):
+            _check_set(proxy, encoder, known)
+            shown[which] = _in_short(encoder.row(proxy.rows[0], proxy.name), encoder.tokenizer)
     return shown
+
+
+def _check_set(proxy: Proxy, encoder: Encoder, known: Mapping[str, int]) -> None:
+    for row, place in zip(proxy.rows, proxy.places, strict=True):
+        where = f"{proxy.name}, {place}"
+        for telling in row.tellings:
+            ids = encoder.row(telling, where).ids
+            for name, size in known.items():
+                if max(ids) >= size:
+                    token = encoder.tokenizer.convert_ids_to_tokens(max(ids))
+                    raise ProxyError(
+                        f"{where}: its token {token!r} has the number {max(ids)}, and the "
+                        f"embedding of {name} has {size} rows; the tokenizer is not that of the "
+                        "model, or its embedding was not resized. Name the right --tokenizer."
+                    )
 
 
 def _embedded(*models: Checkpoint) -> dict[str, int]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sage_hub.errors import OverlapError
+from sage_hub.errors import OverlapError, about
+from sage_hub.settings import GUARD, SETTINGS
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,14 @@ class Proxy:
             "rows": len(self.rows),
             "fingerprint": self.fingerprint,
         }
+
+
+def about_set(which: str) -> AbstractContextManager[None]:
+    """What is raised in here is about the setting that names the set `which`."""
+    if which == GUARD:  # which nobody names
+        return nullcontext()
+    name = which if which in SETTINGS else "bystanders"
+    return about(name, SETTINGS[name].option)
 
 
 def check_disjoint(sets: Mapping[str, Hashes]) -> None:
