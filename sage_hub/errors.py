@@ -18,6 +18,7 @@ class SageHubError(Exception):
     final = True  # the same command will fail the same way: its finished parts need not be kept
     setting = ""  # the one that it is about, if it is about one
     where = ""  # its option, or its line in a file
+    release: Any = None  # what was made in spite of it
 
     def __str__(self) -> str:
         """One line, whatever a hostile file put into it; it ends in an option or a place."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from sage_hub.cli import github
 from sage_hub.cli.terminal import Part, print_text
-from sage_hub.errors import GateError, NotFoundError, SageHubError, UsageError
+from sage_hub.errors import NotFoundError, SageHubError, UsageError
 from sage_hub.runtime.progress import Progress
 
 
@@ -26,6 +26,7 @@ def _publication(args: argparse.Namespace) -> Any:
     return Publication(
         branch=args.branch,
         create_pr=args.create_pr,
+        announce=getattr(args, "announce", False),
         tag=args.tag,
         private=args.private,
         message=args.commit_message,
@@ -69,8 +70,9 @@ def _run(args: argparse.Namespace, target: Any, how: dict[str, Any]) -> None:
         run.record.mkdir(parents=True, exist_ok=True)  # now, and not after hours
     try:
         done = release(job)
-    except GateError as error:
-        _show_release(args, error.release)
+    except SageHubError as error:
+        if error.release is not None:
+            _show_release(args, error.release)
         raise
     _show_release(args, done)
 
@@ -116,8 +118,9 @@ def _stats(args: argparse.Namespace) -> None:
 def _show_release(args: argparse.Namespace, done: Any) -> None:
     from sage_hub.cli import display
 
-    github.tell(display.release_json(done), os.environ)
-    _show(args, display.release_json(done), display.release_text(done))
+    found = display.release_json(done) | {"announced": done.announced}
+    github.tell(found, os.environ)
+    _show(args, found, display.release_text(done))
 
 
 def _eval(args: argparse.Namespace) -> None:

@@ -193,6 +193,11 @@ OPTIONS: Mapping[str, Sequence[Option]] = {
             *("push stats", "--create-pr", ""),
             "propose it in a pull request, or go on with the open one of the same title",
         ),
+        _option(
+            *("push", "--announce", ""),
+            "propose, in a pull request on UNLEARNED, that its card names the release as its new "
+            "version",
+        ),
         _option("push stats", "--branch", "NAME", "commit to this branch, made if absent"),
         _option("push stats", "--tag", "NAME", "tag the commit"),
         _option("push stats", "--commit-message", "TEXT", "its first line titles the PR"),

@@ -27,6 +27,7 @@ from sage_hub.errors import (
     about,
 )
 from sage_hub.evaluation import harness
+from sage_hub.publish.announce import check_announcement
 from sage_hub.publish.folder import check_disk, check_output
 from sage_hub.publish.target import Publication, check_target, target_warnings
 from sage_hub.record import card
@@ -196,6 +197,8 @@ def _check_target(job: Job, pair: Pair) -> None:
     if target.revision or target.below:
         raise UsageError("A target takes no @revision and no folder; publish to org/name.")
     check_target(target.repo, publication, force=job.force)
+    if publication.announce:
+        check_announcement(pair.unlearned.files, target.repo, publication)
 
 
 def _check_ranks(job: Job) -> None:
