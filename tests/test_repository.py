@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import constants
+from huggingface_hub.cli import extensions
+from huggingface_hub.cli._uv_script_header import parse_uv_script_header
+from support.loopback_hub import LoopbackHub
 
 import sage_hub
 
@@ -58,3 +64,76 @@ def test_only_the_job_that_publishes_may_do_so() -> None:
     assert publish["permissions"] == {"id-token": "write"}
     assert publish["needs"] == "build"
     assert not any("run" in step for step in publish["steps"]), "no code of ours with that right"
+
+
+# `hf sage`, and a script for `hf jobs uv run`
+
+
+def scripts() -> dict[str, str]:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.partition("[project.scripts]")[2].partition("\n[")[0]
+    return dict(re.findall(r'^([\w-]+) = "(.*?)"', section, re.MULTILINE))
+
+
+def test_hf_sage_is_sage_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The client's own dispatch, to an extension as it installs a package."""
+    declared = scripts()
+    assert declared["hf-sage"] == declared["sage-hub"]
+    module, _, function = declared["hf-sage"].partition(":")
+    monkeypatch.setattr(extensions, "EXTENSIONS_ROOT", tmp_path)
+    monkeypatch.setenv("HF_HUB_DISABLE_UPDATE_CHECK", "1")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_UPDATE_CHECK", True)
+    folder = tmp_path / "hf-sage"
+    folder.mkdir()
+    script = folder / extensions._get_executable_name("sage")
+    script.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"from {module} import {function}\nsys.exit({function}())\n"
+    )
+    script.chmod(0o755)
+    about = {"owner": "o", "repo": "hf-sage", "repo_id": "o/hf-sage", "short_name": "sage"}
+    about |= {"executable_path": str(script), "type": "python"}
+    about |= {"installed_at": "2026-01-01T00:00:00+00:00"}
+    (folder / extensions.MANIFEST_FILENAME).write_text(json.dumps(about))
+    run = extensions.dispatch_unknown_top_level_extension
+    assert run(["sage", "--version"], {"download", "jobs"}) == 0
+    assert capfd.readouterr().out == f"sage-hub {sage_hub.__version__}\n"
+    assert run(["sage", "psh", "a", "b"], {"download", "jobs"}) == 2
+
+
+JOB = ROOT / "docs" / "examples" / "sage_job.py"
+
+
+def test_the_head_of_the_job_script_is_one_that_hf_reads() -> None:
+    header = parse_uv_script_header(JOB.read_text(encoding="utf-8"))
+    assert header is not None
+    assert header.secrets == ["HF_TOKEN"]
+    assert header.flavor and header.timeout
+    text = JOB.read_text(encoding="utf-8")
+    assert re.search(r'^# dependencies = \["sage-hub"\]$', text, re.MULTILINE)
+    (needs,) = re.findall(r'^# requires-python = "(.*)"$', text, re.MULTILINE)
+    assert f'requires-python = "{needs}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_the_body_of_the_job_script_publishes(on_hub: LoopbackHub, pair: Path) -> None:
+    words = ["org/base", "org/unlearned", "--retain", str(pair / "retain.jsonl")]
+    done = subprocess.run(
+        [sys.executable, str(JOB), *words, "--generate-rows", "0", "--gain", "2"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["location"].startswith(f"{on_hub.url}/org/unlearned-sage/")
+
+
+def test_the_skill_is_short_and_says_what_can_be_typed() -> None:
+    text = (ROOT / "SKILL.md").read_text(encoding="utf-8")
+    front, body = re.fullmatch("---\n(.*?)\n---\n(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    about = yaml.safe_load(front)
+    assert about["name"] == "sage-hub"
+    assert 0 < len(about["description"]) < 1024
+    assert len(body.splitlines()) < 50
+    assert "sage-hub data " in body
