@@ -110,7 +110,8 @@ def test_the_head_of_the_job_script_is_one_that_hf_reads() -> None:
     header = parse_uv_script_header(JOB.read_text(encoding="utf-8"))
     assert header is not None
     assert header.secrets == ["HF_TOKEN"]
-    assert header.flavor and header.timeout
+    assert header.flavor
+    assert header.timeout
     text = JOB.read_text(encoding="utf-8")
     assert re.search(r'^# dependencies = \["sage-hub"\]$', text, re.MULTILINE)
     (needs,) = re.findall(r'^# requires-python = "(.*)"$', text, re.MULTILINE)

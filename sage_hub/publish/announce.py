@@ -69,8 +69,8 @@ def announced(done: Release, source: str, release: str, how: Publication) -> Rel
         url = _announce(source, release, how)
     except SageHubError as error:
         failure = type(error)(
-            f"{str(error).rstrip('.')}. The release is published, {done.location}, and only its announcement on "
-            f"{source} failed; the same command tries that again."
+            f"{str(error).rstrip('.')}. The release is published, {done.location}, and only its "
+            f"announcement on {source} failed; the same command tries that again."
         )
         failure.release = done
         raise failure from None
