@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -287,8 +288,9 @@ def point(problems: Iterable[SageHubError], args: argparse.Namespace) -> None:
     for problem in problems:
         if problem.setting and not hasattr(args, problem.setting) and hasattr(args, "config"):
             unlearned = getattr(args, "unlearned", None)
-            line = line_of(problem.setting, config=args.config, unlearned=unlearned)
-            problem.where = line or problem.where
+            with suppress(SageHubError, OSError, ValueError):  # what stops the run is `problem`
+                line = line_of(problem.setting, config=args.config, unlearned=unlearned)
+                problem.where = line or problem.where
 
 
 def _print_json(content: Any) -> None:

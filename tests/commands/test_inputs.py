@@ -17,6 +17,7 @@ from support.pico import proxies, write_rows
 from support.soak import seeds
 
 from sage_hub.cli.main import main
+from sage_hub.commands import survey
 
 
 def run(pair: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
@@ -105,6 +106,23 @@ def test_a_problem_names_the_line_of_the_settings(
     words = ["push", *sides, "--forget", rows, "--config", "other.yaml", "--dry-run"]
     assert main(words) == 2
     assert "See other.yaml, line 3." in capsys.readouterr().err
+
+
+def test_a_settings_file_that_is_gone_meanwhile_hides_no_problem(
+    pair: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(Path("bad.jsonl"), [{"question": "w1", "answer": ""}])
+    Path("mine.yaml").write_text("forget: bad.jsonl\n", encoding="utf-8")
+    read = survey.Inputs.read_sets
+
+    def remove(own: survey.Inputs) -> None:
+        Path("mine.yaml").unlink(missing_ok=True)
+        read(own)
+
+    monkeypatch.setattr(survey.Inputs, "read_sets", remove)
+    sides = [str(pair / "base"), str(pair / "unlearned")]
+    assert main(["push", *sides, "--config", "mine.yaml", "--dry-run"]) == 18
+    assert "'answer' is empty or not text. See --forget." in capsys.readouterr().err
 
 
 def test_a_problem_names_the_line_of_the_settings_of_a_repo(
