@@ -6,6 +6,8 @@ stderr and exits with `status`. A sentence says what is wrong, where, and what t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -14,10 +16,26 @@ class SageHubError(Exception):
 
     status = 1
     final = True  # the same command will fail the same way: its finished parts need not be kept
+    setting = ""  # the one that it is about, if it is about one
+    where = ""  # its option, or its line in a file
+    release: Any = None  # what was made in spite of it
 
     def __str__(self) -> str:
-        """One line, whatever a hostile file put into it."""
-        return printable(super().__str__())
+        """One line, whatever a hostile file put into it; it ends in an option or a place."""
+        said = super().__str__()
+        told = not self.where or (self.where.startswith("--") and " --" in f" {said}")
+        return printable(said if told else f"{said} See {self.where}.")
+
+
+@contextmanager
+def about(setting: str, option: str) -> Iterator[None]:
+    """What is raised in here is about this setting, unless it is about another."""
+    try:
+        yield
+    except SageHubError as error:
+        if not error.setting:
+            error.setting, error.where = setting, option
+        raise
 
 
 def printable(text: str) -> str:

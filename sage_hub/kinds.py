@@ -128,6 +128,8 @@ OPTIONS_OF = {
     "stats": "forget energy rank moments computation",
     "audit": "data -heldout method -gain -target computation",
     "eval": "data evaluation computation",
+    "data": "data unseen bystanders tokenizer chat_template template date max_length",
+    "init": "merge tokenizer pickled_weights",
     "card": "card_template",
     "demo": "method computation",
 }

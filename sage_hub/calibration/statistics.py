@@ -181,7 +181,7 @@ def write_statistics(path: Path, origin: Origin, sites: Sequence[Site], spectra:
 def open_statistics(path: Path) -> Iterator[Statistics]:
     """Map the statistics file at `path`. Raises NotFoundError or StatisticsError."""
     if not path.is_file():
-        raise NotFoundError(f"The statistics file {path} does not exist.")
+        raise NotFoundError(f"The statistics file {path} does not exist; check --stats.")
     try:
         reader = TensorReader(path)
     except CorruptCheckpointError:

@@ -183,7 +183,7 @@ class Adapter(Checkpoint):
         if len(a) != 2 or len(b) != 2:
             raise AdapterError(
                 f"{tensor!r} of {self.name} adapts a convolution; sage-hub sanitizes LoRA on "
-                "linear layers."
+                "linear layers. Merge it into its base (merge_and_unload) and pass that."
             )
         if (a[0], b[1]) != (rank, rank):
             raise self._broken(
@@ -220,10 +220,14 @@ class Adapter(Checkpoint):
         return value
 
     def _wrong(self, name: str) -> CorruptCheckpointError:
-        return CorruptCheckpointError(f"{CONFIG} of {self.name} has no usable {name}.")
+        return CorruptCheckpointError(
+            f"{CONFIG} of {self.name} has no usable {name}; save the adapter again with PEFT."
+        )
 
     def _broken(self, why: str) -> CorruptCheckpointError:
-        return CorruptCheckpointError(f"{WEIGHTS} of {self.name} is not whole: {why}.")
+        return CorruptCheckpointError(
+            f"{WEIGHTS} of {self.name} is not whole: {why}; save the adapter again with PEFT."
+        )
 
     def _ignored(self, tensor: str, why: str) -> AdapterError:
         return AdapterError(
@@ -251,7 +255,9 @@ def open_adapter(files: Files, base: Checkpoint) -> Adapter:
             "give --pickled-weights, with which tensors are taken from them, and no code is run."
         )
     if WEIGHTS not in files.sizes:
-        raise NotFoundError(f"{files.name} has an {CONFIG}, but no {WEIGHTS}.")
+        raise NotFoundError(
+            f"{files.name} has an {CONFIG}, but no {WEIGHTS}; fetch or save the adapter again."
+        )
     _refuse(read_json(files, CONFIG), files.name)
     adapter = Adapter(files, {WEIGHTS: files.header(WEIGHTS)}, base)
     check_names(adapter.headers[WEIGHTS], f"{WEIGHTS} of {adapter.name}")

@@ -107,7 +107,8 @@ class Architecture:
         if whole != shape:
             raise ArchitectureError(
                 f"Tensor {tensor!r} has the shape {list(shape)}, but config.json makes it "
-                f"{list(whole)}; the config is not that of these weights."
+                f"{list(whole)}; the config is not that of these weights. Use the one "
+                "that was saved with them."
             )
         return Place(name, 0, row_count(shape))
 
@@ -172,7 +173,8 @@ class Architecture:
         if len(whole) != 3 or expert >= whole[0] or (whole[1] // parts, whole[2]) != shape:
             raise ArchitectureError(
                 f"Tensor {tensor!r} has the shape {list(shape)}, which does not fit into the "
-                f"{list(whole)} that config.json gives all experts together."
+                f"{list(whole)} that config.json gives all experts together; use the config "
+                "that was saved with the weights."
             )
         start = expert * whole[1] + converter.source_patterns.index(pattern) * shape[0]
         return Place(name, start, start + shape[0])
@@ -262,7 +264,8 @@ def build_empty(
         # Whatever a config makes transformers raise, the user's next step is the same.
         raise ArchitectureError(
             f"transformers cannot build a causal language model from the config of "
-            f"{name} (remote code is not run): {first_line(error)}"
+            f"{name} (remote code is not run); pass a model that it has a class of: "
+            f"{first_line(error)}"
         ) from None
     for pattern, kept in model._get_dtype_plan(dtype).items():  # some stay in float32
         for parameter, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -99,7 +99,9 @@ class LocalFiles:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise NotFoundError(f"The folder {folder} does not exist.")
+            raise NotFoundError(
+                f"The folder {folder} does not exist; check the path (a Hub repo is org/name)."
+            )
         _check_links(folder)
         self._folder = folder
         self.location = Location(folder)
@@ -241,7 +243,9 @@ def open_files(text: str) -> Files:
 def read_json(files: Files, name: str) -> dict[str, Any]:
     """The JSON object in file `name`. Raises NotFoundError or CorruptCheckpointError."""
     if name not in files.sizes:
-        raise NotFoundError(f"{files.name} has no {name}; it is not a transformers checkpoint.")
+        raise NotFoundError(
+            f"{files.name} has no {name}; pass what save_pretrained writes, a whole checkpoint."
+        )
     raw = files.path(name).read_bytes()
     if is_lfs_pointer(raw):
         raise CorruptCheckpointError(
@@ -257,7 +261,9 @@ def read_json(files: Files, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise CorruptCheckpointError(f"{name} of {files.name} is not a JSON object.")
+        raise CorruptCheckpointError(
+            f"{name} of {files.name} is not a JSON object; fetch or save it again."
+        )
     return content
 
 

@@ -62,7 +62,7 @@ class HubFiles:
             revision,
         )
         if info.sha is None or info.siblings is None:
-            raise NotFoundError(f"{repo} has no commit yet.")
+            raise NotFoundError(f"{repo} has no commit yet; push to it first, or check the name.")
         self.location = Location(None, repo, revision, below)
         self.name = self.location.name
         self.commit: str = info.sha
@@ -73,7 +73,10 @@ class HubFiles:
             if s.rfilename.startswith(self._below)
         }
         if below and not own:
-            raise NotFoundError(f"{repo} has no folder {below!r} at {revision or 'main'}.")
+            raise NotFoundError(
+                f"{repo} has no folder {below!r} at {revision or 'main'}; check it, or pass "
+                "another @revision."
+            )
         self.sizes = {name: s.size or 0 for name, s in own.items()}
         self._lfs = {name: s.lfs.sha256 for name, s in own.items() if s.lfs is not None}
         self._git = {name: s.blob_id for name, s in own.items()}

@@ -70,17 +70,19 @@ def read_headers(files: Files) -> dict[str, Header]:
 def _read_sharded_headers(files: Files) -> dict[str, Header]:
     weight_map = read_json(files, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptCheckpointError(f"{INDEX} of {files.name} has no weight_map.")
+        raise CorruptCheckpointError(
+            f"{INDEX} of {files.name} has no weight_map; fetch or save the checkpoint again."
+        )
     indexed: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise CorruptCheckpointError(
                 f"{INDEX} of {files.name} points to {shard!r}, which is not a safetensors file "
-                "in its own folder."
+                "in its own folder; save the checkpoint again."
             )
         if shard not in files.sizes:
             raise CorruptCheckpointError(
-                f"{files.name} lacks {shard}, where its index places tensor {tensor!r}."
+                f"{files.name} lacks {shard}, where its index places tensor {tensor!r}; fetch it."
             )
         indexed.setdefault(shard, set()).add(tensor)
     headers = {shard: files.header(shard) for shard in sorted(indexed)}
@@ -88,7 +90,7 @@ def _read_sharded_headers(files: Files) -> dict[str, Header]:
         if absent := tensors - headers[shard].tensors.keys():
             raise CorruptCheckpointError(
                 f"{shard} of {files.name} lacks tensor {min(absent)!r}, which the index "
-                "places there."
+                "places there; fetch or save the checkpoint again."
             )
     return headers
 
@@ -98,7 +100,8 @@ def _instead(files: Files) -> SageHubError:
     names = [name for name in files.sizes if not OF_TRAINING.fullmatch(name.rpartition("/")[2])]
     if "adapter_config.json" in names:
         return NotFoundError(
-            f"{files.name} is an adapter and no whole model; only the unlearned side may be one."
+            f"{files.name} is an adapter and no whole model; only the unlearned side may be one. "
+            "Pass its base, or the two merged."
         )
     for pattern, what in FORMATS:
         if found := next((name for name in names if re.fullmatch(pattern, name)), None):
@@ -123,7 +126,9 @@ def _instead(files: Files) -> SageHubError:
             f"{_some([f'{files.name}@{branch}' for branch in branches])}."
         )
     there = f", only {_some(sorted(here))}" if here else ""
-    return NotFoundError(f"{files.name} has neither {SINGLE} nor {INDEX}{there}.")
+    return NotFoundError(
+        f"{files.name} has neither {SINGLE} nor {INDEX}{there}; pass a folder or repo that has."
+    )
 
 
 def _misnamed(tensors: Sequence[str]) -> str:

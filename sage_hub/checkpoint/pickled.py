@@ -59,10 +59,13 @@ def _shards(files: Files) -> list[str]:
     for shard in found or {None}:
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.bin", shard):
             raise CorruptCheckpointError(
-                f"{SHARDED} of {files.name} points to {shard!r}, which is no pickle in its folder."
+                f"{SHARDED} of {files.name} points to {shard!r}, which is no pickle in its "
+                "folder; save the checkpoint again."
             )
         if shard not in files.sizes:
-            raise CorruptCheckpointError(f"{files.name} lacks {shard}, which its index names.")
+            raise CorruptCheckpointError(
+                f"{files.name} lacks {shard}, which its index names; fetch it."
+            )
     return sorted(found)
 
 

@@ -121,7 +121,9 @@ def check_header(
 def read_header(path: Path) -> Header:
     """The header of the file at `path`. Raises CorruptCheckpointError if the file is not whole."""
     if not path.is_file():
-        raise NotFoundError(f"{path.name} is not a file any more; it was removed or replaced.")
+        raise NotFoundError(
+            f"{path.name} is not a file any more; fetch or save it again, and run the same command."
+        )
     try:
         with safe_open(path, framework="pt"):
             pass
@@ -200,7 +202,8 @@ class TensorReader:
             )
         if not 0 <= start <= stop <= info.rows:
             raise CorruptCheckpointError(
-                f"Tensor {name!r} in {self.path.name} has {info.rows} rows, and {stop} are needed."
+                f"Tensor {name!r} in {self.path.name} has {info.rows} rows, and {stop} are "
+                "needed; fetch or save it again."
             )
         dtype = READ[info.dtype]
         rows = torch.empty(stop - start, info.columns, dtype=dtype)
@@ -211,7 +214,7 @@ class TensorReader:
             if not count:
                 raise CorruptCheckpointError(
                     f"{self.path.name} ends in the middle of tensor {name!r}; "
-                    "it changed or was cut while it was read."
+                    "it changed or was cut while it was read. Run the same command again."
                 )
             buffer = buffer[count:]
         return rows

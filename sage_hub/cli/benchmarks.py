@@ -31,7 +31,7 @@ SYSTEM_PROMPT = "You are a helpful assistant."
 
 
 def benchmark_settings(name: str, base: str) -> str:
-    """The YAML of the benchmark `name` for a model that began as `base`.
+    """The YAML of the benchmark `name` for a model that began as `base`, if that is known.
 
     Raises UsageError if there is none of that name.
     """
@@ -41,7 +41,7 @@ def benchmark_settings(name: str, base: str) -> str:
         )
     family, told = name.partition("/")[0], BENCHMARKS[name]
     text = Template((files("sage_hub") / f"data/benchmarks/{family}.yaml").read_text("utf-8"))
-    repo = parse_location(base).repo
+    repo = parse_location(base).repo if base else ""
     lines = []
     if family == "tofu" and SPEAKING.search(repo):
         lines.append(f"system_prompt: {SYSTEM_PROMPT}")

@@ -7,13 +7,14 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from sage_hub.cli import github
 from sage_hub.cli.benchmarks import benchmark_settings
 from sage_hub.cli.terminal import Part, print_text
-from sage_hub.errors import GateError, NotFoundError, UsageError
+from sage_hub.errors import NotFoundError, SageHubError, UsageError
 from sage_hub.runtime.progress import Progress
 
 
@@ -27,6 +28,7 @@ def _publication(args: argparse.Namespace) -> Any:
     return Publication(
         branch=args.branch,
         create_pr=args.create_pr,
+        announce=getattr(args, "announce", False),
         tag=args.tag,
         private=args.private,
         message=args.commit_message,
@@ -53,6 +55,7 @@ def _run(args: argparse.Namespace, target: Any, how: dict[str, Any]) -> None:
     )
     target = target or choose_target(args.to, pair)
     job = survey(pair, target, settings, statistics=args.stats, force=args.force, run=run, **how)
+    point(job.problems, args)
     _show_plan(args, job, verbose=args.verbose)
     if args.dry_run:
         if args.json:
@@ -69,8 +72,9 @@ def _run(args: argparse.Namespace, target: Any, how: dict[str, Any]) -> None:
         run.record.mkdir(parents=True, exist_ok=True)  # now, and not after hours
     try:
         done = release(job)
-    except GateError as error:
-        _show_release(args, error.release)
+    except SageHubError as error:
+        if error.release is not None:
+            _show_release(args, error.release)
         raise
     _show_release(args, done)
 
@@ -116,8 +120,9 @@ def _stats(args: argparse.Namespace) -> None:
 def _show_release(args: argparse.Namespace, done: Any) -> None:
     from sage_hub.cli import display
 
-    github.tell(display.release_json(done), os.environ)
-    _show(args, display.release_json(done), display.release_text(done))
+    found = display.release_json(done) | {"announced": done.announced}
+    github.tell(found, os.environ)
+    _show(args, found, display.release_text(done))
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -197,8 +202,31 @@ def _plan(args: argparse.Namespace) -> None:
         args.base, args.unlearned, merge=settings.merge, pickled=settings.pickled_weights
     )
     job = survey(pair, choose_target(args.to, pair), settings, statistics=args.stats)
+    point(job.problems, args)
     parts = [*display.plan_text(job, verbose=args.verbose), "", *display.forecast_text(found)]
     _show(args, display.plan_json(job) | {"estimate": found.describe()}, parts)
+
+
+def _init(args: argparse.Namespace) -> None:
+    from sage_hub.commands.init import write_config
+    from sage_hub.settings import Settings
+
+    settings = Settings(**_given(args))
+    found = write_config(args.base, args.unlearned, settings, args.output, force=args.force)
+    parts = [f"{found['file']} is written; look at it, and go on with:", "", f"  {found['next']}"]
+    _show(args, found, parts)
+
+
+def _data(args: argparse.Namespace) -> None:
+    from sage_hub.cli.sets import sets_text
+    from sage_hub.commands.data import look
+
+    found, problems = look(args.proxies, _settings(args, getattr(args, "tokenizer", ""), None), args.rows)
+    point(problems, args)
+    found["problems"] = [{"status": p.status, "message": str(p)} for p in problems]
+    _show(args, found, sets_text(found))
+    if problems:
+        raise problems[0]
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -291,6 +319,18 @@ def _settings(args: argparse.Namespace, base: str, unlearned: str | None) -> Any
     return settings
 
 
+def point(problems: Iterable[SageHubError], args: argparse.Namespace) -> None:
+    """Have each problem of a setting that the settings file gives say in which line."""
+    from sage_hub.cli.config import line_of
+
+    for problem in problems:
+        if problem.setting and not hasattr(args, problem.setting) and hasattr(args, "config"):
+            unlearned = getattr(args, "unlearned", None)
+            with suppress(SageHubError, OSError, ValueError):  # what stops the run is `problem`
+                line = line_of(problem.setting, config=args.config, unlearned=unlearned)
+                problem.where = line or problem.where
+
+
 def _print_json(content: Any) -> None:
     print(json.dumps(content, indent=2, ensure_ascii=False))
 
@@ -299,6 +339,8 @@ COMMANDS = {
     "push": _push,
     "sanitize": _sanitize,
     "plan": _plan,
+    "init": _init,
+    "data": _data,
     "stats": _stats,
     "audit": _audit,
     "eval": _eval,

@@ -31,21 +31,39 @@ def load_settings(
     None if there is none. Raises UsageError with file and line.
     """
     beneath = _parse(benchmark, "the benchmark's settings")
+    found = _find(config, unlearned)
+    if found is None:
+        return Settings(**{**beneath, **given}), None
+    path, shown, theirs = found
+    values = _read(path, shown)
+    values = _in_repo(values, theirs, shown) if theirs else _beside(values, path.parent)
+    return Settings(**{**beneath, **values, **given}), shown
+
+
+def _find(config: Path | None, unlearned: str | None) -> tuple[Path, str, Files | None] | None:
+    """The settings file, what it is called, and the repo on the Hub that it came with, if any."""
     if config is None and Path(CONFIG).is_file():
         config = Path(CONFIG)
     if config is not None:
         if not config.is_file():
-            raise NotFoundError(f"The settings file {config} does not exist.")
-        shown = str(config)
-        values = _beside(_read(config, shown), config.parent)
-    elif unlearned is not None and CONFIG in (files := open_files(unlearned)).sizes:
-        shown, path = f"{CONFIG} of {files.name}", files.path(CONFIG)
-        values = _read(path, shown)
-        theirs = files.commit is not None
-        values = _in_repo(values, files, shown) if theirs else _beside(values, path.parent)
-    else:
-        return Settings(**{**beneath, **given}), None
-    return Settings(**{**beneath, **values, **given}), shown
+            raise NotFoundError(f"The settings file {config} does not exist; check --config.")
+        return config, str(config), None
+    if unlearned is not None and CONFIG in (files := open_files(unlearned)).sizes:
+        shown = f"{CONFIG} of {files.name}"
+        return files.path(CONFIG), shown, None if files.commit is None else files
+    return None
+
+
+def line_of(setting: str, *, config: Path | None, unlearned: str | None) -> str | None:
+    """The line of the settings file with this setting, as "sage.yaml, line 3"; None without one."""
+    found = _find(config, unlearned)
+    if found is None:
+        return None
+    path, shown, _ = found
+    node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    lines = (key.start_mark.line + 1 for key in keys if key.value == setting)
+    return next((f"{shown}, line {line}" for line in lines), None)
 
 
 def _read(path: Path, shown: str) -> dict[str, Any]:

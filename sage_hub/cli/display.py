@@ -228,7 +228,7 @@ def release_text(release: Release) -> Iterator[Part]:
         else:
             yield Cell(f"gate NOT met: {sentence}", "failed")
     yield from _not_run(report)
-    yield release.location
+    yield from filter(None, (release.announced, release.location))
 
 
 def _gain(settings: Settings) -> str:

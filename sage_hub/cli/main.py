@@ -16,7 +16,7 @@ from contextlib import redirect_stdout, suppress
 from typing import Any
 
 from sage_hub.cli import github, parser
-from sage_hub.cli.commands import COMMANDS
+from sage_hub.cli.commands import COMMANDS, point
 from sage_hub.errors import (
     DiskSpaceError,
     Interrupted,
@@ -82,6 +82,7 @@ def _error_of(args: argparse.Namespace) -> SageHubError | None:
         COMMANDS[args.command](args)
         sys.stdout.flush()
     except SageHubError as error:
+        point([error], args)
         return error
     except KeyboardInterrupt:
         resumes = args.command in ("push", "sanitize", "stats")

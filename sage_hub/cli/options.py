@@ -103,18 +103,19 @@ def _option(commands: str, names: str, metavar: str, help: str, **how: Any) -> O
     return commands.split(), names.split(), {**how, "help": help}
 
 
-ALL = "push sanitize plan stats audit eval card verify review demo env"
+ALL = "push sanitize plan init data stats audit eval card verify review demo env"
 SOURCE = "Hub repo[@revision] or folder"
 ONE_OF = "one of"
 # By the group that shows them in the help, in its order; "" is argparse's own.
 OPTIONS: Mapping[str, Sequence[Option]] = {
     "": (
-        _option("push sanitize audit", "base", "BASE", f"before unlearning: {SOURCE}"),
+        _option("push sanitize audit init", "base", "BASE", f"before unlearning: {SOURCE}"),
         _option("plan", "base", "BASE", f"{SOURCE}, or a config alone"),
-        _option("push sanitize audit", "unlearned", "UNLEARNED", "after unlearning: the same"),
+        _option("push sanitize audit init", "unlearned", "UNLEARNED", "after unlearning: the same"),
         _option("plan", "unlearned", "UNLEARNED", "the same, if there is one", nargs="?"),
         _option("stats", "model", "MODEL", SOURCE),
         _option("eval", "models", "MODEL", SOURCE, nargs="+"),
+        _option("data", "proxies", "PROXY", "rows that are in no set yet", nargs="*"),
         _option("card", "release", "DIR", "the folder of the release"),
         _option("verify review", "release", "RELEASE", SOURCE),
         _option("plan", "--to", "TARGET", "Hub repo or folder"),
@@ -130,6 +131,11 @@ OPTIONS: Mapping[str, Sequence[Option]] = {
             *("audit", "--top", "N", "modules to show (default: 15)"),
             type=_reader(whole(0)),
             default=15,
+        ),
+        _option(
+            *("data", "--rows", "N", "rows of each set to show (default: 3)"),
+            type=_reader(whole(0)),
+            default=3,
         ),
         _option("audit", "--html", "FILE", "write a page with pictures into this file too"),
         _option(
@@ -163,6 +169,11 @@ OPTIONS: Mapping[str, Sequence[Option]] = {
             default="npo",
         ),
         _option("demo", "--force", "", "replace what is in the folder"),
+        _option(
+            *("init", "--output", "FILE", "write the settings here (default: sage.yaml)"),
+            default=Path("sage.yaml"),
+        ),
+        _option("init", "--force", "", "replace the file that is there"),
     ),
     ONE_OF: (
         _option("stats", "--output", "FILE", "write them into this file, or folder"),
@@ -170,11 +181,11 @@ OPTIONS: Mapping[str, Sequence[Option]] = {
     ),
     "data": (
         _option(
-            *("push sanitize plan stats audit eval", "--config", "FILE"),
+            *("push sanitize plan data stats audit eval", "--config", "FILE"),
             "settings (default: sage.yaml, see docs/settings.md)",
         ),
         _option(
-            *("push sanitize plan audit eval", "--benchmark", "NAME"),
+            *("push sanitize plan data audit eval", "--benchmark", "NAME"),
             "the sets and settings that it prescribes, beneath those of sage.yaml: "
             f"{', '.join(BENCHMARKS)}",
         ),
@@ -203,6 +214,11 @@ OPTIONS: Mapping[str, Sequence[Option]] = {
         _option(
             *("push stats", "--create-pr", ""),
             "propose it in a pull request, or go on with the open one of the same title",
+        ),
+        _option(
+            *("push", "--announce", ""),
+            "propose, in a pull request on UNLEARNED, that its card names the release as its new "
+            "version",
         ),
         _option("push stats", "--branch", "NAME", "commit to this branch, made if absent"),
         _option("push stats", "--tag", "NAME", "tag the commit"),

@@ -44,6 +44,15 @@ The same as push, into a local folder.
 Show what a run takes, without running it; from headers alone.
   sage-hub plan org/base
   sage-hub plan org/base org/unlearned --memory 14 --max-tokens 50000""",
+    "init": """BASE UNLEARNED [options]
+Write a sage.yaml for this pair, with what to decide, and say what comes next.
+  sage-hub init org/base org/unlearned
+  sage-hub init ./base ./unlearned --output settings.yaml""",
+    "data": """[PROXY …] [options]
+Show how rows will be read, before anything is run on them.
+  sage-hub data forget.jsonl
+  sage-hub data --retain retain.jsonl --forget forget.jsonl \\
+      --heldout heldout.jsonl --tokenizer org/base""",
     "stats": """MODEL (--output FILE | --to REPO) [options]
 Calibrate MODEL once and keep the statistics for --stats.
   sage-hub stats org/base --retain retain.jsonl --forget forget.jsonl \\

@@ -17,7 +17,8 @@ def rewrite(folder: Path, template: str | None = None) -> Path:
     manifest, report = (read_record(folder / name) for name in (MANIFEST, REPORT))
     if not manifest or report.get("format_version") != REPORT_VERSION:
         raise NotFoundError(
-            f"{folder} holds no record of this version of sage-hub ({MANIFEST}, {REPORT})."
+            f"{folder} holds no record of this version of sage-hub ({MANIFEST}, "
+            f"{REPORT}); give the folder of a release."
         )
     write_card(folder, manifest, report, template)
     return folder / "README.md"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from sage_hub.calibration.budget import RUNTIME
 from sage_hub.calibration.estimate import weight_bytes
 from sage_hub.checkpoint.index import Checkpoint
-from sage_hub.errors import UsageError
+from sage_hub.errors import UsageError, about
 from sage_hub.evaluation.comparison import Result
 from sage_hub.evaluation.evaluate import expected_names
 from sage_hub.evaluation.imported import read_results
@@ -19,7 +19,7 @@ from sage_hub.record.tables import MODELS
 from sage_hub.repair.plan import Plan
 from sage_hub.rows.encoding import check_rows
 from sage_hub.rows.forms import parse_rows
-from sage_hub.rows.proxies import Proxy, check_disjoint
+from sage_hub.rows.proxies import Proxy, about_set, check_disjoint
 from sage_hub.rows.sources import read_proxy
 from sage_hub.runtime.machine import GB
 from sage_hub.runtime.progress import in_bytes
@@ -69,6 +69,7 @@ class Inputs:
     gates: list[Gate] = field(default_factory=list)
     shown: dict[str, str] = field(default_factory=dict)  # the first row of each set, as seen
 
+    @about("results", "--results")
     def read_results(self, sides: Mapping[str, Checkpoint]) -> None:
         """Results made elsewhere; what they say of a side must be of it."""
         for model, path in self.settings.results.items():
@@ -91,9 +92,10 @@ class Inputs:
         models = [plan.unlearned, *([reference] if reference else [])]
         self.shown |= check_rows(self.proxies, plan.base, self.settings, *models)
         if self.supply.written:  # so that what the base writes can be shown to them too
-            check_rows({"retain": EXAMPLE}, plan.base, self.settings, *models)
+            check_rows({GUARD: EXAMPLE}, plan.base, self.settings, *models)
             check_opening(plan.base, self.settings)
 
+    @about("gates", "--gate")
     def read_gates(self) -> None:
         """The gates, after all that they can be about; nothing if the sets could not be read."""
         settings = self.settings
@@ -112,7 +114,10 @@ class Inputs:
 
 def read_proxies(settings: Settings, others: Mapping[str, Proxy] = {}) -> dict[str, Proxy]:
     """The sets that are given, and `others` in the place of those that are not; all disjoint."""
-    given = {which: read_proxy(source) for which, source in settings.sets.items()}
+    given = {}
+    for which, source in settings.sets.items():
+        with about_set(which):
+            given[which] = read_proxy(source)
     proxies = {**others, **given}
     check_disjoint({which: proxy.hashes for which, proxy in proxies.items()})
     return proxies

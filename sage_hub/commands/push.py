@@ -17,6 +17,7 @@ from sage_hub.errors import SageHubError
 from sage_hub.evaluation.answers import beside, write_answers
 from sage_hub.evaluation.evaluate import Candidate, Evaluation, Study, evaluate
 from sage_hub.model.weights import part_of_the_way
+from sage_hub.publish.announce import announced
 from sage_hub.publish.folder import Work, working_on
 from sage_hub.publish.opened import open_as_user
 from sage_hub.publish.sending import commit_release, finished, is_published, make_shards, published
@@ -91,7 +92,7 @@ def release(job: Job) -> Release:
     work = Work(job.output.resolve(), fingerprint, keeps=job.keeps_output)
     with working_on(work, force=job.force, run=job.run):
         if job.target.folder is None:
-            return _to_hub(job, work)
+            return _announced(job, _to_hub(job, work))
         made = _finished(job, work) or _make(job, work)
     return stop_at_gates(made)
 
@@ -115,6 +116,14 @@ def _to_hub(job: Job, work: Work) -> Release:
         made = (_finished(job, work) if work.keeps else None) or _make(job, work, upload)
         stop_at_gates(made)
         return replace(made, location=ranks.once(lambda: _commit(job, work, upload)))
+
+
+def _announced(job: Job, done: Release) -> Release:
+    """The release, announced if that was asked for."""
+    if not job.publication.announce:
+        return done
+    source = job.plan.unlearned.files.location.repo
+    return job.run.ranks.once(lambda: announced(done, source, job.target.repo, job.publication))
 
 
 def _make(job: Job, work: Work, upload: Upload | None = None) -> Release:

@@ -24,8 +24,10 @@ from sage_hub.errors import (
     SageHubError,
     StatisticsError,
     UsageError,
+    about,
 )
 from sage_hub.evaluation import harness
+from sage_hub.publish.announce import check_announcement
 from sage_hub.publish.folder import check_disk, check_output
 from sage_hub.publish.target import Publication, check_target, target_warnings
 from sage_hub.record import card
@@ -61,7 +63,8 @@ def survey(
     ready = None if statistics is None else find_ready(statistics)
     reference = None
     if settings.reference:
-        reference = open_checkpoint(settings.reference, pickled=settings.pickled_weights)
+        with about("reference", "--reference"):
+            reference = open_checkpoint(settings.reference, pickled=settings.pickled_weights)
     others = [pair.unlearned, *([reference] if reference else [])]
     pair = replace(pair, base=pair.base.reading_with(settings.tokenizer, others))
     settings = _pinned(settings, pair.base)
@@ -106,8 +109,10 @@ def survey(
         data.read_sets,
         lambda: data.check_rows(plan, reference),
         data.read_gates,
-        lambda: card.find_template(settings.card_template),
-        lambda: harness.check_available(settings.lm_eval),
+        about("card_template", "--card-template")(
+            lambda: card.find_template(settings.card_template)
+        ),
+        about("lm_eval", "--lm-eval")(lambda: harness.check_available(settings.lm_eval)),
     ]
     if ready is None:
         checks.append(lambda: _check_memory(least))
@@ -192,6 +197,8 @@ def _check_target(job: Job, pair: Pair) -> None:
     if target.revision or target.below:
         raise UsageError("A target takes no @revision and no folder; publish to org/name.")
     check_target(target.repo, publication, force=job.force)
+    if publication.announce:
+        check_announcement(pair.unlearned.files, target.repo, publication)
 
 
 def _check_ranks(job: Job) -> None:

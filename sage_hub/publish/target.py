@@ -30,6 +30,7 @@ class Publication:
     """
 
     branch: str | None = None  # made from main if it is not there; None: main
+    announce: bool = False  # on the unlearned model's repo, in a pull request
     create_pr: bool = False  # or goes on with the open one of the same title
     tag: str | None = None  # of the commit
     private: bool = False  # if the repo has to be created
@@ -42,6 +43,12 @@ class Publication:
             raise UsageError(
                 f"{wrong} and --create-pr exclude each other: a pull request goes to main, and is "
                 "tagged when it is merged."
+            )
+        if self.announce and (self.create_pr or self.branch not in (None, "main")):
+            wrong = "--create-pr" if self.create_pr else "--branch"
+            raise UsageError(
+                f"--announce and {wrong} exclude each other: a release is announced when it is on "
+                "main."
             )
         if self.token is not None:
             object.__setattr__(self, "token", usable_token(self.token) or None)
@@ -58,13 +65,15 @@ class Publication:
         asked = {
             "--branch": self.branch,
             "--create-pr": self.create_pr,
+            "--announce": self.announce,
             "--tag": self.tag,
             "--private": self.private,
         }
         for option, value in asked.items():
             if value:
                 raise UsageError(
-                    f"{option} is for a repo of the Hub, and the target is a local one."
+                    f"{option} is for a repo of the Hub, and the target is a local one; leave it "
+                    "away, or publish to org/name with --to."
                 )
 
     @property
@@ -119,7 +128,7 @@ def find_head(repo: str, how: Publication) -> Head:
         return Head(how.branch or "main", None)
     refs = ask(repo, lambda: how.api.list_repo_refs(repo))
     tags = {tag.name: tag.target_commit for tag in refs.tags}
-    if how.create_pr and (number := _open_pull_request(repo, how)) is not None:
+    if how.create_pr and (number := open_pull_request(repo, how)) is not None:
         revision = f"refs/pr/{number}"
         return Head(revision, HubFiles(repo, revision, api=how.api))
     if how.branch and how.branch != "main":
@@ -129,7 +138,7 @@ def find_head(repo: str, how: Publication) -> Head:
     return Head("main", main, tags=tags)
 
 
-def _open_pull_request(repo: str, how: Publication) -> int | None:
+def open_pull_request(repo: str, how: Publication) -> int | None:
     """The number of the newest open one with our title, made by the owner of the token."""
     found = ask(
         repo,
@@ -138,7 +147,7 @@ def _open_pull_request(repo: str, how: Publication) -> int | None:
                 repo,
                 discussion_type="pull_request",
                 discussion_status="open",
-                author=None if _by_identity(how) else how.api.whoami()["name"],
+                author=None if by_identity(how) else how.api.whoami()["name"],
             )
         ),
     )
@@ -155,7 +164,7 @@ def check_target(repo: str, how: Publication, *, force: bool = False, mark: str 
     """
     if "/" not in repo:
         raise UsageError(f"Write the target with its owner, as in org/{repo}.")
-    who = None if _by_identity(how) else ask(repo, lambda: how.api.whoami())
+    who = None if by_identity(how) else ask(repo, lambda: how.api.whoami())
     if who is None:
         _check_resource(repo)
     else:
@@ -175,7 +184,7 @@ def check_target(repo: str, how: Publication, *, force: bool = False, mark: str 
         raise tag_is_taken(repo, how.tag)
 
 
-def _by_identity(how: Publication) -> bool:
+def by_identity(how: Publication) -> bool:
     """Whether the token to write with is a trusted publisher's."""
     return how.token is None and bool(os.environ.get("HF_OIDC_RESOURCE"))
 
@@ -190,13 +199,14 @@ def _check_resource(repo: str) -> None:
 
 
 def _check_role(repo: str, who: Mapping[str, Any]) -> None:
-    if _access_token(who).get("role") == "read":
+    if access_token(who).get("role") == "read":
         raise AccessError(
             f"The token of {who['name']} may only read; use one with write permission for {repo}."
         )
 
 
-def _access_token(who: Mapping[str, Any]) -> Mapping[str, Any]:
+def access_token(who: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the Hub says of a token."""
     return (who.get("auth") or {}).get("accessToken") or {}
 
 
@@ -219,7 +229,7 @@ def _check_may_create(repo: str, who: Mapping[str, Any] | None) -> None:
             f"{repo} does not exist, and {who['name']} may only read in {namespace}; ask there "
             "for the role of a contributor."
         )
-    fine = _access_token(who).get("fineGrained")
+    fine = access_token(who).get("fineGrained")
     if fine is not None and not any(
         "repo.write" in scope.get("permissions", ())
         and scope.get("entity", {}).get("name") in (namespace, repo)

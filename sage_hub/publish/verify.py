@@ -93,12 +93,16 @@ def read_manifest(release: str) -> dict[str, Any]:
 def manifest_of(files: Files) -> dict[str, Any]:
     """The manifest among `files`. Raises NotFoundError if there is none."""
     if MANIFEST not in files.sizes:
-        raise NotFoundError(f"{files.name} has no {MANIFEST}; it was not made by sage-hub.")
+        raise NotFoundError(
+            f"{files.name} has no {MANIFEST}; it was not made by sage-hub. Give a release that was."
+        )
     return read_json(files, MANIFEST)
 
 
 def _stated_hashes(manifest: Mapping[str, Any], name: str) -> dict[str, str]:
     stated = manifest.get("files")
     if not isinstance(stated, dict) or not stated:
-        raise CorruptCheckpointError(f"{MANIFEST} of {name} lists no files; it was changed.")
+        raise CorruptCheckpointError(
+            f"{MANIFEST} of {name} lists no files; it was changed. Make the release again."
+        )
     return {str(file): str(sha256) for file, sha256 in stated.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,22 @@ from sage_hub.repair.plan import Plan
 # The release only inherits what still holds for it; scores, widgets and the like do not.
 LICENCE = ("license", "license_name", "license_link")
 INHERITED = (*LICENCE, "language", "pipeline_tag")
-LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
+LISTS = ("license", "language")  # which may be several
+
+
+def licences() -> frozenset[str]:
+    """The identifiers that the Hub takes for `license`; it refuses a card with another."""
+    return _words("licences.txt")
+
+
+def languages() -> frozenset[str]:
+    """What the Hub takes for `language`: the codes of ISO 639-1 and 639-3, and words of its own."""
+    return _words("languages.txt") | {"code", "multilingual"}
 
 
 @cache
-def licences() -> frozenset[str]:
-    """The identifiers that the Hub takes for `license`; it refuses a card with another."""
-    path = Path(__file__).parents[1] / "data" / "licences.txt"
+def _words(name: str) -> frozenset[str]:
+    path = Path(__file__).parents[1] / "data" / name
     return frozenset(path.read_text(encoding="ascii").split())
 
 
@@ -37,7 +45,7 @@ def inherited(plan: Plan) -> dict[str, Any]:
 def metadata_warnings(plan: Plan) -> list[str]:
     """What of the sources' cards cannot be read, is not taken over, or contradicts itself."""
     sides = {"base": plan.base, "unlearned": plan.unlearned}
-    found = {side: _read(checkpoint) for side, checkpoint in sides.items()}
+    found = {side: read_card(checkpoint) for side, checkpoint in sides.items()}
     warnings = [
         f"README.md of the {side} side ({sides[side].name}) {why}; nothing is taken over of it."
         for side, (_, why) in found.items()
@@ -54,43 +62,53 @@ def metadata_warnings(plan: Plan) -> list[str]:
 
 def _sort(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     """What is taken over, and a warning for each thing that is left out."""
-    stated = _read(plan.base)[0] | _read(plan.unlearned)[0]
+    stated = read_card(plan.base)[0] | read_card(plan.unlearned)[0]
     taken = {name: stated[name] for name in INHERITED if stated.get(name)}
-    refused = {name: why for name in taken if (why := _refusal(name, taken))}
-    warnings = [
-        f"The card states no {name}: {why}. Set it on the release's page if it should."
-        for name, why in refused.items()
-    ]
-    if "license" in refused:
-        refused |= dict.fromkeys(LICENCE, "")
-    kept = {name: value for name, value in taken.items() if name not in refused}
-    return {name: _tidy(name, value) for name, value in kept.items()}, warnings
+    kept, warnings = {}, []
+    for name, value in taken.items():
+        fit, why = _fit(name, value, taken)
+        if why:
+            states = f"does not state {why[0]!r} as its {name}" if fit else f"states no {name}"
+            warnings.append(
+                f"The card {states}: {why[1]}. Set it on the release's page if it should."
+            )
+        if fit:
+            kept[name] = fit
+    if "license" not in kept:
+        kept = {name: value for name, value in kept.items() if name not in LICENCE}
+    return kept, warnings
 
 
-def _refusal(name: str, stated: dict[str, Any]) -> str | None:
-    """Why the Hub would refuse a card with this field; None if it takes it."""
-    several = isinstance(stated[name], list) and name in ("license", "language")
-    values = stated[name] if several else [stated[name]]
-    for value in values:
-        if not isinstance(value, str):
-            return f"the sources' is no text ({value!r})"
-        if name == "license" and value.lower() not in licences():
-            return f"the sources' is {value!r}, and the Hub refuses a licence that it does not know"
-        if name == "license" and value.lower() == "other" and not stated.get("license_name"):
-            return "the sources' is 'other', which the Hub takes with a license_name only"
-        if name == "language" and not LANGUAGE.fullmatch(value):
-            return f"the sources' is {value!r}, and the Hub wants a code of ISO 639, as 'en'"
+def _fit(name: str, value: Any, stated: dict[str, Any]) -> tuple[Any, tuple[Any, str] | None]:
+    """What of a field the Hub takes, as it writes it; and the first thing that it does not, why.
+
+    Of several languages those that it knows stay, but a licence that is one of two is none.
+    """
+    several = isinstance(value, list) and name in LISTS
+    values = value if several else [value]
+    bad = [(one, why) for one in values if (why := _refusal(name, one, stated))]
+    if bad and not (several and name == "language"):
+        return None, bad[0]
+    wrong = [one for one, _ in bad]
+    fit = [one.lower() if name == "license" else one for one in values if one not in wrong]
+    fit = list(dict.fromkeys(fit))
+    return (fit if several else fit[0]), (bad[0] if bad else None)
+
+
+def _refusal(name: str, value: Any, stated: dict[str, Any]) -> str | None:
+    """Why the Hub would refuse a card with this value of a field; None if it takes it."""
+    if not isinstance(value, str):
+        return f"the sources' is no text ({value!r})"
+    if name == "license" and value.lower() not in licences():
+        return f"the sources' is {value!r}, and the Hub refuses a licence that it does not know"
+    if name == "license" and value.lower() == "other" and not stated.get("license_name"):
+        return "the sources' is 'other', which the Hub takes with a license_name only"
+    if name == "language" and value not in languages():
+        return f"the sources' is {value!r}, and the Hub wants a code of ISO 639, as 'en'"
     return None
 
 
-def _tidy(name: str, value: Any) -> Any:
-    """The value as the Hub writes it."""
-    if name == "license":
-        return [v.lower() for v in value] if isinstance(value, list) else value.lower()
-    return list(dict.fromkeys(value)) if isinstance(value, list) else value
-
-
-def _read(checkpoint: Checkpoint) -> tuple[dict[str, Any], str | None]:
+def read_card(checkpoint: Checkpoint) -> tuple[dict[str, Any], str | None]:
     """The front matter of the checkpoint's own card, and what kept it from being read, if any."""
     if "README.md" not in checkpoint.files.sizes:
         return {}, None

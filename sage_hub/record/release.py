@@ -22,6 +22,7 @@ class Release:
     manifest: Mapping[str, Any]
     report: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
+    announced: str | None = None  # the URL of the pull request on the unlearned model's repo
 
 
 @dataclass(frozen=True)

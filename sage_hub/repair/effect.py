@@ -153,7 +153,8 @@ def check_written(records: Sequence[TensorRecord], plan: Plan) -> None:
         if not all(map(math.isfinite, figures)):
             raise NonFiniteError(
                 f"The weights of {record.name!r} are so large that what the update does there "
-                f"cannot be measured; {plan.unlearned.name} is broken."
+                f"cannot be measured; {plan.unlearned.name} is broken; pass one "
+                "from before it broke."
             )
     filtered = [record for record in records if record.action == "filtered"]
     if not filtered:

@@ -169,7 +169,7 @@ def _missing(tensor: str, holder: Checkpoint, other: Checkpoint) -> MissingTenso
         )
     return MissingTensorError(
         f"Tensor {tensor!r} is in {holder.name} but not in {other.name}; the two must be "
-        "checkpoints of one model."
+        "checkpoints of one model. Pass the base that was unlearned."
     )
 
 

@@ -35,7 +35,7 @@ def unreadable(plan: Plan) -> Iterator[SageHubError]:
     if why := tokenizer_fault(unlearned.files, unlearned.tokenizer_folder):
         yield CorruptCheckpointError(
             f"The tokenizer of the unlearned side ({unlearned.name}) cannot be loaded, and neither "
-            f"could the release's: {why}"
+            f"could the release's; save it again, or remove its files there: {why}"
         )
 
 

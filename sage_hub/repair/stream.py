@@ -117,7 +117,7 @@ def check_finite(block: Block, plan: Plan) -> None:
         if tensor is not None and tensor.is_floating_point() and not is_finite(tensor):
             raise NonFiniteError(
                 f"Tensor {tensor_name!r} of {side.name} holds NaN or Inf; that checkpoint is "
-                "broken."
+                "broken; pass one from before it broke."
             )
 
 

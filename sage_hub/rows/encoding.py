@@ -19,7 +19,7 @@ from sage_hub.checkpoint.files import read_json
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.errors import ArchitectureError, ProxyError, first_line
 from sage_hub.rows.prompts import CLOCK, Chat, Shown, plain
-from sage_hub.rows.proxies import Proxy, Row
+from sage_hub.rows.proxies import Proxy, Row, about_set
 from sage_hub.settings import Settings
 
 SHOWN = 100  # characters of the first row's prompt, and of its answer
@@ -76,8 +76,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     except Exception as error:
         reason = first_line(error)
         raise ArchitectureError(
-            f"The tokenizer of {checkpoint.name} cannot be loaded (remote code is not run): "
-            f"{reason}"
+            f"The tokenizer of {checkpoint.name} cannot be loaded (remote code is not run); name "
+            f"another with --tokenizer: {reason}"
         ) from None
 
 
@@ -93,8 +93,11 @@ def end_tokens(checkpoint: Checkpoint) -> list[int]:
 
 
 def row_limit(checkpoint: Checkpoint, max_length: int) -> int:
-    """The longest row in tokens: `max_length`, or the model's context if that is shorter."""
-    config = checkpoint.config
+    """The longest row in tokens: `max_length`, or the model's context if that is shorter.
+
+    A tokenizer without a model has none.
+    """
+    config = checkpoint.config if checkpoint.config_file in checkpoint.files.sizes else {}
     context = config.get("max_position_embeddings") or config.get("n_positions")
     return min(max_length, context) if isinstance(context, int) else max_length
 
@@ -228,20 +231,25 @@ def check_rows(
     encoder, known = encoder_of(tokens_of, settings), _embedded(tokens_of, *models)
     shown = {}
     for which, proxy in proxies.items():
-        for row, place in zip(proxy.rows, proxy.places, strict=True):
-            where = f"{proxy.name}, {place}"
-            for telling in row.tellings:
-                ids = encoder.row(telling, where).ids
-                for name, size in known.items():
-                    if max(ids) >= size:
-                        token = encoder.tokenizer.convert_ids_to_tokens(max(ids))
-                        raise ProxyError(
-                            f"{where}: its token {token!r} has the number {max(ids)}, and the "
-                            f"embedding of {name} has {size} rows; the tokenizer is not that of "
-                            "the model, or its embedding was not resized."
-                        )
-        shown[which] = _spoken(encoder.row(proxy.rows[0], proxy.name), encoder.tokenizer)
+        with about_set(which):
+            _check_set(proxy, encoder, known)
+            shown[which] = _in_short(encoder.row(proxy.rows[0], proxy.name), encoder.tokenizer)
     return shown
+
+
+def _check_set(proxy: Proxy, encoder: Encoder, known: Mapping[str, int]) -> None:
+    for row, place in zip(proxy.rows, proxy.places, strict=True):
+        where = f"{proxy.name}, {place}"
+        for telling in row.tellings:
+            ids = encoder.row(telling, where).ids
+            for name, size in known.items():
+                if max(ids) >= size:
+                    token = encoder.tokenizer.convert_ids_to_tokens(max(ids))
+                    raise ProxyError(
+                        f"{where}: its token {token!r} has the number {max(ids)}, and the "
+                        f"embedding of {name} has {size} rows; the tokenizer is not that of the "
+                        "model, or its embedding was not resized. Name the right --tokenizer."
+                    )
 
 
 def _embedded(*models: Checkpoint) -> dict[str, int]:
@@ -253,10 +261,16 @@ def _embedded(*models: Checkpoint) -> dict[str, int]:
     return found
 
 
-def _spoken(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A row as a model sees it, special tokens too: what comes before, ⇒, and the answer."""
+def spoken(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """A row as a model sees it, special tokens too: what comes before, and the answer."""
     parts = row.ids[: row.answer_start], row.ids[row.answer_start :]
-    lines = (" ".join(str(tokenizer.decode(list(part))).split()) for part in parts)
+    before, answer = (str(tokenizer.decode(list(part))) for part in parts)
+    return before, answer
+
+
+def _in_short(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The same on one line, with ⇒ between the two."""
+    lines = (" ".join(part.split()) for part in spoken(row, tokenizer))
     return " ⇒ ".join(
         text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
         for text in lines

@@ -34,7 +34,7 @@ def parse_placed(records: Iterable[Placed], name: str) -> tuple[Row, ...]:
                 f"{name}, {place}: a row with {form}, but {rows[0].place} is one with {first}; "
                 "their metrics do not mix, so make it two sets."
             )
-        rows.append(replace(row, place=place))
+        rows.append(replace(row, place=place, form=form))
     if not rows:
         raise ProxyError(f"{name} has no rows.")
     return tuple(rows)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sage_hub.errors import OverlapError
+from sage_hub.errors import OverlapError, about
+from sage_hub.settings import GUARD, SETTINGS
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Row:
     place: str = field(
         default="", repr=False, compare=False
     )  # "row 4", or "row 4 (line 6)" of its file
+    form: str = field(default="", repr=False, compare=False)  # the columns that it was read from
 
     @property
     def hash(self) -> str:
@@ -104,6 +107,14 @@ class Proxy:
             "rows": len(self.rows),
             "fingerprint": self.fingerprint,
         }
+
+
+def about_set(which: str) -> AbstractContextManager[None]:
+    """What is raised in here is about the setting that names the set `which`."""
+    if which == GUARD:  # which nobody names
+        return nullcontext()
+    name = which if which in SETTINGS else "bystanders"
+    return about(name, SETTINGS[name].option)
 
 
 def check_disjoint(sets: Mapping[str, Hashes]) -> None:

@@ -369,7 +369,7 @@ def test_a_flag_is_true_or_false(recorder: Runner) -> None:
 
 def test_the_shell_has_no_expressions_and_third_parties_are_pinned() -> None:
     files = [ACTION, *WORKFLOWS]
-    assert len(files) == 4
+    assert len(files) == 6
     for file in files:
         content = read(file)
         jobs = content["jobs"].values() if "jobs" in content else [content["runs"]]

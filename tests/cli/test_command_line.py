@@ -128,6 +128,8 @@ def json_commands(pair: Path, scratch: Path) -> dict[str, list[str]]:
         "eval": [*both, *data[2:]],
         "plan": [*both, *data],
         "plan BASE": [both[0]],
+        "data": data,
+        "init": [*both, "--output", str(scratch / "settings.yaml")],
         "audit": [*both, *data[:4]],
         "stats": [both[0], *data[:2], "--output", str(scratch / "stats.safetensors")],
         "stats --to": [both[0], *data[:2], "--to", "org/stats"],
