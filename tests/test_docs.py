@@ -16,7 +16,7 @@ from sage_hub.record.gates import parse as parse_gate
 from sage_hub.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "SKILL.md"]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "SKILL.md", ROOT / "README.md"]
 
 
 def name_of(page: Path) -> str:
@@ -54,6 +54,10 @@ def words_of(text: str) -> list[str]:
 def test_each_command_of_a_page_can_be_typed(page: Path) -> None:
     for words in typed(page):
         assert parser.parse(words).command == words[0], words
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_commands_are_found_at_all() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from figure import draw
+from figure import draw, draw_readme
 from points import gather, read_sources
 from tables import TABLES
 
@@ -40,6 +40,7 @@ def render(results: Mapping[str, Any], page: Path = DOCS / "results.md") -> None
         text = pattern.sub(lambda _, block=block: block, text)
     page.write_text(text, encoding="utf-8")
     draw(sources, DOCS / "frontiers.svg")
+    draw_readme(sources, DOCS / "tradeoff.svg")
 
 
 if __name__ == "__main__":

@@ -7,33 +7,18 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from sage_hub.cli import github
 from sage_hub.cli.benchmarks import benchmark_settings
+from sage_hub.cli.given import given_of, how_of, point, progress_of, publication_of, settings_of
 from sage_hub.cli.terminal import Part, print_text
 from sage_hub.errors import NotFoundError, SageHubError, UsageError
-from sage_hub.runtime.progress import Progress
 
 
 def _push(args: argparse.Namespace) -> None:
-    _run(args, None, {"publication": _publication(args)})
-
-
-def _publication(args: argparse.Namespace) -> Any:
-    from sage_hub.publish.target import Publication
-
-    return Publication(
-        branch=args.branch,
-        create_pr=args.create_pr,
-        announce=getattr(args, "announce", False),
-        tag=args.tag,
-        private=args.private,
-        message=args.commit_message,
-        token=args.token or os.environ.get("SAGE_HUB_WRITE_TOKEN", "").strip() or None,
-    )
+    _run(args, None, {"publication": publication_of(args)})
 
 
 def _sanitize(args: argparse.Namespace) -> None:
@@ -49,7 +34,7 @@ def _run(args: argparse.Namespace, target: Any, how: dict[str, Any]) -> None:
     from sage_hub.commands.push import release
     from sage_hub.commands.survey import check_weights, choose_target, survey
 
-    settings, run = _settings(args, args.base, args.unlearned), _how(args)
+    settings, run = settings_of(args, args.base, args.unlearned), how_of(args)
     pair = open_pair(
         args.base, args.unlearned, merge=settings.merge, pickled=settings.pickled_weights
     )
@@ -104,11 +89,11 @@ def _stats(args: argparse.Namespace) -> None:
         args.model,
         args.output,
         to=args.to,
-        settings=_settings(args, args.model, None),
+        settings=settings_of(args, args.model, None),
         retain=several,
-        publication=_publication(args),
+        publication=publication_of(args),
         force=args.force,
-        run=_how(args),
+        run=how_of(args),
     )
     if args.json:
         _print_json(result)
@@ -130,7 +115,7 @@ def _eval(args: argparse.Namespace) -> None:
     from sage_hub.commands.eval import evaluate_models
 
     report = evaluate_models(
-        args.models, settings=_settings(args, args.models[0], None), run=_how(args)
+        args.models, settings=settings_of(args, args.models[0], None), run=how_of(args)
     )
     _show(args, report, display.evaluation_text(report))
 
@@ -155,8 +140,8 @@ def _audit(args: argparse.Namespace) -> None:
         raise UsageError(f"--html {args.html} is a folder; give the file to write.")
     if args.html is not None:
         check_ours(args.html, "--html")
-    settings = _settings(args, args.base, args.unlearned)
-    how = {"settings": settings, "statistics": args.stats, "run": _how(args)}
+    settings = settings_of(args, args.base, args.unlearned)
+    how = {"settings": settings, "statistics": args.stats, "run": how_of(args)}
     result = audit(args.base, args.unlearned, **how)
     if args.html is not None:
         args.html.write_text(page_of(audit_content(result)), encoding="utf-8")
@@ -169,7 +154,7 @@ def _review(args: argparse.Namespace) -> None:
     from sage_hub.commands.review import review
 
     made = review(args.release, answers=args.answers, output=args.output)
-    note = _progress(args).note
+    note = progress_of(args).note
     for sentence in made.lacks:
         note(sentence)
     content = {
@@ -193,7 +178,7 @@ def _plan(args: argparse.Namespace) -> None:
             raise UsageError("--show prints the settings of a --benchmark, and none is given.")
         print(benchmark_settings(args.benchmark, args.base), end="")
         return
-    settings = _settings(args, args.base, args.unlearned)
+    settings = settings_of(args, args.base, args.unlearned)
     found = forecast(args.base, settings)
     if args.unlearned is None:
         _show(args, found.describe(), display.forecast_text(found))
@@ -211,7 +196,7 @@ def _init(args: argparse.Namespace) -> None:
     from sage_hub.commands.init import write_config
     from sage_hub.settings import Settings
 
-    settings = Settings(**_given(args))
+    settings = Settings(**given_of(args))
     found = write_config(args.base, args.unlearned, settings, args.output, force=args.force)
     parts = [f"{found['file']} is written; look at it, and go on with:", "", f"  {found['next']}"]
     _show(args, found, parts)
@@ -221,7 +206,9 @@ def _data(args: argparse.Namespace) -> None:
     from sage_hub.cli.sets import sets_text
     from sage_hub.commands.data import look
 
-    found, problems = look(args.proxies, _settings(args, getattr(args, "tokenizer", ""), None), args.rows)
+    found, problems = look(
+        args.proxies, settings_of(args, getattr(args, "tokenizer", ""), None), args.rows
+    )
     point(problems, args)
     found["problems"] = [{"status": p.status, "message": str(p)} for p in problems]
     _show(args, found, sets_text(found))
@@ -233,7 +220,7 @@ def _verify(args: argparse.Namespace) -> None:
     from sage_hub.cli import display
     from sage_hub.commands.verify import check, raise_differences
 
-    found = check(args.release, rebuild=args.rebuild, run=_how(args))
+    found = check(args.release, rebuild=args.rebuild, run=how_of(args))
     _show(args, asdict(found), display.verification_text(found))
     raise_differences(found)
 
@@ -242,7 +229,7 @@ def _demo(args: argparse.Namespace) -> None:
     from sage_hub.cli import display
     from sage_hub.commands import demo
 
-    given = _given(args)
+    given = given_of(args)
     done, commands = demo.run(
         args.output,
         model=args.model,
@@ -251,7 +238,7 @@ def _demo(args: argparse.Namespace) -> None:
         given=given,
         force=args.force,
         show=lambda job: _show_plan(args, job),
-        progress=_progress(args),
+        progress=progress_of(args),
     )
     again = ["", "Run it again by hand:", "", *(f"  {command}" for command in commands)]
     parts = [*display.release_text(done), *again]
@@ -271,64 +258,6 @@ def _show(args: argparse.Namespace, content: Any, parts: Iterable[Part]) -> None
         _print_json(content)
     else:
         print_text(parts, sys.stdout)
-
-
-def _progress(args: argparse.Namespace) -> Progress:
-    """What a person watches; the bars of huggingface_hub show where ours do."""
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-
-    (disable_progress_bars if args.quiet or not sys.stderr.isatty() else enable_progress_bars)()
-    return Progress(quiet=args.quiet)
-
-
-def _how(args: argparse.Namespace) -> Any:
-    """How the run is carried out, as far as the command has a say in it."""
-    from sage_hub.runtime.ranks import ALONE
-    from sage_hub.runtime.run import Run
-
-    own = vars(args)
-    return Run(
-        _progress(args),
-        own.get("ranks", ALONE),
-        stats_cache=own.get("stats_cache"),
-        record=own.get("record"),
-        save_retain=own.get("save_retain"),
-        answers=own.get("answers"),
-    )
-
-
-def _given(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given on the command line, and no others."""
-    from sage_hub.settings import SETTINGS
-
-    return {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
-
-
-def _settings(args: argparse.Namespace, base: str, unlearned: str | None) -> Any:
-    from sage_hub.cli.config import load_settings
-
-    named = getattr(args, "benchmark", None)
-    settings, file = load_settings(
-        _given(args),
-        config=args.config,
-        unlearned=unlearned,
-        benchmark=benchmark_settings(named, base) if named else "",
-    )
-    if file is not None:
-        _progress(args).note(f"Settings come from {file}; the command line wins.")
-    return settings
-
-
-def point(problems: Iterable[SageHubError], args: argparse.Namespace) -> None:
-    """Have each problem of a setting that the settings file gives say in which line."""
-    from sage_hub.cli.config import line_of
-
-    for problem in problems:
-        if problem.setting and not hasattr(args, problem.setting) and hasattr(args, "config"):
-            unlearned = getattr(args, "unlearned", None)
-            with suppress(SageHubError, OSError, ValueError):  # what stops the run is `problem`
-                line = line_of(problem.setting, config=args.config, unlearned=unlearned)
-                problem.where = line or problem.where
 
 
 def _print_json(content: Any) -> None:

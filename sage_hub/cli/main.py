@@ -16,7 +16,8 @@ from contextlib import redirect_stdout, suppress
 from typing import Any
 
 from sage_hub.cli import github, parser
-from sage_hub.cli.commands import COMMANDS, point
+from sage_hub.cli.commands import COMMANDS
+from sage_hub.cli.given import point
 from sage_hub.errors import (
     DiskSpaceError,
     Interrupted,

@@ -25,7 +25,6 @@ from sage_hub.publish.folder import Work, work_folder
 from sage_hub.publish.verify import verify
 from sage_hub.runtime import machine
 
-README = Path(__file__).parents[2] / "README.md"
 COMMANDS = sorted(cli.COMMANDS)
 
 
@@ -35,14 +34,9 @@ def every_error(kind: type[errors.SageHubError]) -> Iterator[type[errors.SageHub
         yield from every_error(below)
 
 
-def test_the_readme_has_every_exit_status_and_no_other() -> None:
-    table = README.read_text(encoding="utf-8").partition("| status | meaning |")[2]
-    rows = [line for line in table.split("\n\n")[0].splitlines() if line.startswith("|")]
-    cells = [cell.strip() for row in rows for cell in row.strip("|").split("|")]
-    documented = [int(cell) for cell in cells if cell.isdigit()]
+def test_no_two_errors_share_a_status() -> None:
     ours = [kind.status for kind in every_error(errors.SageHubError)]
-    assert len(ours) == len(set(ours)), "two errors share a status"
-    assert sorted(documented) == sorted({0, 1, *ours})
+    assert len(ours) == len(set(ours))
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
