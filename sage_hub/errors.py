@@ -6,7 +6,10 @@ stderr and exits with `status`. A sentence says what is wrong, where, and what t
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
 
 
 class SageHubError(Exception):
@@ -14,14 +17,21 @@ class SageHubError(Exception):
 
     status = 1
     final = True  # the same command will fail the same way: its finished parts need not be kept
+    kept: dict[str, str] | None = None  # `what` is finished and not lost, and `where` it is
 
     def __str__(self) -> str:
         """One line, whatever a hostile file put into it."""
         return printable(super().__str__())
 
 
+def note_kept(error: BaseException, what: str, where: object) -> None:
+    """Have `error` say that `what` is finished is kept `where`, if it says nothing of it yet."""
+    vars(error).setdefault("kept", {"what": what, "where": str(where)})
+
+
 def printable(text: str) -> str:
-    """`text` on one line, with all that a terminal obeys or hides escaped."""
+    """`text` on one line, with all that a terminal obeys or hides escaped, and no token."""
+    text = TOKEN.sub("hf_…", text)
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -166,6 +176,7 @@ class GateError(SageHubError):
     def __init__(self, sentence: str, release: Any) -> None:
         super().__init__(sentence)
         self.release = release
+        note_kept(self, "the release", release.location)
 
 
 class ResultsError(SageHubError):

@@ -13,7 +13,7 @@ from sage_hub.checkpoint.pair import open_pair, open_unlearned
 from sage_hub.commands.job import Job
 from sage_hub.commands.rows import with_written
 from sage_hub.commands.survey import check_weights, choose_target, survey
-from sage_hub.errors import SageHubError
+from sage_hub.errors import SageHubError, note_kept
 from sage_hub.evaluation.evaluate import Candidate, Evaluation, Study, evaluate
 from sage_hub.model.weights import part_of_the_way
 from sage_hub.publish.folder import Work, working_on
@@ -234,6 +234,8 @@ def _commit(job: Job, work: Work, upload: Upload | None) -> str:
     except SageHubError as error:
         if not work.keeps:
             raise
-        raise type(error)(f"{error} The finished release is kept in {folder}.") from None
+        failure = type(error)(f"{error} The finished release is kept in {folder}.")
+        note_kept(failure, "the release", folder)
+        raise failure from None
     shutil.rmtree(folder)
     return url

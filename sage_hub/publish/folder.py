@@ -28,7 +28,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from sage_hub.calibration.journal import journal_of
 from sage_hub.checkpoint.tensorfile import file_sha256
-from sage_hub.errors import DiskSpaceError, SageHubError, TargetError
+from sage_hub.errors import DiskSpaceError, SageHubError, TargetError, note_kept
 from sage_hub.record.manifest import MANIFEST
 from sage_hub.repair.plan import Plan
 from sage_hub.runtime.progress import Progress
@@ -186,6 +186,7 @@ def working_on(work: Work, *, force: bool, run: Run) -> Iterator[None]:
         except BaseException as error:
             if work.has_parts and not (isinstance(error, SageHubError) and error.final):
                 note(f"What is finished is kept in {work.folder}; the same command goes on there.")
+                note_kept(error, "finished parts", work.folder)
             else:
                 work.remove()
             raise
