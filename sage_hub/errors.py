@@ -178,6 +178,9 @@ class GateError(SageHubError):
         self.release = release
         note_kept(self, "the release", release.location)
 
+    def __reduce__(self) -> Any:  # as it goes to the other processes of a job
+        return type(self), (*self.args, self.release)
+
 
 class ResultsError(SageHubError):
     """Results made elsewhere that cannot be read, or are of another checkpoint."""

@@ -106,7 +106,8 @@ def _to_hub(job: Job, work: Work) -> Release:
         return is_published(files, work.fingerprint, terms)
 
     to, how = job.target.repo, job.publication
-    with Upload(to, how, ours, force=job.force) if ranks.first else nullcontext() as upload:
+    opened = ranks.at_first(lambda: Upload(to, how, ours, force=job.force))
+    with opened or nullcontext() as upload:
         if done := ranks.once(lambda: upload and published(upload, work, job.run)):
             url, manifest, report = done
             report["gates"] = terms.outcomes(manifest, report)

@@ -164,10 +164,27 @@ def working_on(work: Work, *, force: bool, run: Run) -> Iterator[None]:
     later, and goes otherwise. Raises TargetError if another run has the folder.
     """
     ranks, note = run.ranks, run.progress.note
-    if not ranks.first:
+    lock = ranks.at_first(lambda: _locked(work, force=force))
+    if lock is None:
         ranks.once(lambda: None)  # until the first has opened it
         yield
         return
+    with lock:
+        try:
+            ranks.once(lambda: work.open(run.progress))
+            yield
+        except BaseException as error:
+            if work.has_parts and not (isinstance(error, SageHubError) and error.final):
+                note(f"What is finished is kept in {work.folder}; the same command goes on there.")
+                note_kept(error, "finished parts", work.folder)
+            else:
+                work.remove()
+            raise
+        work.remove()
+
+
+def _locked(work: Work, *, force: bool) -> FileLock:
+    """The lock of the work folder, taken. Raises TargetError if another run has it."""
     check_output(work.output, force=force)
     work.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(work.folder / LOCK)
@@ -178,19 +195,7 @@ def working_on(work: Work, *, force: bool, run: Run) -> Iterator[None]:
             f"Another run is writing {work.output} at this moment; wait for it, or choose another "
             "output."
         ) from None
-    with lock:
-        try:
-            work.open(run.progress)
-            ranks.once(lambda: None)
-            yield
-        except BaseException as error:
-            if work.has_parts and not (isinstance(error, SageHubError) and error.final):
-                note(f"What is finished is kept in {work.folder}; the same command goes on there.")
-                note_kept(error, "finished parts", work.folder)
-            else:
-                work.remove()
-            raise
-        work.remove()
+    return lock
 
 
 def _write_atomically(path: Path, text: str) -> None:
