@@ -155,7 +155,7 @@ class AdapterError(SageHubError):
 
 
 class VerificationError(SageHubError):
-    """A release that is not what its manifest says."""
+    """A release that is not what its record says."""
 
     status = 27
 

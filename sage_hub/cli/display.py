@@ -321,14 +321,14 @@ def audit_text(audit: Mapping[str, Any], *, top: int) -> Iterator[Part]:
 
 
 def verification_text(found: Verification) -> Iterator[Part]:
-    """What was compared with the manifest, and what differs."""
+    """What was compared with the record, and what differs."""
     for difference in found.differences:
         yield Cell(f"differs: {difference}", "failed")
     if not found.differences:
         where = f"{found.name}{'@' + found.commit if found.commit else ''}"
-        same = f"{where} is what its manifest says: {len(found.checked)} files."
-        yield Cell(same, "passed")
-    yield f"not covered by the manifest: {', '.join(found.not_covered)}"
+        yield Cell(f"{where} is what its record says: {len(found.checked)} files.", "passed")
+    missing = "" if found.signed else " (SHA256SUMS, which signs off card and report, is missing)"
+    yield f"not covered: {', '.join(found.not_covered)}{missing}"
 
 
 def _side(checkpoint: Checkpoint) -> str:

@@ -103,15 +103,13 @@ def _to_hub(job: Job, work: Work) -> Release:
     ranks, terms = job.run.ranks, _terms(job)
 
     def ours(files: Any) -> bool:
-        return is_published(files, work.fingerprint, terms)
+        return is_published(files, work.fingerprint)
 
     to, how = job.target.repo, job.publication
     opened = ranks.at_first(lambda: Upload(to, how, ours, force=job.force))
     with opened or nullcontext() as upload:
-        if done := ranks.once(lambda: upload and published(upload, work, job.run)):
-            url, manifest, report = done
-            report["gates"] = terms.outcomes(manifest, report)
-            return stop_at_gates(Release(url, manifest, report, job.warnings))
+        if done := ranks.once(lambda: upload and published(upload, work, terms, job.run)):
+            return replace(done, warnings=job.warnings)
         made = (_finished(job, work) if work.keeps else None) or _make(job, work, upload)
         stop_at_gates(made)
         return replace(made, location=ranks.once(lambda: _commit(job, work, upload)))

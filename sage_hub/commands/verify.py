@@ -1,4 +1,4 @@
-"""`sage-hub verify`: whether a release is what its manifest says, and comes out so again."""
+"""`sage-hub verify`: whether a release is what its record says, and comes out so again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check(
     rebuild: bool = False,
     run: Run = Run(),  # noqa: B008 - frozen
 ) -> Verification:
-    """Compare the files of `release` with its manifest; with `rebuild` those made again, too."""
+    """Compare the files of `release` with its record; with `rebuild` those made again, too."""
     found = verify(release, run.progress)
     if rebuild:
         found = replace(found, differences=(*found.differences, *_rebuild(release, run)))
@@ -32,7 +32,7 @@ def raise_differences(found: Verification) -> None:
     """Raise VerificationError if there are any."""
     if found.differences:
         raise VerificationError(
-            f"{found.name} is not what its manifest says: {len(found.differences)} "
+            f"{found.name} is not what its record says: {len(found.differences)} "
             f"difference{'s' if len(found.differences) > 1 else ''}."
         )
 

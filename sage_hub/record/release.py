@@ -12,6 +12,7 @@ from sage_hub.evaluation.comparison import Result
 from sage_hub.record.card import write_card
 from sage_hub.record.gates import Gate, Outcome, facts_of
 from sage_hub.record.manifest import REPORT, read_record, with_results, write_json
+from sage_hub.record.sums import is_edited, write_sums
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,23 @@ class Terms:
         card."""
         full = with_results(report, self.results)
         full["gates"] = self.outcomes(manifest, full)
-        if full != read_record(folder / REPORT) or self.card_template is not None:
-            write_card(folder, manifest, full, self.card_template)
-            # Last, as it says that all the rest is there.
-            write_json(folder / REPORT, full)
+        same = full == read_record(folder / REPORT)
+        # A report with another sum: a run was stopped between the two.
+        if not same or is_edited(folder, REPORT) or self.card_template is not None:
+            write_record(folder, manifest, full, self.card_template)
         return full
+
+
+def write_record(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    report: Mapping[str, Any],
+    template: str | None = None,
+) -> None:
+    """Write what is said of a release: its card, its report, and last the sums of all of it."""
+    write_card(folder, manifest, report, template)
+    write_json(folder / REPORT, report)
+    write_sums(folder, manifest)
 
 
 def stop_at_gates(release: Release) -> Release:

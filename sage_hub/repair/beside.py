@@ -66,7 +66,7 @@ def sort_files(unlearned: Checkpoint) -> tuple[tuple[str, ...], dict[str, str]]:
 
 def why_left(name: str) -> str:
     """Why a file that is not known to belong to a model stays behind."""
-    if name.startswith("sage/"):
+    if name.startswith("sage/") or name == "SHA256SUMS":
         return RECORD
     if _has_suffix(name, PICKLES) and not name.endswith(".index.json"):
         return PICKLE

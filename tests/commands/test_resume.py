@@ -40,7 +40,7 @@ from sage_hub.runtime.progress import Clock
 from sage_hub.runtime.run import Run
 
 ON_DISK = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
-CHANGING = {"README.md", "sage/report.json"}  # their times, and the name of the folder
+CHANGING = {"README.md", "sage/report.json", "SHA256SUMS"}  # times, and the name of the folder
 FIRST = 60  # operations on the disk, behind which a shard is finished
 
 
@@ -336,12 +336,11 @@ def test_verify_names_each_file_that_differs(
 ) -> None:
     output = tmp_path / "out"
     assert main(arguments(source, output, "--quiet")) == 0
-    (output / "README.md").write_text("edited, as people do")
     capsys.readouterr()
     assert main(["verify", str(output)]) == 0
     out, err = capsys.readouterr()
-    assert "is what its manifest says: 17 files" in out
-    assert "not covered by the manifest: README.md" in out
+    assert "is what its record says: 22 files" in out
+    assert "not covered: SHA256SUMS" in out
     assert err == ""
 
     shards = sorted(output.glob("*.safetensors"))
@@ -356,7 +355,7 @@ def test_verify_names_each_file_that_differs(
         shards[1].name,
         "pytorch_model.bin",
     ]
-    assert err == "sage-hub: error: out is not what its manifest says: 3 differences.\n"
+    assert err == "sage-hub: error: out is not what its record says: 3 differences.\n"
 
 
 def test_verify_refuses_what_is_no_release(
@@ -374,7 +373,7 @@ def test_verify_reads_the_hashes_of_a_repo_without_its_weights(
     hub.add_repo("org/release", output)
     found = verify("org/release")
     assert found.differences == ()
-    assert len(found.checked) == 17
+    assert len(found.checked) == 22
     fetched = [request.path for request in hub.requests if "/resolve/" in request.path]
     assert fetched
     assert not [path for path in fetched if path.endswith(".safetensors")]
