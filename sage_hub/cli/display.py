@@ -153,10 +153,8 @@ def forecast_text(found: Estimate) -> Iterator[Part]:
         f"{in_bytes(found.modes[0].budget.weights)}"
     )
     yield ""
-    yield (
-        f"Calibration on at most {found.tokens} tokens (--max-tokens); the settings say "
-        f"{found.chosen}:"
-    )
+    most = f"at most {found.tokens} tokens{' of each of two sets' if found.sets > 1 else ''}"
+    yield f"Calibration on {most} (--max-tokens); the settings say {found.chosen}:"
     header = ["second moments", "statistics", "memory", "spilled", "flops", "time here"]
     rows = [
         [
@@ -180,6 +178,8 @@ def forecast_text(found: Estimate) -> Iterator[Part]:
         f"{found.searched_tokens} tokens: {_duration(found.search_seconds)}"
     )
     yield f"Evaluation of four models on as many tokens: {_duration(found.evaluation_seconds)}"
+    if found.written_tokens:
+        yield f"The base writes rows, as none are given: {_duration(found.writing_seconds)}"
 
 
 def _count(number: float) -> str:

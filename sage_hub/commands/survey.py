@@ -70,7 +70,7 @@ def survey(
     publication = replace(publication, message=publication.message or title)
     plan = bring(make_plan(pair).stored_as(settings.stored_dtype), settings.carry)
     plan = plan.without(settings.files)
-    memory, least, room = expect_calibration(plan.base, settings)
+    memory, least, kept = expect_calibration(plan.base, settings)
     if ready is not None:
         memory = replace(memory, moments=0, sketched=frozenset())
     supply = Supply.of(plan.base, settings, calibrates=ready is None)
@@ -97,7 +97,8 @@ def survey(
         lambda: check_disk(
             plan,
             job.output,
-            statistics=room if ready is None else ready.missing_bytes,
+            statistics=kept if ready is None else ready.missing_bytes,
+            calibration=int(kept + memory.spilled) if ready is None else 0,
             low_disk=settings.low_disk,
             keep=job.keeps_output or bool(settings.sets.keys() - {"retain"}),
         ),

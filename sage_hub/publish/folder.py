@@ -235,21 +235,23 @@ def check_disk(
     output: Path,
     *,
     statistics: int = 0,
+    calibration: int = 0,
     low_disk: bool = False,
     keep: bool = True,
 ) -> None:
     """Raise DiskSpaceError if output, downloads and `statistics` bytes don't fit where they go.
 
-    What an earlier run has left there is used again, or removed first. With `low_disk` a download
-    goes where the output goes, and of an output that is not kept there are two shards at a time.
+    At the end of the `calibration` its journal, with the hidden states that wait, lies beside the
+    statistics that are written from it; it goes before the output comes. What an earlier run has
+    left there is used again, or removed first. With `low_disk` a download goes where the output
+    goes, and of an output that is not kept there are two shards at a time.
     """
     left = sum(path.stat().st_size for path in work_folder(output).rglob("*") if path.is_file())
-    needs = {output: max(0, plan.output_bytes + statistics - left)}
-    if low_disk:
-        # One shard is sent while the next is made.
-        written = plan.output_bytes if keep else 2 * plan.largest_output
-        needs = {output: max(0, written + plan.passing_bytes + statistics - left)}
-    elif plan.download_bytes:
+    # With low disk one shard is sent while the next is made.
+    written = plan.output_bytes if keep or not low_disk else 2 * plan.largest_output
+    passing = plan.passing_bytes if low_disk else 0
+    needs = {output: max(0, statistics + passing + max(calibration, written) - left)}
+    if plan.download_bytes and not low_disk:
         needs[Path(HF_HUB_CACHE)] = plan.download_bytes
     per_device: dict[int, tuple[Path, int]] = {}
     for path, size in needs.items():
