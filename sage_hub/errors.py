@@ -176,7 +176,7 @@ class GateError(SageHubError):
     def __init__(self, sentence: str, release: Any) -> None:
         super().__init__(sentence)
         self.release = release
-        note_kept(self, "the release", release.location)
+        note_kept(self, release.lies, release.location)
 
     def __reduce__(self) -> Any:  # as it goes to the other processes of a job
         return type(self), (*self.args, self.release)

@@ -216,7 +216,7 @@ def _finish(job: Job, work: Work, upload: Upload | None, manifest: Any, report: 
     write_json(work.release / MANIFEST, manifest)
     made = _conclude(job, work.release, manifest, report)
     if not work.keeps:
-        return made
+        return replace(made, sent=True)
     if work.output.exists():  # only what meets the gates takes the place of a release
         stop_at_gates(replace(made, location=str(work.release)))
     work.finish(force=job.force)

@@ -23,6 +23,12 @@ class Release:
     manifest: Mapping[str, Any]
     report: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
+    sent: bool = False  # its shards, which are not in that folder any more
+
+    @property
+    def lies(self) -> str:
+        """What of it lies at its location."""
+        return "the record of the release" if self.sent else "the release"
 
 
 @dataclass(frozen=True)
@@ -73,10 +79,15 @@ def stop_at_gates(release: Release) -> Release:
         many = "s are" if len(failed) > 1 else " is"
         public = release.location.startswith("http")
         state = "this release is published already" if public else "nothing was published"
+        where = f"The release and its record are in {release.location}."
+        if release.sent:
+            where = (
+                f"Its record is in {release.location}; its shards are sent, seen by nobody, and "
+                "not sent again by the same command with other gates."
+            )
         raise GateError(
             f"{len(failed)} gate{many} not met, and {state}: "
-            f"{'; '.join(outcome.sentence() for outcome in failed)}. The release and its record "
-            f"are in {release.location}.",
+            f"{'; '.join(outcome.sentence() for outcome in failed)}. {where}",
             release,
         )
     return release

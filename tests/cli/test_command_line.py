@@ -361,7 +361,9 @@ def test_a_copy_of_card_and_record(
         published = on_hub.files("org/unlearned-sage")
         left = {p.relative_to(record).as_posix() for p in record.rglob("*") if p.is_file()}
         assert left == {
-            name for name in published if name == "README.md" or name.startswith("sage/")
+            name
+            for name in published
+            if name in ("README.md", "SHA256SUMS") or name.startswith("sage/")
         }
         for name in left:
             assert (record / name).read_bytes() == published[name]

@@ -377,6 +377,21 @@ class TestGates:
         assert len(sent(sources)) == 3
         published(sources)
 
+    def test_a_gate_that_is_not_met_says_where_the_shards_are(
+        self, sources: LoopbackHub, statistics: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """With low disk and nothing to evaluate on they are sent, and gone from here."""
+        capsys.readouterr()
+        assert push(statistics, "--low-disk", "--json", "--gate", "gain > 100") == 30
+        found = json.loads(capsys.readouterr().out)
+        assert "its shards are sent, seen by nobody" in found["message"]
+        assert found["kept"]["what"] == "the record of the release"
+        here = {path.name for path in Path(found["kept"]["where"]).rglob("*")}
+        assert "report.json" in here
+        assert not here & {*SHARDS}
+        assert push(statistics, "--low-disk") == 0
+        assert len(sent(sources)) == 3
+
     def test_other_gates_are_checked_on_what_is_published(
         self, sources: LoopbackHub, statistics: str, pair: Path
     ) -> None:
