@@ -107,6 +107,15 @@ _ADDRESS = re.compile(
 )
 
 
+def at_commit(source: str, commit: str | None) -> str:
+    """The address of a dataset at the `commit` that was read of it; what is no dataset stays."""
+    match = _ADDRESS.fullmatch(source.removeprefix(DATASET_SCHEME))
+    if commit is None or match is None or not source.startswith(DATASET_SCHEME):
+        return source
+    behind = match.end("revision") if match["revision"] else match.end("repo")
+    return f"{DATASET_SCHEME}{match['repo']}@{commit}{match.string[behind:]}"
+
+
 def _read_dataset(source: str) -> Proxy:
     match = _ADDRESS.fullmatch(source.removeprefix(DATASET_SCHEME))
     query = dict(parse_qsl(match["query"] or "")) if match else {}
