@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,9 +34,11 @@ from sage_hub.commands.job import Job
 from sage_hub.commands.push import release
 from sage_hub.commands.survey import check_weights, survey
 from sage_hub.errors import NotFoundError
+from sage_hub.evaluation.written import NAME
 from sage_hub.publish.folder import Work, work_folder, working_on
 from sage_hub.publish.verify import verify
 from sage_hub.record import card
+from sage_hub.record.manifest import MANIFEST
 from sage_hub.runtime.progress import Clock
 from sage_hub.runtime.run import Run
 
@@ -399,3 +402,24 @@ def test_rebuild_makes_the_same_bytes_or_says_which_differ(
     assert main(["verify", str(output), "--rebuild", "--json"]) == 27
     differences = json.loads(capsys.readouterr().out)["differences"]
     assert "model-00002-of-00012.safetensors comes out as" in differences[0]
+
+
+def test_a_rebuild_says_that_rows_the_base_wrote_may_be_others_here(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "out"
+    assert main(arguments(source, output, "--quiet")) == 0
+    manifest = json.loads((output / MANIFEST).read_text())
+    manifest["statistics"]["data"]["retain"]["name"] = NAME
+    (output / MANIFEST).write_text(json.dumps(manifest))
+    (output / "SHA256SUMS").unlink()
+    made = SimpleNamespace(manifest=manifest | {"files": {}})
+    monkeypatch.setattr("sage_hub.commands.verify.sanitize", lambda *_, **__: made)
+    monkeypatch.chdir(source)
+    assert main(["verify", str(output), "--rebuild"]) == 27
+    out, err = capsys.readouterr()
+    assert "differs: the base wrote the rows itself, and may write others on another" in out
+    assert err.startswith("The base wrote the rows itself")
