@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 
+from sage_hub.checkpoint.files import check_name
 from sage_hub.checkpoint.hubfiles import HubFiles
 from sage_hub.errors import NotFoundError, ProxyError, SageHubError, UsageError, first_line
 from sage_hub.hub.client import ask, explain_any, reading_token
@@ -42,6 +43,7 @@ def read_proxy(source: str | None) -> Proxy:
         raise NotFoundError(
             f"The proxy file {source} {wrong} (a Hub dataset is written {DATASET_SCHEME}org/name)."
         )
+    check_name(path.name)
     return Proxy(path.name, parse_placed(_read_file(path, path.name), path.name))
 
 
