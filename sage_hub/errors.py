@@ -6,9 +6,12 @@ stderr and exits with `status`. A sentence says what is wrong, where, and what t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
 
 
 class SageHubError(Exception):
@@ -19,6 +22,7 @@ class SageHubError(Exception):
     setting = ""  # the one that it is about, if it is about one
     where = ""  # its option, or its line in a file
     release: Any = None  # what was made in spite of it
+    kept: dict[str, str] | None = None  # `what` is finished and not lost, and `where` it is
 
     def __str__(self) -> str:
         """One line, whatever a hostile file put into it; it ends in an option or a place."""
@@ -38,8 +42,14 @@ def about(setting: str, option: str) -> Iterator[None]:
         raise
 
 
+def note_kept(error: BaseException, what: str, where: object) -> None:
+    """Have `error` say that `what` is finished is kept `where`, if it says nothing of it yet."""
+    vars(error).setdefault("kept", {"what": what, "where": str(where)})
+
+
 def printable(text: str) -> str:
-    """`text` on one line, with all that a terminal obeys or hides escaped."""
+    """`text` on one line, with all that a terminal obeys or hides escaped, and no token."""
+    text = TOKEN.sub("hf_…", text)
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -163,7 +173,7 @@ class AdapterError(SageHubError):
 
 
 class VerificationError(SageHubError):
-    """A release that is not what its manifest says."""
+    """A release that is not what its record says."""
 
     status = 27
 
@@ -184,6 +194,10 @@ class GateError(SageHubError):
     def __init__(self, sentence: str, release: Any) -> None:
         super().__init__(sentence)
         self.release = release
+        note_kept(self, release.lies, release.location)
+
+    def __reduce__(self) -> Any:  # as it goes to the other processes of a job
+        return type(self), (*self.args, self.release)
 
 
 class ResultsError(SageHubError):

@@ -25,7 +25,7 @@ from sage_hub.cli.config import load_settings
 from sage_hub.cli.parser import COMMANDS, make_parser
 from sage_hub.commands.here import on_device
 from sage_hub.errors import NotFoundError, UsageError
-from sage_hub.kinds import Setting
+from sage_hub.kinds import SWITCH, Setting
 from sage_hub.settings import ABOUT_THE_RECORD, SETTINGS, Settings
 
 ROOT = Path(sage_hub.__file__).parents[1]
@@ -366,7 +366,9 @@ def test_a_command_has_the_options_that_are_declared(command: str) -> None:
     repeated = {"retain"} if command == "stats" else set()
     assert taken.keys() & SETTINGS.keys() == declared | repeated
     for name in declared:
-        assert taken[name].option_strings == [SETTINGS[name].option]
+        option, off = SETTINGS[name].option, f"--no-{SETTINGS[name].option[2:]}"
+        may_be_turned_off = SETTINGS[name].kind is SWITCH and not SETTINGS[name].default
+        assert taken[name].option_strings == [option, off][: 1 + may_be_turned_off]
         assert taken[name].default == argparse.SUPPRESS
 
 

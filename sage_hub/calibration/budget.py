@@ -106,12 +106,17 @@ def plan_memory(
     return Budget(weights, activations, kept, hidden - kept, moments, frozenset(sketched), limit)
 
 
+def calibrated_sets(settings: Settings) -> int:
+    """How many sets calibration looks at: the forget set too, where the gain is measured on it."""
+    return 1 if settings.forget is None or settings.gain_rule == "number" else 2
+
+
 def expect_calibration(base: Checkpoint, settings: Settings) -> tuple[Budget, Budget, int]:
     """What it takes to calibrate `base`: at most, if the proxies are as long as the settings
-    allow, at least, if they are a single token, and the bytes on disk at most."""
+    allow, at least, if they are a single token, and the bytes of its statistics at most."""
     model = base.empty_model(type_of(settings.compute_dtype))
     sites, blocks = find_sites(model), cut(model)
-    sets = 1 if settings.gain_rule == "number" else 2
+    sets = calibrated_sets(settings)
     most, least = (
         plan_memory(blocks, sites, settings, tokens=tokens, longest=longest)
         for tokens, longest in (
@@ -119,8 +124,7 @@ def expect_calibration(base: Checkpoint, settings: Settings) -> tuple[Budget, Bu
             (1, 1),
         )
     )
-    kept = sets * statistics_bytes(sites, most.sketched, settings.rank)
-    return most, least, int(kept + most.spilled)
+    return most, least, int(sets * statistics_bytes(sites, most.sketched, settings.rank))
 
 
 def statistics_bytes(sites: Sequence[Site], sketched: Collection[str], rank: int | None) -> float:

@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sage_hub.calibration.budget import Budget, plan_memory, statistics_bytes
+from sage_hub.calibration.budget import (
+    Budget,
+    calibrated_sets,
+    plan_memory,
+    statistics_bytes,
+)
 from sage_hub.checkpoint.architecture import linear_maps
 from sage_hub.method.moments import STRIPS, SecondMoment, SketchedMoment, sketch_width
 from sage_hub.method.spectra import in_float64
@@ -46,6 +51,7 @@ class Rates:
     """What this machine does in a second: flops of each kind, and bytes hashed."""
 
     forward: float  # products in the model's own type
+    generation: float  # the same of a few tokens at a time
     moments: float  # of exact second moments
     sketches: float
     float64: float  # of the decompositions
@@ -72,7 +78,8 @@ class Estimate:
     parameters: int
     sites: int
     widest: int  # features of the largest site
-    tokens: int
+    tokens: int  # of each set that calibration looks at
+    sets: int
     modes: tuple[Mode, ...]
     chosen: str  # the mode that the settings say, but for a rank of theirs
     pass_flops: float  # over the weights
@@ -81,6 +88,8 @@ class Estimate:
     searched_tokens: int  # of both sets together, for each gain that is tried
     search_seconds: float  # for the gain
     evaluation_seconds: float  # of four models on as many tokens
+    written_tokens: int  # at most, by the base where rows are not given
+    writing_seconds: float  # and for both models to read them
 
     def describe(self) -> dict[str, Any]:
         """For `--json`: bytes, flops and seconds."""
@@ -89,26 +98,37 @@ class Estimate:
 
 
 def estimate(
-    model: PreTrainedModel, settings: Settings, *, tokens: int, longest: int, rates: Rates
+    model: PreTrainedModel,
+    settings: Settings,
+    *,
+    tokens: int,
+    longest: int,
+    rates: Rates,
+    written: int = 0,
 ) -> Estimate:
-    """Estimate a run on `model`, whose weights are on "meta", with proxies of `tokens` tokens."""
+    """Estimate a run on `model`, whose weights are on "meta", with proxies of `tokens` tokens.
+
+    The model writes `written` tokens of rows that are not given.
+    """
     sites, blocks = find_sites(model), cut(model)
-    per_token = _flops_per_token(model, blocks)
-    forward = tokens * per_token
+    per_token, sets = _flops_per_token(model, blocks), calibrated_sets(settings)
+    calibrated = sets * tokens
+    forward = calibrated * per_token
     modes = []
     for name, changes in MODES.items():
         own = replace(settings, **changes)
-        budget = plan_memory(blocks, sites, own, tokens=tokens, longest=longest)
+        budget = plan_memory(blocks, sites, own, tokens=calibrated, longest=longest)
         moments, decompositions = 0.0, 0.0
         seconds = _BESIDES * forward / rates.forward
         for site in sites:
-            seen = tokens * (_routed_share(model) if site.expert else 1)
-            summed, decomposed = _flops_of_site(site, budget.sketched, own.rank)
+            seen = calibrated * (_routed_share(model) if site.expert else 1)
+            summed, once = _flops_of_site(site, budget.sketched, own.rank)
+            decomposed = sets * once
             moments, decompositions = moments + seen * summed, decompositions + decomposed
             rate = rates.sketches if site.name in budget.sketched else rates.moments
             seconds += seen * summed / rate + decomposed / rates.float64
         seconds += 2 * weight_bytes(model) / rates.hashing  # hashed, then read
-        kept = statistics_bytes(sites, budget.sketched, own.rank)
+        kept = sets * statistics_bytes(sites, budget.sketched, own.rank)
         modes.append(Mode(name, budget, kept, forward, moments, decompositions, seconds))
     size = weight_bytes(model)
     state, products = model.state_dict(keep_vars=True), 0.0
@@ -126,6 +146,7 @@ def estimate(
         sites=len(sites),
         widest=max((site.size for site in sites), default=0),
         tokens=tokens,
+        sets=sets,
         modes=tuple(modes),
         chosen=settings.moments,
         pass_flops=products,
@@ -137,6 +158,10 @@ def estimate(
         search_seconds=SEARCHED * run(searched)
         + SEARCH_PASSES * (2 * size / rates.hashing + products / 2 / rates.moments),
         evaluation_seconds=4 * (run(tokens) + size / rates.hashing),
+        written_tokens=written,
+        writing_seconds=bool(written) * (3 * size / rates.hashing)
+        + _BESIDES * written * per_token / rates.generation
+        + 2 * run(written),
     )
 
 
@@ -148,7 +173,7 @@ def weight_bytes(model: PreTrainedModel) -> float:
 
 def probe(dtype: torch.dtype, device: str) -> Rates:
     """Measure this machine for about half a second, on what the work is made of."""
-    tokens, size = 512, 768
+    tokens, few, size = 512, 8, 768
     x = torch.randn(tokens, size, device=device).to(dtype)
     weight = torch.randn(4 * size, size, device=device).to(dtype)
     exact, sketch = SecondMoment(size, device), SketchedMoment(size, size // 4, 0, device)
@@ -171,6 +196,7 @@ def probe(dtype: torch.dtype, device: str) -> Rates:
 
     return Rates(
         forward=per_second(8 * tokens * size**2, lambda: x @ weight.T),
+        generation=per_second(8 * few * size**2, lambda: x[:few] @ weight.T),
         moments=per_second(_EXACT * tokens * size**2, lambda: exact.add(x)),
         sketches=per_second(tokens * size**2, lambda: sketch.add(x)),
         float64=per_second(_EIGEN * size**3, lambda: torch.linalg.eigh(square)),

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from sage_hub.checkpoint.tensorfile import DTYPES, dtype_name, raw_bytes
-from sage_hub.errors import TargetError
+from sage_hub.errors import TargetError, note_kept
 from sage_hub.method.spectra import Spectrum
 
 
@@ -54,9 +54,11 @@ class Journal:
         self.keep(len(self._recalled()))
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._data.close()
         self._index.close()
+        if error is not None and self._entries:
+            note_kept(error, "finished blocks of the calibration", self.folder)
         if not self._entries:  # a block without sites is soon run again
             self.remove()
         self._lock.release()

@@ -111,6 +111,8 @@ class LocalFiles:
             for path in sorted(folder.rglob("*"))
             if path.is_file() and not _is_bookkeeping(path.relative_to(folder).parts)
         }
+        for name in (self.name, *self.sizes):
+            check_name(name)
         self._hashes: dict[str, tuple[str, Stamp]] = {}
 
     def path(self, file: str) -> Path:
@@ -265,6 +267,14 @@ def read_json(files: Files, name: str) -> dict[str, Any]:
             f"{name} of {files.name} is not a JSON object; fetch or save it again."
         )
     return content
+
+
+def check_name(name: str) -> None:
+    """Raise UsageError for the name of a local file that is not UTF-8: no record could hold it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"The name {name} is not UTF-8; rename the file or folder.") from None
 
 
 def is_lfs_pointer(content: bytes) -> bool:

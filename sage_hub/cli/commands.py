@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterable
@@ -43,8 +42,7 @@ def _run(args: argparse.Namespace, target: Any, how: dict[str, Any]) -> None:
     point(job.problems, args)
     _show_plan(args, job, verbose=args.verbose)
     if args.dry_run:
-        if args.json:
-            _print_json(display.plan_json(job))
+        _show(args, display.plan_json(job), [])
         if job.problems:
             raise job.problems[0]
         return
@@ -95,11 +93,8 @@ def _stats(args: argparse.Namespace) -> None:
         force=args.force,
         run=how_of(args),
     )
-    if args.json:
-        _print_json(result)
-    else:
-        for one in result.get("statistics", [result]):
-            print(one.get("location") or one["file"])
+    made = result.get("statistics", [result])
+    _show(args, result, [one.get("location") or one["file"] for one in made])
 
 
 def _show_release(args: argparse.Namespace, done: Any) -> None:
@@ -253,15 +248,11 @@ def _env(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace, content: Any, parts: Iterable[Part]) -> None:
-    """The result on stdout: `content` for machines, `parts` for people."""
+    """The result: `content` for machines, which `main` prints in the end; `parts` for people."""
     if args.json:
-        _print_json(content)
-    else:
+        args.result = content
+    elif parts:
         print_text(parts, sys.stdout)
-
-
-def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=2, ensure_ascii=False))
 
 
 COMMANDS = {

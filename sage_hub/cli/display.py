@@ -153,10 +153,8 @@ def forecast_text(found: Estimate) -> Iterator[Part]:
         f"{in_bytes(found.modes[0].budget.weights)}"
     )
     yield ""
-    yield (
-        f"Calibration on at most {found.tokens} tokens (--max-tokens); the settings say "
-        f"{found.chosen}:"
-    )
+    most = f"at most {found.tokens} tokens{' of each of two sets' if found.sets > 1 else ''}"
+    yield f"Calibration on {most} (--max-tokens); the settings say {found.chosen}:"
     header = ["second moments", "statistics", "memory", "spilled", "flops", "time here"]
     rows = [
         [
@@ -180,6 +178,8 @@ def forecast_text(found: Estimate) -> Iterator[Part]:
         f"{found.searched_tokens} tokens: {_duration(found.search_seconds)}"
     )
     yield f"Evaluation of four models on as many tokens: {_duration(found.evaluation_seconds)}"
+    if found.written_tokens:
+        yield f"The base writes rows, as none are given: {_duration(found.writing_seconds)}"
 
 
 def _count(number: float) -> str:
@@ -321,14 +321,14 @@ def audit_text(audit: Mapping[str, Any], *, top: int) -> Iterator[Part]:
 
 
 def verification_text(found: Verification) -> Iterator[Part]:
-    """What was compared with the manifest, and what differs."""
+    """What was compared with the record, and what differs."""
     for difference in found.differences:
         yield Cell(f"differs: {difference}", "failed")
     if not found.differences:
         where = f"{found.name}{'@' + found.commit if found.commit else ''}"
-        same = f"{where} is what its manifest says: {len(found.checked)} files."
-        yield Cell(same, "passed")
-    yield f"not covered by the manifest: {', '.join(found.not_covered)}"
+        yield Cell(f"{where} is what its record says: {len(found.checked)} files.", "passed")
+    missing = "" if found.signed else " (SHA256SUMS, which signs off card and report, is missing)"
+    yield f"not covered: {', '.join(found.not_covered)}{missing}"
 
 
 def _side(checkpoint: Checkpoint) -> str:

@@ -6,13 +6,15 @@ import argparse
 import ctypes
 import errno
 import io
+import json
 import logging
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
+from pathlib import Path
 from typing import Any
 
 from sage_hub.cli import github, parser
@@ -30,10 +32,11 @@ from sage_hub.errors import (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the only place where an error becomes a sentence and a status."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        args = parser.parse(argv)
+        args = parser.parse(words)
     except UsageError as error:
-        return _fail(error)
+        return _fail(error, argparse.Namespace(json="--json" in words))
     # A runner that stops the job must find no half-written folder, as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _keep_freed_memory()
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _together(args)
         except SageHubError as error:  # there is no group
-            return _fail(error)
+            return _fail(error, args)
     return _run_command(args)
 
 
@@ -52,54 +55,55 @@ def _together(args: argparse.Namespace) -> int:
     with joined() as args.ranks:
         args.quiet = args.quiet or not args.ranks.first
         with redirect_stdout(sys.stdout if args.ranks.first else io.StringIO()):
-            status = _run_command(args)
-        if status == 0:
-            status = _leave_together(args.ranks)
+            # A group that falls apart is an error to those still in it, so all leave together.
+            status = _run_command(args, leave=lambda: args.ranks.all(None))
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads of the process group may abort an interpreter that shuts down, after all was done.
     os._exit(status)
 
 
-def _leave_together(ranks: Any) -> int:
-    """Wait for the others, because a group that falls apart is an error to those still in it."""
+def _run_command(args: argparse.Namespace, leave: Callable[[], object] = lambda: None) -> int:
+    """Run the command and `leave`; the exit status."""
     try:
-        ranks.all(None)
-    except SageHubError as error:
-        return _fail(error)
+        with github.commands_off(os.environ):
+            _prepare_client(args)
+            COMMANDS[args.command](args)
+            leave()
+            if "result" in args:
+                _print_json(args.result)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _stop_writing()
+    except (Exception, KeyboardInterrupt) as error:
+        return _fail(_explained(error, args), args)
     return 0
 
 
-def _run_command(args: argparse.Namespace) -> int:
-    with github.commands_off(os.environ):
-        error = _error_of(args)
-    return 0 if error is None else _fail(error)
-
-
-def _error_of(args: argparse.Namespace) -> SageHubError | None:
-    """Run the command; what went wrong, if anything."""
-    try:
-        _prepare_client(args)
-        COMMANDS[args.command](args)
-        sys.stdout.flush()
-    except SageHubError as error:
+def _explained(error: BaseException, args: argparse.Namespace) -> SageHubError:
+    """What went wrong, as an error that is one sentence."""
+    if isinstance(error, SageHubError):
         point([error], args)
         return error
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         resumes = args.command in ("push", "sanitize", "stats")
         how = "; the same command goes on where this one stopped" if resumes else ""
-        return Interrupted(f"Interrupted{how}.")
-    except BrokenPipeError:
-        # The reader of stdout went away, as `| head` does; that is no error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:
+        found: SageHubError = Interrupted(f"Interrupted{how}.")
+    else:
         if os.environ.get("SAGE_HUB_DEBUG"):
-            traceback.print_exc()
-        return _explain_machine(error) or SageHubError(
+            with github.commands_off(os.environ):
+                traceback.print_exc()
+        found = _explain_machine(error) or SageHubError(
             f"Internal error ({type(error).__name__}: {first_line(error)}). Please report it "
             "with what `sage-hub env` prints and the traceback that SAGE_HUB_DEBUG=1 prints."
         )
-    return None
+    found.kept = getattr(error, "kept", None)
+    return found
+
+
+def _stop_writing() -> None:
+    """Write to nowhere: the reader of stdout went away, as `| head` does, which is no error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _prepare_client(args: argparse.Namespace) -> None:
@@ -128,16 +132,36 @@ def _keep_freed_memory() -> None:
         library.mallopt(trim_threshold, 1 << 30)
 
 
-def _fail(error: SageHubError) -> int:
+def _fail(error: SageHubError, args: argparse.Namespace) -> int:
+    """Say what went wrong, to people and to machines; the exit status."""
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (rank {rank})"
     with github.commands_off(os.environ):
         print(f"sage-hub: error{where}: {error}", file=sys.stderr)
+        if args.json and rank == "0":
+            try:
+                _print_json({**vars(args).get("result", {}), **_failure(error)})
+            except OSError:  # stderr has it
+                _stop_writing()
     github.annotate(str(error), os.environ)
     return error.status
 
 
-def _explain_machine(error: Exception) -> SageHubError | None:
+def _failure(error: SageHubError) -> dict[str, Any]:
+    """An error for `--json`. What is kept must be there still: a folder of ours may have gone."""
+    kept = error.kept
+    if kept and not kept["where"].startswith(("http://", "https://")):
+        kept = kept if Path(kept["where"]).exists() else None
+    kind = type(error).__name__
+    return {"status": error.status, "error": kind, "message": str(error), "kept": kept}
+
+
+def _print_json(content: Any) -> None:
+    """Print the one object of `--json`."""
+    print(json.dumps(content, indent=2, ensure_ascii=False), flush=True)
+
+
+def _explain_machine(error: BaseException) -> SageHubError | None:
     """A full disk or memory, which any line of ours or of a library may run into."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskSpaceError(

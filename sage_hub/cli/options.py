@@ -32,11 +32,11 @@ def add_options(command: argparse.ArgumentParser, name: str) -> None:
 
 def _of(setting: Setting) -> Option:
     """A setting as an option; an absent one stays absent, so that sage.yaml can speak."""
-    how = {"dest": setting.name, "default": argparse.SUPPRESS, "help": setting.help}
-    if setting.kind is SWITCH:
-        how["action"] = "store_false" if setting.default else "store_true"
-        if setting.default:
-            how["help"] = f"don't {setting.help}"
+    how: dict[str, Any] = {"dest": setting.name, "default": argparse.SUPPRESS, "help": setting.help}
+    if setting.kind is SWITCH and setting.default:
+        how |= {"action": "store_false", "help": f"don't {setting.help}"}
+    elif setting.kind is SWITCH:  # what sage.yaml turns on can be turned off with --no-…
+        how["action"] = argparse.BooleanOptionalAction
     else:
         how |= _taken(setting.kind)
         how["help"] += "; again for more" if how.get("action") in ("append", _Named) else ""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from sage_hub.errors import NotFoundError
-from sage_hub.record.card import write_card
 from sage_hub.record.manifest import MANIFEST, REPORT, REPORT_VERSION, read_record
+from sage_hub.record.release import write_record
 
 
 def rewrite(folder: Path, template: str | None = None) -> Path:
-    """Write the card in the release `folder` again, from its record; the path of it.
+    """Write the card in the release `folder` again, from its record, and its sums; the card's path.
 
     Raises NotFoundError if there is no record of this version.
     """
@@ -20,5 +20,5 @@ def rewrite(folder: Path, template: str | None = None) -> Path:
             f"{folder} holds no record of this version of sage-hub ({MANIFEST}, "
             f"{REPORT}); give the folder of a release."
         )
-    write_card(folder, manifest, report, template)
+    write_record(folder, manifest, report, template)
     return folder / "README.md"

@@ -6,6 +6,9 @@ from sage_hub.calibration.estimate import Estimate, estimate, probe
 from sage_hub.checkpoint.files import open_files
 from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
 from sage_hub.commands.here import settle
+from sage_hub.commands.inputs import Supply
+from sage_hub.commands.rows import GUARD_ROWS, RETAIN_ROWS, SPARE
+from sage_hub.evaluation.written import ANSWER, QUESTION_TOKENS
 from sage_hub.model.compute import type_of
 from sage_hub.rows.encoding import row_limit
 from sage_hub.runtime.ranks import Ranks
@@ -26,9 +29,12 @@ def forecast(base: str, settings: Settings) -> Estimate:
         checkpoint = open_checkpoint(base, pickled=settings.pickled_weights, dequantize=True)
     settings = settle(settings, checkpoint, Ranks())
     model = checkpoint.empty_model(type_of(settings.compute_dtype))
+    supply = Supply.of(checkpoint, settings, calibrates=True)
+    rows = round(SPARE * (RETAIN_ROWS + GUARD_ROWS)) if supply.written else 0
     return estimate(
         model,
         settings,
+        written=rows * (QUESTION_TOKENS + ANSWER.max_new_tokens),
         tokens=settings.max_tokens,
         longest=row_limit(checkpoint, settings.max_length),
         rates=probe(model.dtype, settings.device),

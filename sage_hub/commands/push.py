@@ -13,7 +13,7 @@ from sage_hub.checkpoint.pair import open_pair, open_unlearned
 from sage_hub.commands.job import Job
 from sage_hub.commands.rows import with_written
 from sage_hub.commands.survey import check_weights, choose_target, survey
-from sage_hub.errors import SageHubError
+from sage_hub.errors import SageHubError, note_kept
 from sage_hub.evaluation.answers import beside, write_answers
 from sage_hub.evaluation.evaluate import Candidate, Evaluation, Study, evaluate
 from sage_hub.model.weights import part_of_the_way
@@ -105,14 +105,13 @@ def _to_hub(job: Job, work: Work) -> Release:
     ranks, terms = job.run.ranks, _terms(job)
 
     def ours(files: Any) -> bool:
-        return is_published(files, work.fingerprint, terms)
+        return is_published(files, work.fingerprint)
 
     to, how = job.target.repo, job.publication
-    with Upload(to, how, ours, force=job.force) if ranks.first else nullcontext() as upload:
-        if done := ranks.once(lambda: upload and published(upload, work, job.run)):
-            url, manifest, report = done
-            report["gates"] = terms.outcomes(manifest, report)
-            return stop_at_gates(Release(url, manifest, report, job.warnings))
+    opened = ranks.at_first(lambda: Upload(to, how, ours, force=job.force))
+    with opened or nullcontext() as upload:
+        if done := ranks.once(lambda: upload and published(upload, work, terms, job.run)):
+            return replace(done, warnings=job.warnings)
         made = (_finished(job, work) if work.keeps else None) or _make(job, work, upload)
         stop_at_gates(made)
         return replace(made, location=ranks.once(lambda: _commit(job, work, upload)))
@@ -231,7 +230,7 @@ def _finish(job: Job, work: Work, upload: Upload | None, manifest: Any, report: 
     write_json(work.release / MANIFEST, manifest)
     made = _conclude(job, work.release, manifest, report)
     if not work.keeps:
-        return made
+        return replace(made, sent=True)
     if work.output.exists():  # only what meets the gates takes the place of a release
         stop_at_gates(replace(made, location=str(work.release)))
     work.finish(force=job.force)
@@ -248,6 +247,8 @@ def _commit(job: Job, work: Work, upload: Upload | None) -> str:
     except SageHubError as error:
         if not work.keeps:
             raise
-        raise type(error)(f"{error} The finished release is kept in {folder}.") from None
+        failure = type(error)(f"{error} The finished release is kept in {folder}.")
+        note_kept(failure, "the release", folder)
+        raise failure from None
     shutil.rmtree(folder)
     return url

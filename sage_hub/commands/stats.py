@@ -136,8 +136,8 @@ def _publish_statistics(
         return REPO_FILE in files.sizes and files.sha256(REPO_FILE) == sha256
 
     with Upload(to, how, ours, force=force, mark=REPO_FILE) as upload:
-        if url := upload.published():
-            return {"location": url}
+        if upload.is_there:
+            return {"location": upload.take()}
         readme = file.with_name("README.md")
         readme.write_text(statistics_card(origin), encoding="utf-8")
         upload.send({REPO_FILE: file, "README.md": readme})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +38,8 @@ from sage_hub.repair.effect import check_filters, no_update
 from sage_hub.repair.matching import make_plan
 from sage_hub.repair.plan import Plan
 from sage_hub.repair.readable import unreadable
-from sage_hub.rows.proxies import Hashes, check_disjoint
+from sage_hub.rows.proxies import Hashes, Proxy, check_disjoint
+from sage_hub.rows.sources import at_commit
 from sage_hub.runtime.machine import GB, machine_memory
 from sage_hub.runtime.progress import SILENT, Progress, in_bytes
 from sage_hub.runtime.run import Run
@@ -67,13 +68,13 @@ def survey(
             reference = open_checkpoint(settings.reference, pickled=settings.pickled_weights)
     others = [pair.unlearned, *([reference] if reference else [])]
     pair = replace(pair, base=pair.base.reading_with(settings.tokenizer, others))
-    settings = _pinned(settings, pair.base)
+    settings = _pinned(settings, pair.base, reference)
     settings = settle(settings, pair.base, run.ranks)
     title = f"Sanitize {pair.unlearned.name} with sage-hub"
     publication = replace(publication, message=publication.message or title)
     plan = bring(make_plan(pair).stored_as(settings.stored_dtype), settings.carry)
     plan = plan.without(settings.files)
-    memory, least, room = expect_calibration(plan.base, settings)
+    memory, least, kept = expect_calibration(plan.base, settings)
     if ready is not None:
         memory = replace(memory, moments=0, sketched=frozenset())
     supply = Supply.of(plan.base, settings, calibrates=ready is None)
@@ -100,7 +101,8 @@ def survey(
         lambda: check_disk(
             plan,
             job.output,
-            statistics=room if ready is None else ready.missing_bytes,
+            statistics=kept if ready is None else ready.missing_bytes,
+            calibration=int(kept + memory.spilled) if ready is None else 0,
             low_disk=settings.low_disk,
             keep=job.keeps_output or bool(settings.sets.keys() - {"retain"}),
         ),
@@ -121,6 +123,7 @@ def survey(
     problems = (*plan.problems, *_failures(checks), *unreadable(plan))
     job = replace(
         job,
+        settings=_with_commits(settings, data.proxies),
         shown=data.shown,
         gates=tuple(data.gates),
         results=tuple(data.results),
@@ -206,12 +209,23 @@ def _check_ranks(job: Job) -> None:
         raise UsageError("--low-disk is for one process; run without torchrun.")
 
 
-def _pinned(settings: Settings, base: Checkpoint) -> Settings:
-    """The settings with the commit of the tokenizer that they name, if it is on the Hub."""
-    named = base.tokenizer if settings.tokenizer else None
-    if named is None or named.commit is None:
-        return settings
-    return replace(settings, tokenizer=f"{named.name}@{named.commit}")
+def _pinned(settings: Settings, base: Checkpoint, reference: Checkpoint | None) -> Settings:
+    """The settings with the commits of the tokenizer and the reference that are on the Hub."""
+    named = {"tokenizer": base.tokenizer if settings.tokenizer else None, "reference": reference}
+    found = {n: f"{m.name}@{m.commit}" for n, m in named.items() if m is not None and m.commit}
+    return replace(settings, **found)  # type: ignore[arg-type]
+
+
+def _with_commits(settings: Settings, proxies: Mapping[str, Proxy]) -> Settings:
+    """The settings with the commits at which their datasets were read, for the record."""
+    found = {
+        which: at_commit(source, proxies[which].revision)
+        for which, source in settings.sets.items()
+        if which in proxies
+    }
+    others = {which: found.get(which, source) for which, source in settings.bystanders.items()}
+    own = {which: source for which, source in found.items() if which not in others}
+    return replace(settings, bystanders=others, **own)  # type: ignore[arg-type]
 
 
 def _failures(checks: Sequence[Callable[[], object]]) -> Iterator[SageHubError]:

@@ -1,4 +1,4 @@
-"""`sage-hub verify`: whether a release is what its manifest says, and comes out so again."""
+"""`sage-hub verify`: whether a release is what its record says, and comes out so again."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from pathlib import Path
 from sage_hub.commands.here import on_device
 from sage_hub.commands.push import sanitize
 from sage_hub.errors import NotFoundError, UsageError, VerificationError
+from sage_hub.evaluation.written import NAME
 from sage_hub.publish.verify import Verification, read_manifest, verify
 from sage_hub.record import card
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
+
+WRITTEN = "the base wrote the rows itself, and may write others on another kind of machine"
 
 
 def check(
@@ -21,7 +24,7 @@ def check(
     rebuild: bool = False,
     run: Run = Run(),  # noqa: B008 - frozen
 ) -> Verification:
-    """Compare the files of `release` with its manifest; with `rebuild` those made again, too."""
+    """Compare the files of `release` with its record; with `rebuild` those made again, too."""
     found = verify(release, run.progress)
     if rebuild:
         found = replace(found, differences=(*found.differences, *_rebuild(release, run)))
@@ -32,7 +35,7 @@ def raise_differences(found: Verification) -> None:
     """Raise VerificationError if there are any."""
     if found.differences:
         raise VerificationError(
-            f"{found.name} is not what its manifest says: {len(found.differences)} "
+            f"{found.name} is not what its record says: {len(found.differences)} "
             f"difference{'s' if len(found.differences) > 1 else ''}."
         )
 
@@ -60,6 +63,9 @@ def _rebuild(release: str, run: Run) -> list[str]:
                 f"{release} was made from {name}, and the record does not say in which folder; run "
                 "this where it is."
             )
+    written = any(about["name"] == NAME for about in manifest["statistics"]["data"].values())
+    if written:
+        run.progress.note(f"{WRITTEN[0].upper()}{WRITTEN[1:]}.")
     with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
         made = sanitize(
             base,
@@ -79,6 +85,8 @@ def _rebuild(release: str, run: Run) -> list[str]:
     changed = {lib: v for lib, v in manifest["versions"].items() if ours.get(lib) != v}
     if differences and settings.device != device:
         differences.append(f"it was made on {device}, and here on {settings.device}")
+    if differences and written:
+        differences.append(WRITTEN)
     if differences and changed:
         differences += [f"{lib} was {v} and is {ours.get(lib)}" for lib, v in changed.items()]
     return differences

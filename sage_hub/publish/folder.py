@@ -29,7 +29,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from sage_hub.calibration.journal import journal_of
 from sage_hub.checkpoint.tensorfile import file_sha256
-from sage_hub.errors import DiskSpaceError, SageHubError, TargetError
+from sage_hub.errors import DiskSpaceError, SageHubError, TargetError, note_kept
 from sage_hub.evaluation.answers import beside, check_ours
 from sage_hub.record.manifest import MANIFEST
 from sage_hub.repair.plan import Plan
@@ -171,10 +171,27 @@ def working_on(work: Work, *, force: bool, run: Run) -> Iterator[None]:
     later, and goes otherwise. Raises TargetError if another run has the folder.
     """
     ranks, note = run.ranks, run.progress.note
-    if not ranks.first:
+    lock = ranks.at_first(lambda: _locked(work, force=force))
+    if lock is None:
         ranks.once(lambda: None)  # until the first has opened it
         yield
         return
+    with lock:
+        try:
+            ranks.once(lambda: work.open(run.progress))
+            yield
+        except BaseException as error:
+            if work.has_parts and not (isinstance(error, SageHubError) and error.final):
+                note(f"What is finished is kept in {work.folder}; the same command goes on there.")
+                note_kept(error, "finished parts", work.folder)
+            else:
+                work.remove()
+            raise
+        work.remove()
+
+
+def _locked(work: Work, *, force: bool) -> FileLock:
+    """The lock of the work folder, taken. Raises TargetError if another run has it."""
     check_output(work.output, force=force)
     work.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(work.folder / LOCK)
@@ -185,18 +202,7 @@ def working_on(work: Work, *, force: bool, run: Run) -> Iterator[None]:
             f"Another run is writing {work.output} at this moment; wait for it, or choose another "
             "output."
         ) from None
-    with lock:
-        try:
-            work.open(run.progress)
-            ranks.once(lambda: None)
-            yield
-        except BaseException as error:
-            if work.has_parts and not (isinstance(error, SageHubError) and error.final):
-                note(f"What is finished is kept in {work.folder}; the same command goes on there.")
-            else:
-                work.remove()
-            raise
-        work.remove()
+    return lock
 
 
 def _write_atomically(path: Path, text: str) -> None:
@@ -237,21 +243,23 @@ def check_disk(
     output: Path,
     *,
     statistics: int = 0,
+    calibration: int = 0,
     low_disk: bool = False,
     keep: bool = True,
 ) -> None:
     """Raise DiskSpaceError if output, downloads and `statistics` bytes don't fit where they go.
 
-    What an earlier run has left there is used again, or removed first. With `low_disk` a download
-    goes where the output goes, and of an output that is not kept there are two shards at a time.
+    At the end of the `calibration` its journal, with the hidden states that wait, lies beside the
+    statistics that are written from it; it goes before the output comes. What an earlier run has
+    left there is used again, or removed first. With `low_disk` a download goes where the output
+    goes, and of an output that is not kept there are two shards at a time.
     """
     left = sum(path.stat().st_size for path in work_folder(output).rglob("*") if path.is_file())
-    needs = {output: max(0, plan.output_bytes + statistics - left)}
-    if low_disk:
-        # One shard is sent while the next is made.
-        written = plan.output_bytes if keep else 2 * plan.largest_output
-        needs = {output: max(0, written + plan.passing_bytes + statistics - left)}
-    elif plan.download_bytes:
+    # With low disk one shard is sent while the next is made.
+    written = plan.output_bytes if keep or not low_disk else 2 * plan.largest_output
+    passing = plan.passing_bytes if low_disk else 0
+    needs = {output: max(0, statistics + passing + max(calibration, written) - left)}
+    if plan.download_bytes and not low_disk:
         needs[Path(HF_HUB_CACHE)] = plan.download_bytes
     per_device: dict[int, tuple[Path, int]] = {}
     for path, size in needs.items():

@@ -21,7 +21,7 @@ from sage_hub.checkpoint.architecture import architecture_of, quiet_transformers
 from sage_hub.checkpoint.files import LocalFiles, read_json
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.checkpoint.layouts import INDEX, SINGLE
-from sage_hub.errors import PublishError, first_line
+from sage_hub.errors import PublishError, first_line, note_kept
 from sage_hub.repair.readable import tokenizer_fault
 
 Shapes = Mapping[str, "tuple[int, ...] | None"]  # of the tensors; None where the shard is not here
@@ -45,11 +45,13 @@ def open_as_user(folder: Path, base: Checkpoint) -> None:
                 warnings.simplefilter("ignore")
                 step()
         except Exception as error:  # whatever it is, a user would meet it
-            raise PublishError(
+            failure = PublishError(
                 f"The finished release cannot be opened as its users would; its {what} fails: "
                 f"{first_line(error).rstrip('.')}. It is kept in {folder}, and nothing was "
                 "published."
-            ) from None
+            )
+            note_kept(failure, "the release", folder)
+            raise failure from None
 
 
 def _open_generation_config(files: LocalFiles) -> None:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+import tempfile
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sage_hub.checkpoint.files import read_json
+from huggingface_hub import CommitOperationCopy
+
 from sage_hub.checkpoint.hubfiles import HubFiles
+from sage_hub.checkpoint.tensorfile import file_sha256
 from sage_hub.method.sage import Gains
 from sage_hub.publish.folder import Work
-from sage_hub.publish.upload import Source, Upload
+from sage_hub.publish.upload import Upload
 from sage_hub.publish.verify import manifest_of, verify, verify_files
-from sage_hub.record.manifest import MANIFEST, REPORT, read_record, with_results
-from sage_hub.record.release import Terms
+from sage_hub.record.manifest import MANIFEST, REPORT, leave_record, read_record
+from sage_hub.record.release import Release, Terms, stop_at_gates
+from sage_hub.record.sums import SUMS, is_edited, is_of_record
 from sage_hub.repair.plan import Plan
 from sage_hub.repair.update import Update
 from sage_hub.repair.write import ShardRecord, write_shards
 from sage_hub.runtime.progress import Progress
 from sage_hub.runtime.run import Run
 
+CARD = "README.md"
+EDITED = " (the card had been edited by hand; what it said is in the commit before)"
 Record = tuple[dict[str, Any], dict[str, Any]]  # manifest and report
 
 
@@ -83,11 +88,14 @@ def commit_release(upload: Upload, folder: Path, plan: Plan) -> str:
     """Send what was not sent yet, have the Hub copy untouched shards, and commit; the URL."""
     source = plan.unlearned
     for shard in plan.equal if source.commit else ():
-        upload.copy(
+        there = CommitOperationCopy(
             shard,
-            Source(source.name, source.commit or "", shard),
-            partial(source.files.path, shard),
+            shard,
+            src_revision=source.commit,
+            src_repo_id=source.name,
+            src_repo_type="model",
         )
+        upload.copy(there, partial(source.files.path, shard))
     upload.add_folder(folder)
     return upload.commit()
 
@@ -105,30 +113,51 @@ def finished(work: Work, progress: Progress) -> Record | None:
     return manifest, report
 
 
-def is_published(files: HubFiles, fingerprint: str, terms: Terms) -> bool:
-    """Whether the repo holds the release of this fingerprint, whole and with the same results."""
+def is_published(files: HubFiles, fingerprint: str) -> bool:
+    """Whether the repo holds the release of this fingerprint, whole."""
     if MANIFEST not in files.sizes or REPORT not in files.sizes:
         return False
-    manifest, report = manifest_of(files), read_json(files, REPORT)
-    return (
-        manifest.get("fingerprint") == fingerprint
-        and with_results(report, terms.results) == report
-        and verify_files(files).whole
-    )
+    return manifest_of(files).get("fingerprint") == fingerprint and verify_files(files).whole
 
 
-def published(upload: Upload, work: Work, run: Run) -> tuple[str, Mapping[str, Any], Any] | None:
-    """URL, manifest and report of the release on the Hub, if it is this very one and whole."""
-    url = upload.published()
-    if url is None or upload.files is None:
+def published(upload: Upload, work: Work, terms: Terms, run: Run) -> Release | None:
+    """The release on the Hub if it is this very one and whole, with the `terms` of this run.
+
+    What they change of card and report goes there in a commit of its own, but for a release that
+    does not meet a gate. Raises GateError for that.
+    """
+    files = upload.files
+    if not upload.is_there or files is None:
         upload.check_tag()
         return None
-    run.progress.note(f"{url} is this very release already; nothing was sent.")
     if work.output.exists():
         shutil.rmtree(work.output)
-    if run.record is not None:
-        for name in upload.files.sizes:
-            if name == "README.md" or name.startswith("sage/"):
-                (run.record / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(upload.files.path(name), run.record / name)
-    return url, read_json(upload.files, MANIFEST), read_json(upload.files, REPORT)
+    with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
+        folder = Path(scratch)
+        for name in filter(is_of_record, files.sizes):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(files.path(name), folder / name)
+        manifest, report = (read_record(folder / name) for name in (MANIFEST, REPORT))
+        before, edited = _said(folder), is_edited(folder, CARD)
+        report = terms.conclude(folder, manifest, report)
+        leave_record(folder, run.record)
+        made = stop_at_gates(Release(upload.url, manifest, report))
+        if _said(folder) == before:
+            run.progress.note(f"{made.location} is this very release already; nothing was sent.")
+            return replace(made, location=upload.take())
+        upload.check_tag()
+        sums = file_sha256(folder / SUMS)
+        url = upload.amend(
+            folder, lambda now: SUMS in now.sizes and now.sha256(SUMS) == sums, manifest["files"]
+        )
+    run.progress.note(
+        f"{made.location} is this very release already; its card and report are updated, its "
+        f"weights stay as they are{EDITED if edited else ''}."
+    )
+    return replace(made, location=url)
+
+
+def _said(folder: Path) -> dict[str, bytes]:
+    """Card, report and results of benchmarks, which say all that `terms` can change."""
+    paths = [folder / CARD, folder / REPORT, *sorted((folder / ".eval_results").glob("*"))]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}

@@ -15,6 +15,7 @@ from sage_hub.errors import (
     AccessError,
     NetworkError,
     NotFoundError,
+    SageHubError,
     TargetError,
     UsageError,
 )
@@ -292,3 +293,20 @@ def check_ours(repo: str, head: Head, *, force: bool, mark: str) -> None:
 def tag_is_taken(repo: str, tag: str) -> TargetError:
     """The error that says so."""
     return TargetError(f"{repo} has the tag {tag} already, on another commit; give another --tag.")
+
+
+def set_tag(repo: str, tag: str, commit: str, api: HfApi) -> None:
+    """Have `tag` on `commit`. Raises TargetError if it is on another one."""
+    try:
+        ask(repo, lambda: api.create_tag(repo, tag=tag, revision=commit))
+    except SageHubError as error:
+        refs = ask(repo, lambda: api.list_repo_refs(repo))
+        there = {known.name: known.target_commit for known in refs.tags}
+        if there.get(tag) == commit:
+            return
+        if tag in there:
+            raise tag_is_taken(repo, tag) from None
+        raise type(error)(
+            f"{error} The release is published as {commit[:12]}, without its tag {tag}; the "
+            "same command sets it."
+        ) from None

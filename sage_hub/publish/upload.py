@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from queue import Queue
 from time import monotonic, sleep
@@ -21,35 +20,22 @@ from sage_hub.checkpoint.hubfiles import HubFiles
 from sage_hub.errors import (
     NetworkError,
     PublishError,
-    SageHubError,
     first_line,
 )
 from sage_hub.evaluation.answers import stays_here
 from sage_hub.hub.client import ask, explain, log, may_pass, status_of, wait_before_next
-from sage_hub.publish.target import Head, Publication, check_ours, find_head, tag_is_taken
+from sage_hub.publish.target import (
+    Head,
+    Publication,
+    check_ours,
+    find_head,
+    set_tag,
+    tag_is_taken,
+)
 from sage_hub.publish.verify import is_of_release, manifest_of
 from sage_hub.record.manifest import MANIFEST
 
 Ours = Callable[[HubFiles], bool]  # whether the files are the very ones to be published
-
-
-@dataclass(frozen=True)
-class Source:
-    """A large file of a repo at a commit, which the Hub can copy by itself."""
-
-    repo: str
-    commit: str
-    path: str
-
-    def copied_to(self, path: str) -> CommitOperationCopy:
-        """The part of a commit that copies it."""
-        return CommitOperationCopy(
-            self.path,
-            path,
-            src_revision=self.commit,
-            src_repo_id=self.repo,
-            src_repo_type="model",
-        )
 
 
 class Upload:
@@ -75,10 +61,11 @@ class Upload:
         self._force, self._mark = force, mark
         self._head = self._look()
         self._added: dict[str, CommitOperationAdd] = {}
-        self._copied: dict[str, tuple[Source, Callable[[], Path]]] = {}
+        self._copied: dict[str, tuple[CommitOperationCopy, Callable[[], Path]]] = {}
         self._waiting: Queue[tuple[Mapping[str, Path], Callable[[], object]] | None] = Queue()
         self._failure: BaseException | None = None
         self._prepared = False
+        self._stays: frozenset[str] = frozenset()  # of what would be replaced
         # A daemon: Ctrl-C must not wait until a shard of gigabytes is sent.
         self._worker = threading.Thread(target=self._work, daemon=True)
 
@@ -138,9 +125,9 @@ class Upload:
             self._added[path] = addition
         return found
 
-    def copy(self, path: str, source: Source, file: Callable[[], Path]) -> None:
-        """Have the Hub copy `source` to `path`; if it will not, send what `file` fetches."""
-        self._copied[path] = (source, file)
+    def copy(self, what: CommitOperationCopy, file: Callable[[], Path]) -> None:
+        """Have the Hub copy a file by itself; if it will not, send what `file` fetches."""
+        self._copied[what.path_in_repo] = (what, file)
 
     def add_folder(self, folder: Path) -> None:
         """Send all files of `folder` that were not sent or copied already, and wait for all."""
@@ -156,15 +143,29 @@ class Upload:
         """What is in the repo where the commit is to go; None if it does not exist."""
         return self._head.files
 
-    def published(self) -> str | None:
-        """The URL of what is to be published, if it was so when we looked; it has its tag then."""
-        return self._url_if_ours(self._head)
+    @property
+    def is_there(self) -> bool:
+        """Whether what is to be published was so when we looked."""
+        return self._is_ours(self._head)
 
-    def _url_if_ours(self, head: Head) -> str | None:
-        if head.files is None or head.missing_branch or not self._ours(head.files):
-            return None
-        self._tag(head.files.commit)
-        return head.url(self.repo, self._api.endpoint)
+    def _is_ours(self, head: Head) -> bool:
+        return head.files is not None and not head.missing_branch and self._ours(head.files)
+
+    @property
+    def url(self) -> str:
+        """The page of what was there."""
+        return self._head.url(self.repo, self._api.endpoint)
+
+    def take(self) -> str:
+        """The URL of what was there, which gets its tag if it has none yet."""
+        self._tag(self._head.commit or "")
+        return self.url
+
+    def amend(self, folder: Path, ours: Ours, stays: Iterable[str]) -> str:
+        """Commit `folder` in the place of what is there, but for the files that stay; the URL."""
+        self._ours, self._stays = ours, frozenset(stays)
+        self.add_folder(folder)
+        return self.commit()
 
     def check_tag(self) -> None:
         """Raise TargetError if the tag is there already."""
@@ -176,7 +177,7 @@ class Upload:
         self.wait()
         self._prepare()
         if self._copied:
-            copies = [source.copied_to(path) for path, (source, _) in self._copied.items()]
+            copies = [what for what, _ in self._copied.values()]
             try:
                 return self._commit(copies)
             except (HfHubHTTPError, FileDuplicationError, ValueError) as error:
@@ -193,7 +194,9 @@ class Upload:
     def _commit(self, copies: Sequence[CommitOperationCopy]) -> str:
         """One commit. That no answer came is no proof that it was not made."""
         names = {*self._added, *(copy.path_in_repo for copy in copies)}
-        stale = [CommitOperationDelete(name) for name in sorted(self._replaced() - names)]
+        stale = [
+            CommitOperationDelete(name) for name in sorted(self._replaced() - names - self._stays)
+        ]
         title, _, more = (self.how.message or "").strip().partition("\n")
         begun, tries = monotonic(), 0
         while True:
@@ -229,7 +232,11 @@ class Upload:
 
     def _made_after_all(self) -> str | None:
         try:
-            return self._url_if_ours(find_head(self.repo, self.how))
+            head = find_head(self.repo, self.how)
+            if not self._is_ours(head):
+                return None
+            self._head = head
+            return self.take()
         except NetworkError as error:
             raise NetworkError(
                 f"{error} Whether the release is published is not known; the same command finds "
@@ -254,22 +261,8 @@ class Upload:
         return explain(error, self.repo) or error
 
     def _tag(self, commit: str) -> None:
-        tag = self.how.tag
-        if tag is None:
-            return
-        try:
-            ask(self.repo, lambda: self._api.create_tag(self.repo, tag=tag, revision=commit))
-        except SageHubError as error:
-            refs = ask(self.repo, lambda: self._api.list_repo_refs(self.repo))
-            there = {known.name: known.target_commit for known in refs.tags}
-            if there.get(tag) == commit:
-                return
-            if tag in there:
-                raise tag_is_taken(self.repo, tag) from None
-            raise type(error)(
-                f"{error} The release is published as {commit[:12]}, without its tag {tag}; the "
-                "same command sets it."
-            ) from None
+        if self.how.tag is not None:
+            set_tag(self.repo, self.how.tag, commit, self._api)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

@@ -1,23 +1,18 @@
-"""Whether a release is what its manifest says, file by file."""
+"""Whether a release is what its manifest and its sums say, file by file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any
 
 from sage_hub.checkpoint.files import Files, open_files, read_json
 from sage_hub.errors import CorruptCheckpointError, NotFoundError
 from sage_hub.record.manifest import MANIFEST
+from sage_hub.record.sums import SUMS, is_of_record, read_sums
 from sage_hub.runtime.progress import SILENT, Progress
 
-# What a person may edit, holds times, or shows figures: the manifest, which is the same for the
-# same inputs, cannot state their hashes.
-NOT_COVERED = (
-    *("README.md", "sage/report.json", MANIFEST, ".gitattributes"),
-    *("sage/*.png", ".eval_results/*.yaml"),
-)
+NEVER_SIGNED = (SUMS, ".gitattributes")  # the sums themselves, and what the Hub adds
 
 
 @dataclass(frozen=True)
@@ -30,11 +25,12 @@ class Verification:
     checked: tuple[str, ...]
     not_covered: tuple[str, ...]
     differences: tuple[str, ...]
-    whole: bool  # all that is stated is there as stated; there may be more
+    whole: bool  # all that the manifest states is there as stated; there may be more
+    signed: bool  # there are sums, of card and report too
 
 
 def verify(release: str, progress: Progress = SILENT) -> Verification:
-    """Compare every file of the release (a folder or a Hub repo) with its manifest.
+    """Compare every file of the release (a folder or a Hub repo) with its manifest and its sums.
 
     Large files of a repo are compared by the hash that the Hub has of them, not downloaded.
     Raises NotFoundError if it has no manifest.
@@ -46,43 +42,57 @@ def verify_files(files: Files, progress: Progress = SILENT) -> Verification:
     """The same of files that are open."""
     manifest = manifest_of(files)
     stated = _stated_hashes(manifest, files.name)
-    present = [name for name in stated if name in files.sizes]
+    sums, faults = _sums_of(files)
+    present = [name for name in {**stated, **sums} if name in files.sizes]
     found = {
         name: files.sha256(name)
         for name in progress.each(f"Hashing {files.name}", present, len(present), "file")
     }
-    differences = []
-    for name, sha256 in stated.items():
-        if name not in found:
-            differences.append(f"{name} is missing")
-        elif found[name] != sha256:
-            differences.append(
-                f"{name} has the SHA-256 {found[name]}, and {sha256} in the manifest"
-            )
-    whole = not differences
-    differences += [
-        f"{name} is not in the manifest"
-        for name in files.sizes
-        if name not in stated and not _not_covered(name)
-    ]
+    broken = dict(_differences(stated, found, "the manifest"))
+    known = {name for name in files.sizes if is_of_release(name, manifest)}
+    strange = files.sizes.keys() - known - {*NEVER_SIGNED}
+    differences = {
+        **{name: f"{name} is not in {SUMS}" for name in known - sums.keys() if sums},
+        **dict(_differences(sums, found, SUMS)),
+        **{name: f"{name} is not in the manifest" for name in strange},
+        **broken,
+    }
+    differences.pop(SUMS, None)
     return Verification(
         files.name,
         files.commit,
         str(manifest.get("fingerprint", "")),
         tuple(found),
-        tuple(name for name in files.sizes if _not_covered(name)),
-        tuple(differences),
-        whole,
+        tuple(name for name in files.sizes if name not in found and name not in strange),
+        (*faults, *(differences[name] for name in sorted(differences))),
+        whole=not broken,
+        signed=SUMS in files.sizes,
     )
+
+
+def _sums_of(files: Files) -> tuple[dict[str, str], list[str]]:
+    """The sums, none where there are none; and a sentence if they are no such thing."""
+    if SUMS not in files.sizes:
+        return {}, []
+    try:
+        return read_sums(files.path(SUMS).read_text(encoding="utf-8")), []
+    except ValueError:
+        return {}, [f"{SUMS} is not what sha256sum reads"]
+
+
+def _differences(
+    stated: Mapping[str, str], found: Mapping[str, str], where: str
+) -> Iterator[tuple[str, str]]:
+    for name, sha256 in stated.items():
+        if name not in found:
+            yield name, f"{name} is missing"
+        elif found[name] != sha256:
+            yield name, f"{name} has the SHA-256 {found[name]}, and {sha256} in {where}"
 
 
 def is_of_release(name: str, manifest: Mapping[str, Any]) -> bool:
     """Whether the file `name` was written with this manifest, and not added by somebody."""
-    return name in manifest.get("files", ()) or (_not_covered(name) and name != ".gitattributes")
-
-
-def _not_covered(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in NOT_COVERED)
+    return name in manifest.get("files", ()) or is_of_record(name)
 
 
 def read_manifest(release: str) -> dict[str, Any]:

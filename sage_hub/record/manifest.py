@@ -187,4 +187,6 @@ def leave_record(release: Path, folder: Path | None) -> None:
     if folder is None or folder.resolve() == release.resolve():
         return
     shutil.copytree(release / "sage", folder / "sage", dirs_exist_ok=True)
-    shutil.copyfile(release / "README.md", folder / "README.md")
+    for name in ("README.md", "SHA256SUMS"):
+        if (release / name).is_file():
+            shutil.copyfile(release / name, folder / name)

@@ -12,6 +12,7 @@ from sage_hub.evaluation.comparison import Result
 from sage_hub.record.card import write_card
 from sage_hub.record.gates import Gate, Outcome, facts_of
 from sage_hub.record.manifest import REPORT, read_record, with_results, write_json
+from sage_hub.record.sums import is_edited, write_sums
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,12 @@ class Release:
     report: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
     announced: str | None = None  # the URL of the pull request on the unlearned model's repo
+    sent: bool = False  # its shards, which are not in that folder any more
+
+    @property
+    def lies(self) -> str:
+        """What of it lies at its location."""
+        return "the record of the release" if self.sent else "the release"
 
 
 @dataclass(frozen=True)
@@ -47,11 +54,23 @@ class Terms:
         card."""
         full = with_results(report, self.results)
         full["gates"] = self.outcomes(manifest, full)
-        if full != read_record(folder / REPORT) or self.card_template is not None:
-            write_card(folder, manifest, full, self.card_template)
-            # Last, as it says that all the rest is there.
-            write_json(folder / REPORT, full)
+        same = full == read_record(folder / REPORT)
+        # A report with another sum: a run was stopped between the two.
+        if not same or is_edited(folder, REPORT) or self.card_template is not None:
+            write_record(folder, manifest, full, self.card_template)
         return full
+
+
+def write_record(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    report: Mapping[str, Any],
+    template: str | None = None,
+) -> None:
+    """Write what is said of a release: its card, its report, and last the sums of all of it."""
+    write_card(folder, manifest, report, template)
+    write_json(folder / REPORT, report)
+    write_sums(folder, manifest)
 
 
 def stop_at_gates(release: Release) -> Release:
@@ -61,10 +80,15 @@ def stop_at_gates(release: Release) -> Release:
         many = "s are" if len(failed) > 1 else " is"
         public = release.location.startswith("http")
         state = "this release is published already" if public else "nothing was published"
+        where = f"The release and its record are in {release.location}."
+        if release.sent:
+            where = (
+                f"Its record is in {release.location}; its shards are sent, seen by nobody, and "
+                "not sent again by the same command with other gates."
+            )
         raise GateError(
             f"{len(failed)} gate{many} not met, and {state}: "
-            f"{'; '.join(outcome.sentence() for outcome in failed)}. The release and its record "
-            f"are in {release.location}.",
+            f"{'; '.join(outcome.sentence() for outcome in failed)}. {where}",
             release,
         )
     return release

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 
+from sage_hub.checkpoint.files import check_name
 from sage_hub.checkpoint.hubfiles import HubFiles
 from sage_hub.errors import NotFoundError, ProxyError, SageHubError, UsageError, first_line
 from sage_hub.hub.client import ask, explain_any, reading_token
@@ -44,6 +45,7 @@ def read_proxy(source: str | None) -> Proxy:
         raise NotFoundError(
             f"The proxy file {source} {wrong} (a Hub dataset is written {DATASET_SCHEME}org/name)."
         )
+    check_name(path.name)
     return Proxy(path.name, parse_placed(_read_file(path, path.name), path.name))
 
 
@@ -107,6 +109,15 @@ _ADDRESS = re.compile(
     r"(@(?P<revision>refs/pr/\d+|refs/convert/[\w.-]+|[^/?]+))?"
     r"(/(?P<file>[^?]+))?(\?(?P<query>.*))?"
 )
+
+
+def at_commit(source: str, commit: str | None) -> str:
+    """The address of a dataset at the `commit` that was read of it; what is no dataset stays."""
+    match = _ADDRESS.fullmatch(source.removeprefix(DATASET_SCHEME))
+    if commit is None or match is None or not source.startswith(DATASET_SCHEME):
+        return source
+    behind = match.end("revision") if match["revision"] else match.end("repo")
+    return f"{DATASET_SCHEME}{match['repo']}@{commit}{match.string[behind:]}"
 
 
 def _read_dataset(source: str) -> Proxy:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sage_hub.errors import PeerError, UsageError
+from sage_hub.errors import PeerError, SageHubError, UsageError
 
 T = TypeVar("T")
 
@@ -65,14 +65,27 @@ class Ranks:
         return found or []
 
     def once(self, do: Callable[[], T]) -> T:
-        """The result of `do`, which the first process calls for all."""
+        """The result of `do`, which the first process calls for all; all raise its error too."""
         if self.count == 1:
             return do()
-        found: list[Any] = [do() if self.first else None]
+        found: list[Any] = [None, None]
+        if self.first:
+            try:
+                found[0] = do()
+            except SageHubError as error:
+                found[1] = error
         with _peers_at_hand():
             dist.broadcast_object_list(found, src=0)
+        if found[1] is not None:
+            raise found[1]
         result: T = found[0]
         return result
+
+    def at_first(self, do: Callable[[], T]) -> T | None:
+        """What `do` makes, which stays in the first process; None in the others."""
+        made: list[T] = []
+        self.once(lambda: made.append(do()))
+        return made[0] if made else None
 
 
 ALONE = Ranks()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +13,15 @@ from support.architectures import make_model
 from support.pico import make_config
 from transformers import LlamaForCausalLM
 
+from sage_hub.calibration.budget import expect_calibration
 from sage_hub.calibration.estimate import Rates, estimate, weight_bytes
+from sage_hub.calibration.journal import Journal
 from sage_hub.checkpoint.files import open_files
 from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
 from sage_hub.cli.main import main
 from sage_hub.settings import Settings
 
-ONE = Rates(forward=1, moments=1, sketches=1, float64=1, hashing=1)
+ONE = Rates(forward=1, generation=1, moments=1, sketches=1, float64=1, hashing=1)
 
 
 def test_a_config_alone_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,6 +58,57 @@ def test_the_flops_are_those_of_the_layers(tmp_path: Path) -> None:
     assert auto.budget == exact.budget
     assert exact.statistics >= sum(4 * size**2 for size in sizes)
     assert found.modes[0].budget.total > weight_bytes(model) / 3
+
+
+def test_a_forget_set_costs_as_much_again_where_calibration_looks_at_it(tmp_path: Path) -> None:
+    make_config().save_pretrained(tmp_path)
+    model = Checkpoint(open_files(str(tmp_path)), {}).empty_model()
+
+    def costs(**given: Any) -> tuple[float, ...]:
+        found = estimate(model, Settings(**given), tokens=100, longest=10, rates=ONE)
+        mode = found.modes[1]
+        return mode.forward, mode.moments, mode.decompositions, mode.statistics
+
+    one = costs(retain="r")
+    assert costs(retain="r", forget="f") == tuple(2 * cost for cost in one)
+    assert costs(retain="r", forget="f", gain=1.0) == one
+
+
+def test_rows_that_the_base_writes_take_their_time_too(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for name, rows in {"none": [], "given": ["--retain", str(pair / "retain.jsonl")]}.items():
+        assert main(["plan", str(pair / "base"), "--json", "--gain", "1", *rows]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+        assert main(["plan", str(pair / "base"), "--gain", "1", *rows]) == 0
+        assert ("The base writes rows" in capsys.readouterr().out) == (name == "none")
+    assert found["none"]["writing_seconds"] > 0
+    assert found["given"]["writing_seconds"] == found["given"]["written_tokens"] == 0
+
+
+@pytest.mark.parametrize("forget", [False, True], ids=["retain", "retain and forget"])
+def test_the_disk_of_a_calibration_is_what_it_takes_at_its_end(
+    forget: bool, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the statistics are written from the journal, both are there."""
+    remove, taken = Journal.remove, list[int]()
+
+    def watched(self: Journal) -> None:
+        files = [p for p in tmp_path.rglob("*") if p.is_file() and pair not in p.parents]
+        taken.append(sum(path.stat().st_size for path in files))
+        remove(self)
+
+    monkeypatch.setattr(Journal, "remove", watched)
+    sets = ["--retain", str(pair / "retain.jsonl")]
+    sets += ["--forget", str(pair / "forget.jsonl")] * forget
+    output = str(tmp_path / "base.safetensors")
+    words = ["stats", str(pair / "base"), *sets, "--energy", "1", "--output", output, "-q"]
+    assert main(words) == 0
+    settings = Settings(retain="r", forget="f" if forget else None, gain="match" if forget else 1.0)
+    base = open_checkpoint(str(pair / "base"))
+    kept = expect_calibration(base, replace(settings, energy=1.0))[2]
+    assert kept < max(taken) < 2 * kept + 100_000  # names and sizes
 
 
 def test_an_expert_costs_what_is_routed_to_it(tmp_path: Path) -> None:

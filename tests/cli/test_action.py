@@ -15,6 +15,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,11 @@ import yaml
 from support.loopback_hub import LoopbackHub
 from support.runner import literal, read_outputs
 
-from sage_hub.cli.parser import make_parser
+from sage_hub.checkpoint.location import parse_location
+from sage_hub.cli.commands import _given
+from sage_hub.cli.config import load_settings
+from sage_hub.cli.parser import make_parser, parse
+from sage_hub.commands.survey import choose_target
 from sage_hub.settings import SETTINGS, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -275,6 +280,39 @@ def test_the_defaults_suit_a_hosted_runner(recorder: Runner) -> None:
     assert words_of(recorder, **given) == ["--low-disk", "--memory=12"]
 
 
+def test_what_is_off_is_off_whatever_the_settings_file_says(recorder: Runner) -> None:
+    assert words_of(recorder, low_disk="false") == ["--no-low-disk"]
+    Path("sage.yaml").write_text("low_disk: true\n")
+    for words, low_disk in (([], True), (["--no-low-disk"], False), (["--low-disk"], True)):
+        args = parse(["push", "org/a", "org/b", *words])
+        assert load_settings(_given(args), config=None, unlearned=None)[0].low_disk is low_disk
+
+
+@pytest.mark.parametrize(
+    "to, unlearned",
+    [
+        ("", "org/unlearned"),
+        ("", f"org/unlearned@{'a' * 40}"),
+        ("", "org/unlearned@refs/pr/1"),
+        ("", "org/unlearned/below/it@v1"),
+        ("org/target", "org/unlearned@v1"),
+    ],
+)
+def test_the_workflow_queues_by_the_target_that_sage_hub_chooses(
+    to: str, unlearned: str, tmp_path: Path
+) -> None:
+    jobs = read(ROOT / ".github" / "workflows" / "release.yml")["jobs"]
+    (step,) = jobs["target"]["steps"]
+    output = tmp_path / "output"
+    places = {"TO": to, "UNLEARNED": unlearned, "GITHUB_OUTPUT": str(output)}
+    subprocess.run(["bash", "-euc", step["run"]], env=os.environ | places, check=True)
+    pair: Any = SimpleNamespace(
+        unlearned=SimpleNamespace(files=SimpleNamespace(location=parse_location(unlearned)))
+    )
+    assert read_outputs(output.read_text())["name"] == choose_target(to or None, pair).repo
+    assert "needs.target.outputs.name" in jobs["release"]["concurrency"]["group"]
+
+
 def test_every_input_reaches_sage_hub_as_an_option_that_it_has(recorder: Runner) -> None:
     flags = {"create-pr", "private", "low-disk", "dry-run"}
     elsewhere = {
@@ -315,7 +353,7 @@ def test_the_inputs_that_are_settings_agree_with_their_declarations() -> None:
     script = read(ACTION)["runs"]["steps"][-1]["run"]
     for name in shared:
         setting = SETTINGS[name]
-        how = {"boolean": "flag ", "array": "lines "}.get(
+        how = {"boolean": "switch ", "array": "lines "}.get(
             setting.kind.schema.get("type"), "option "
         )
         called = f"{setting.option}{'=' if how == 'lines ' else ''}"
@@ -325,10 +363,10 @@ def test_the_inputs_that_are_settings_agree_with_their_declarations() -> None:
             Settings(**{name: yaml.safe_load(default)})  # type: ignore[arg-type]
     # Whatever else the script passes is an option of push too, a flag where it is one.
     options = make_parser()[1]["push"]._option_string_actions
-    passed = re.findall(r"^(option|flag|lines) (--[a-z-]+)", script, re.MULTILINE)
+    passed = re.findall(r"^(option|flag|switch|lines) (--[a-z-]+)", script, re.MULTILINE)
     assert {option for _, option in passed} >= {SETTINGS[name].option for name in shared}
     for how, option in passed:
-        assert (options[option].nargs == 0) is (how == "flag"), option
+        assert (options[option].nargs == 0) is (how in ("flag", "switch")), option
 
 
 def test_a_token_of_the_job_is_left_as_it_is(recorder: Runner) -> None:
@@ -384,7 +422,7 @@ def test_the_workflow_gives_the_action_what_it_takes() -> None:
     workflow, action = read(ROOT / ".github" / "workflows" / "release.yml"), read(ACTION)
     triggers = workflow[True]  # YAML takes the key `on` for a truth
     assert triggers["workflow_dispatch"]["inputs"] == triggers["workflow_call"]["inputs"]
-    (job,) = workflow["jobs"].values()
+    job = workflow["jobs"]["release"]
     assert job["permissions"] == {"contents": "read", "id-token": "write"}
     assert workflow["permissions"] == {}
     (step,) = (step for step in job["steps"] if step.get("uses", "").startswith("$/"))

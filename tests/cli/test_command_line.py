@@ -147,6 +147,74 @@ def test_json_is_one_object_and_nothing_else_on_stdout(
     assert tested == set(COMMANDS) - {"demo"}  # test_demo.py has it
 
 
+FAILURES = {
+    "mistyped": ("psh a b", 2, "UsageError"),
+    "mistyped option": ("push a b --zzz", 2, "UsageError"),
+    "push": ("push org/nobody org/unlearned", 10, "NotFoundError"),
+    "sanitize": ("sanitize ./nothing org/unlearned --output out", 10, "NotFoundError"),
+    "plan": ("plan org/nobody", 10, "NotFoundError"),
+    "stats": ("stats org/base --output . --retain x", 23, "TargetError"),
+    "audit": ("audit org/base org/nobody", 10, "NotFoundError"),
+    "eval": ("eval org/base", 2, "UsageError"),
+    "card": ("card nothing", 10, "NotFoundError"),
+    "verify": ("verify org/unlearned", 10, "NotFoundError"),
+    "demo": ("demo --output file", 23, "TargetError"),
+    "env": ("env --output", 2, "UsageError"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.usefixtures("on_hub")
+def test_json_is_one_object_of_a_failure_too(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    words, status, error = FAILURES[name]
+    Path("file").write_text("")
+    assert {*FAILURES} >= {*COMMANDS}
+    assert main([*words.split(), "--json"]) == status
+    out, err = capfd.readouterr()
+    found = json.loads(out)
+    assert (found["status"], found["error"], found["kept"]) == (status, error, None)
+    assert err.splitlines()[-1] == f"sage-hub: error: {found['message']}"
+
+
+def test_a_bug_of_ours_is_one_object_too_and_no_token_is_in_it(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: object) -> None:
+        raise RuntimeError("no hf_abcdefghijklmnopqrstuvwxyz12345678 here")
+
+    monkeypatch.setitem(cli.COMMANDS, "env", fails)
+    assert main(["env", "--json"]) == 1
+    out, err = capfd.readouterr()
+    found = json.loads(out)
+    assert found["error"] == "SageHubError"
+    assert "(RuntimeError: no hf_… here)" in found["message"]
+    assert "hf_abc" not in out + err
+
+
+def test_a_result_that_is_refused_is_one_object_with_its_failure(
+    pair: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    release = tmp_path / "release"
+    both, data = [str(pair / "base"), str(pair / "unlearned")], proxies(pair)
+    words = ["sanitize", *both, "--output", str(release), *data, "--json"]
+    assert main([*words, "--gate", "gain > 100"]) == 30
+    found = json.loads(capfd.readouterr().out)
+    assert (found["status"], found["error"]) == (30, "GateError")
+    assert found["location"] == str(release)
+    assert found["kept"] == {"what": "the release", "where": str(release)}
+    assert found["report"]["gates"][0]["passed"] is False
+
+    assert main([*words, "--dry-run", "--gate", "gani > 1"]) == 2
+    found = json.loads(capfd.readouterr().out)
+    assert found["problems"][0]["message"] == found["message"]
+
+    (release / "config.json").write_text("{}")
+    assert main(["verify", str(release), "--json"]) == 27
+    found = json.loads(capfd.readouterr().out)
+    assert len(found["differences"]) == 1
+    assert (found["status"], found["kept"]) == (27, None)
+
+
 def test_env_says_what_a_bug_report_needs_and_nothing_more(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -226,7 +294,7 @@ def test_an_interrupted_run_says_so_and_goes_on(
     pair, output = tmp_path / "pair", tmp_path / "out"
     make_pair(pair, max_shard_size="8KB")
     words = ["sanitize", str(pair / "base"), str(pair / "unlearned"), "--output", str(output)]
-    words += ["--retain", str(pair / "retain.jsonl")]
+    words += ["--retain", str(pair / "retain.jsonl"), "--json"]
     keep, kept = Work.keep, []
 
     def interrupted(self: Work, shard: str, record: dict[str, Any]) -> None:
@@ -237,10 +305,12 @@ def test_an_interrupted_run_says_so_and_goes_on(
 
     monkeypatch.setattr(Work, "keep", interrupted)
     assert main(words) == 130
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     assert err.splitlines()[-1] == (
         "sage-hub: error: Interrupted; the same command goes on where this one stopped."
     )
+    where = {"what": "finished parts", "where": str(work_folder(output))}
+    assert (json.loads(out)["status"], json.loads(out)["kept"]) == (130, where)
     assert f"What is finished is kept in {work_folder(output)}" in err
     assert not output.exists()
     assert main(words) == 0
@@ -288,7 +358,9 @@ def test_a_copy_of_card_and_record(
         published = on_hub.files("org/unlearned-sage")
         left = {p.relative_to(record).as_posix() for p in record.rglob("*") if p.is_file()}
         assert left == {
-            name for name in published if name == "README.md" or name.startswith("sage/")
+            name
+            for name in published
+            if name in ("README.md", "SHA256SUMS") or name.startswith("sage/")
         }
         for name in left:
             assert (record / name).read_bytes() == published[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -353,3 +354,20 @@ class TestOnTheHub:
         assert status == 24
         assert "changed while" in sentence
         assert set(hub.files("org/target")) == {".gitattributes", "intruder.txt"}
+
+
+@pytest.mark.parametrize("place", ["beside the weights", "a source", "a set"])
+def test_a_name_that_is_not_utf8_is_refused_before_the_work(
+    place: str, pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = os.fsdecode(b"odd-\xff")
+    sources, retain = {side: pair / side for side in ("base", "unlearned")}, pair / "retain.jsonl"
+    if place == "beside the weights":
+        (pair / "unlearned" / odd).write_text("")
+    elif place == "a source":
+        sources["base"] = sources["base"].rename(pair / odd)
+    else:
+        retain = retain.rename(pair / f"{odd}.jsonl")
+    words = ["sanitize", *map(str, sources.values()), "--output", "out", "--retain", str(retain)]
+    assert main([*words, "--dry-run"]) == 2
+    assert r"The name odd-\udcff" in capsys.readouterr().err

@@ -35,7 +35,7 @@ from sage_hub.hub import client as asking
 
 SEEDS = pytest.mark.parametrize("seeds", [range(2), soak(range(2, 10))], ids=["few", "more"])
 TARGET = "org/target"
-CHANGING = {"README.md", "sage/report.json", ".gitattributes"}  # their times
+CHANGING = {"README.md", "sage/report.json", "SHA256SUMS", ".gitattributes"}  # their times
 FOREVER = 1_000_000
 LOW_DISK = "--low-disk"
 

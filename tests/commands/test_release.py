@@ -71,5 +71,29 @@ def test_two_runs_give_the_same_bytes(pair: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     files = {p.relative_to(one) for p in one.rglob("*") if p.is_file()}
     assert files == {p.relative_to(two) for p in two.rglob("*") if p.is_file()}
-    for file in files - {Path("README.md"), Path("sage/report.json")}:  # name, seconds
+    varying = {Path(name) for name in ("README.md", "sage/report.json", "SHA256SUMS")}
+    for file in files - varying:  # name, seconds
         assert (one / file).read_bytes() == (two / file).read_bytes(), file
+
+
+def test_the_record_has_the_commit_of_all_that_is_on_the_hub(
+    hub: LoopbackHub, pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the card's command, and `verify --rebuild`, take what this run took."""
+    rows = {f"{name}.jsonl": (pair / f"{name}.jsonl").read_bytes() for name in ("retain", "forget")}
+    at = {side: hub.add_repo(f"org/{side}", pair / side) for side in ("base", "unlearned")}
+    at["reference"] = hub.add_repo("org/reference", pair / "base")
+    at["rows"] = hub.add_repo("org/rows", rows, "dataset")
+    words = ["sanitize", "org/base", "org/unlearned", "--output", "out", "--gain", "1", "-q"]
+    words += ["--retain", "hf://datasets/org/rows/retain.jsonl", "--reference", "org/reference"]
+    words += ["--bystander", "more=hf://datasets/org/rows@main/forget.jsonl"]
+    assert main(words) == 0
+    settings = json.loads(Path("out/sage/manifest.json").read_text())["settings"]
+    assert settings["retain"] == f"hf://datasets/org/rows@{at['rows']}/retain.jsonl"
+    more = f"hf://datasets/org/rows@{at['rows']}/forget.jsonl"
+    assert settings["bystanders"] == {"more": more}
+    assert settings["reference"] == f"org/reference@{at['reference']}"
+    card = Path("out/README.md").read_text()
+    assert f"--retain {settings['retain']}" in card
+    hub.add_commit("org/rows", {"retain.jsonl": b'{"text": "w1 w2 w3"}\n'}, "dataset")
+    assert main(["verify", "out", "--rebuild"]) == 0

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,14 +35,16 @@ from sage_hub.commands.push import release
 from sage_hub.commands.survey import check_weights, survey
 from sage_hub.errors import NotFoundError
 from sage_hub.evaluation.answers import beside
+from sage_hub.evaluation.written import NAME
 from sage_hub.publish.folder import Work, work_folder, working_on
 from sage_hub.publish.verify import verify
 from sage_hub.record import card
+from sage_hub.record.manifest import MANIFEST
 from sage_hub.runtime.progress import Clock
 from sage_hub.runtime.run import Run
 
 ON_DISK = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
-CHANGING = {"README.md", "sage/report.json"}  # their times, and the name of the folder
+CHANGING = {"README.md", "sage/report.json", "SHA256SUMS"}  # times, and the name of the folder
 FIRST = 60  # operations on the disk, behind which a shard is finished
 
 
@@ -337,12 +340,11 @@ def test_verify_names_each_file_that_differs(
 ) -> None:
     output = tmp_path / "out"
     assert main(arguments(source, output, "--quiet")) == 0
-    (output / "README.md").write_text("edited, as people do")
     capsys.readouterr()
     assert main(["verify", str(output)]) == 0
     out, err = capsys.readouterr()
-    assert "is what its manifest says: 17 files" in out
-    assert "not covered by the manifest: README.md" in out
+    assert "is what its record says: 22 files" in out
+    assert "not covered: SHA256SUMS" in out
     assert err == ""
 
     shards = sorted(output.glob("*.safetensors"))
@@ -357,7 +359,7 @@ def test_verify_names_each_file_that_differs(
         shards[1].name,
         "pytorch_model.bin",
     ]
-    assert err == "sage-hub: error: out is not what its manifest says: 3 differences.\n"
+    assert err == "sage-hub: error: out is not what its record says: 3 differences.\n"
 
 
 def test_verify_refuses_what_is_no_release(
@@ -375,7 +377,7 @@ def test_verify_reads_the_hashes_of_a_repo_without_its_weights(
     hub.add_repo("org/release", output)
     found = verify("org/release")
     assert found.differences == ()
-    assert len(found.checked) == 17
+    assert len(found.checked) == 22
     fetched = [request.path for request in hub.requests if "/resolve/" in request.path]
     assert fetched
     assert not [path for path in fetched if path.endswith(".safetensors")]
@@ -401,3 +403,24 @@ def test_rebuild_makes_the_same_bytes_or_says_which_differ(
     assert main(["verify", str(output), "--rebuild", "--json"]) == 27
     differences = json.loads(capsys.readouterr().out)["differences"]
     assert "model-00002-of-00012.safetensors comes out as" in differences[0]
+
+
+def test_a_rebuild_says_that_rows_the_base_wrote_may_be_others_here(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "out"
+    assert main(arguments(source, output, "--quiet")) == 0
+    manifest = json.loads((output / MANIFEST).read_text())
+    manifest["statistics"]["data"]["retain"]["name"] = NAME
+    (output / MANIFEST).write_text(json.dumps(manifest))
+    (output / "SHA256SUMS").unlink()
+    made = SimpleNamespace(manifest=manifest | {"files": {}})
+    monkeypatch.setattr("sage_hub.commands.verify.sanitize", lambda *_, **__: made)
+    monkeypatch.chdir(source)
+    assert main(["verify", str(output), "--rebuild"]) == 27
+    out, err = capsys.readouterr()
+    assert "differs: the base wrote the rows itself, and may write others on another" in out
+    assert err.startswith("The base wrote the rows itself")

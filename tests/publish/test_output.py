@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from sage_hub.errors import NetworkError, NonFiniteError, TargetError
-from sage_hub.publish.folder import Work, check_output, working_on
+from sage_hub.errors import DiskSpaceError, NetworkError, NonFiniteError, TargetError
+from sage_hub.publish.folder import Work, check_disk, check_output, working_on
 from sage_hub.record.manifest import MANIFEST
 from sage_hub.runtime.run import Run
 
@@ -198,3 +200,17 @@ def test_a_folder_that_holds_a_source_is_refused(tmp_path: Path) -> None:
 def test_hub_sources_are_in_nobodys_way(tmp_path: Path) -> None:
     check_output(tmp_path / "out", [None, None], force=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("calibration, needed", [(5_000, 6_000), (100, 1_000 + 300)])
+def test_the_disk_must_have_room_for_the_end_of_the_calibration_and_then_for_the_output(
+    calibration: int, needed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan: Any = SimpleNamespace(output_bytes=300, download_bytes=0)
+    for free in (needed, needed - 1):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        enough = nullcontext() if free == needed else pytest.raises(DiskSpaceError)
+        with enough:
+            check_disk(plan, tmp_path / "out", statistics=1_000, calibration=calibration)
+        monkeypatch.undo()

@@ -25,6 +25,13 @@ from sage_hub.publish.target import Publication
 
 SHARDS = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
 TARGET = "org/target"
+SHORT = ["--card-template", "short"]
+LM_EVAL = {
+    "results": {"arc": {"acc,none": 0.5, "acc_stderr,none": 0.1}},
+    "higher_is_better": {"arc": {"acc": True}},
+    "n-samples": {"arc": {"effective": 10}},
+    "config": {"model_args": "pretrained=org/target"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +298,58 @@ class TestRecognized:
         assert push(statistics) == 0
         assert sources.files(TARGET)["README.md"] == b"edited"
 
+    @pytest.mark.parametrize("where", [[], ["--create-pr"], ["--branch", "trial"]], ids=str)
+    @pytest.mark.parametrize("disturbed", [False, True], ids=["plain", "lost answer"])
+    def test_what_is_said_anew_of_it_goes_there_in_one_commit_without_the_weights(
+        self,
+        where: list[str],
+        disturbed: bool,
+        sources: LoopbackHub,
+        statistics: str,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        Path("made.json").write_text(json.dumps(LM_EVAL))
+        revision = {"--create-pr": "refs/pr/1", "--branch": "trial"}.get("".join(where[:1]), "main")
+        assert push(statistics, *where) == 0
+        first = published(sources, revision=revision)
+        for number, option in enumerate(
+            (["--gate", "gain <= 1"], ["--results", "sanitized=made.json"], SHORT), 1
+        ):
+            if disturbed:
+                sources.disturb("POST", "/commit/", "lost")
+            noted = [word for word in words(statistics, *where, *option) if word != "--quiet"]
+            assert main([*noted, "--record", f"record{number}"]) == 0
+            assert "its card and report are updated, its weights stay" in capsys.readouterr().err
+            files = published(sources, revision=revision)
+            changed = {name for name in first if files[name] != first[name]}
+            assert {"README.md", "SHA256SUMS"} <= changed
+            assert changed <= {"README.md", "SHA256SUMS", "sage/report.json"}
+            assert files.keys() == first.keys()
+            assert Path(f"record{number}/README.md").read_bytes() == files["README.md"]
+            assert commits(sources, revision) == 2 + number
+        assert len(sent(sources)) == 3
+        assert len([ref for ref in sources.repos["model", TARGET].refs if "pr" in ref]) <= 1
+
+    def test_a_card_that_was_edited_gives_way_to_a_new_one_and_that_is_said(
+        self, sources: LoopbackHub, statistics: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert push(statistics) == 0
+        sources.add_commit(TARGET, {"README.md": b"edited", "NOTICE.txt": b"ours"})
+        noted = [word for word in words(statistics, *SHORT) if word != "--quiet"]
+        assert main(noted) == 0
+        assert "the card had been edited by hand; what it said is in" in capsys.readouterr().err
+        assert sources.files(TARGET)["README.md"] != b"edited"
+        assert sources.files(TARGET)["NOTICE.txt"] == b"ours"
+
+    def test_a_tag_of_what_was_said_before_stays_where_it_is(
+        self, sources: LoopbackHub, statistics: str
+    ) -> None:
+        assert push(statistics, "--tag", "v1") == 0
+        assert push(statistics, "--tag", "v1", *SHORT) == 23
+        assert push(statistics, "--tag", "v2", *SHORT) == 0
+        refs = sources.repos["model", TARGET].refs
+        assert refs["refs/tags/v2"] == refs["refs/heads/main"] != refs["refs/tags/v1"]
+
     def test_statistics_too(
         self, sources: LoopbackHub, pair: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -318,15 +377,35 @@ class TestGates:
         assert len(sent(sources)) == 3
         published(sources)
 
+    def test_a_gate_that_is_not_met_says_where_the_shards_are(
+        self, sources: LoopbackHub, statistics: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """With low disk and nothing to evaluate on they are sent, and gone from here."""
+        capsys.readouterr()
+        assert push(statistics, "--low-disk", "--json", "--gate", "gain > 100") == 30
+        found = json.loads(capsys.readouterr().out)
+        assert "its shards are sent, seen by nobody" in found["message"]
+        assert found["kept"]["what"] == "the record of the release"
+        here = {path.name for path in Path(found["kept"]["where"]).rglob("*")}
+        assert "report.json" in here
+        assert not here & {*SHARDS}
+        assert push(statistics, "--low-disk") == 0
+        assert len(sent(sources)) == 3
+
     def test_other_gates_are_checked_on_what_is_published(
         self, sources: LoopbackHub, statistics: str, pair: Path
     ) -> None:
         heldout = ["--heldout", str(pair / "heldout.jsonl")]
         assert push(statistics, *heldout) == 0
-        assert push(statistics, *heldout, "--gate", "heldout.probability >= 0") == 0
         assert push(statistics, *heldout, "--gate", "heldout.probability >= 2") == 30
         assert commits(sources) == 2
+        gate = ["--gate", "heldout.probability >= 0"]
+        assert push(statistics, *heldout, *gate) == 0
+        assert push(statistics, *heldout, *gate) == 0
+        assert commits(sources) == 3
         assert len(sent(sources)) == 3
+        report = json.loads(published(sources)["sage/report.json"])
+        assert [gate["passed"] for gate in report["gates"]] == [True]
 
 
 class TestWhere:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from support.architectures import make_model
 from support.loopback_hub import LoopbackHub
@@ -26,6 +27,7 @@ from support.processes import PROCESSES, run_hurried
 from support.soak import soak
 
 from sage_hub.cli.main import main
+from sage_hub.publish.folder import work_folder
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
@@ -44,7 +46,7 @@ def with_torchrun(words: Sequence[str], count: int, status: int = 0) -> tuple[st
     return out, err
 
 
-def together(words: Sequence[str], count: int) -> str:
+def together(words: Sequence[str], count: int, status: int = 0) -> str:
     """As `with_torchrun`, in processes that need not import anything; what all of them say."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -58,7 +60,7 @@ def together(words: Sequence[str], count: int) -> str:
         process.start()
     for process in processes:
         process.join(timeout=300)
-    assert [process.exitcode for process in processes] == [0] * count
+    assert [process.exitcode for process in processes] == [status] * count
     return said.read_text()
 
 
@@ -158,6 +160,24 @@ def test_an_error_comes_from_the_process_that_has_it(pair: Path, tmp_path: Path)
     assert "--memory allows 100 MB" in err
     assert "/sage_hub/" not in err  # torchrun prints a traceback, of its own lines
     assert not (tmp_path / "out").exists()
+
+
+def test_what_stops_the_first_stops_all_with_its_status(
+    hub: LoopbackHub, pair: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ["sanitize", *sources(pair)[:3], "--gain", "1", "--output", str(out), "-q", "--json"]
+    together(words, 2)
+    before = shards(out)
+    replacing = [*words, "--strength", "3", "--gate", "gain > 100"]
+    found = json.loads(together(replacing, 2, status=30))  # stopped where it replaces a release
+    assert (found["status"], found["kept"]["what"]) == (30, "the release")
+    assert shards(out) == before
+    with FileLock(work_folder(out) / "lock"):
+        assert json.loads(together(words, 2, status=23))["error"] == "TargetError"
+    words = ["push", *sources(pair)[:3], "--gain", "1", "--to", "org/x", "-q", "--yes", "--json"]
+    hub.add_repo("org/x", {"README.md": b"of somebody else"})
+    assert json.loads(together(words, 2, status=23))["error"] == "TargetError"
 
 
 def test_more_processes_than_gpus(
