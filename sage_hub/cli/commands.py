@@ -10,9 +10,9 @@ from dataclasses import asdict
 from typing import Any
 
 from sage_hub.cli import github
-from sage_hub.cli.benchmarks import benchmark_settings
 from sage_hub.cli.given import given_of, how_of, point, progress_of, publication_of, settings_of
 from sage_hub.cli.terminal import Part, print_text
+from sage_hub.commands.benchmarks import benchmark_settings
 from sage_hub.errors import NotFoundError, SageHubError, UsageError
 
 

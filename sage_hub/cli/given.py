@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from sage_hub.cli.benchmarks import benchmark_settings
+from sage_hub.commands.benchmarks import benchmark_settings
 from sage_hub.errors import SageHubError
 from sage_hub.runtime.progress import Progress
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sage_hub.cli.benchmarks import BENCHMARKS
+from sage_hub.commands.benchmarks import BENCHMARKS
 from sage_hub.kinds import PROXY, SWITCH, Kind, Setting, whole
 from sage_hub.settings import SETTINGS
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from sage_hub.checkpoint.pair import Pair
+from sage_hub.commands.benchmarks import benchmark_settings
 from sage_hub.record.metadata import read_card
 from sage_hub.rows.sources import DATASET_SCHEME, FORMATS, format_of
 from sage_hub.settings import SETS
@@ -27,9 +30,11 @@ def guesses(pair: Pair, folder: Path) -> Iterator[Guess]:
         yield Guess("Files that are here.", here)
     datasets = list(_datasets(pair))
     words = " ".join([*(side.name for side in pair.sides.values()), *datasets]).lower()
-    known = [make(words) for pattern, make in BENCHMARKS.items() if re.search(pattern, words)]
-    yield from known
-    said = {value for guess in known for value in guess.values.values() if isinstance(value, str)}
+    values: dict[str, Any] = {}
+    if (benchmark := _benchmark_of(words)) is not None:
+        values = yaml.safe_load(benchmark_settings(benchmark, pair.base.name))
+        yield Guess(f"By the names, what --benchmark {benchmark} prescribes.", values)
+    said = {value for value in values.values() if isinstance(value, str)}
     for dataset in datasets:
         address = f"{DATASET_SCHEME}{dataset}"
         if not any(value.startswith(address) for value in said):
@@ -53,32 +58,12 @@ def _datasets(pair: Pair) -> Iterator[str]:
             yield name
 
 
-def _tofu(words: str) -> Guess:
-    found = re.search(r"forget(01|05|10)", words)
-    share = int(found[1]) if found else 10
-    tofu = f"{DATASET_SCHEME}locuslab/TOFU?config="
-    values = {"retain": f"retain{100 - share}", "forget": f"forget{share:02}"}
-    sets = {which: f"{tofu}{config}" for which, config in values.items()}
-    sets |= {"heldout": f"{tofu}real_authors"}
-    return Guess("TOFU, by the names.", {**sets, "bystanders": {"facts": f"{tofu}world_facts"}})
-
-
-def _muse(words: str) -> Guess:
-    about = "Books" if "books" in words else "News"
-    muse = f"{DATASET_SCHEME}muse-bench/MUSE-{about}?config="
-    sets = {
-        "retain": f"{muse}raw&split=retain1",
-        "forget": f"{muse}knowmem&split=forget_qa",
-        "heldout": f"{muse}knowmem&split=retain_qa",
-    }
-    return Guess(f"MUSE {about}, by the names.", {**sets, "suite": "muse"})
-
-
-def _wmdp(words: str) -> Guess:
-    about = "cyber" if "cyber" in words else "bio"
-    sets = {"forget": f"{DATASET_SCHEME}cais/wmdp?config=wmdp-{about}&split=test"}
-    others = {"mmlu": f"{DATASET_SCHEME}cais/mmlu?config=all&split=validation"}
-    return Guess("WMDP, by the names.", {**sets, "bystanders": others})
-
-
-BENCHMARKS: dict[str, Callable[[str], Guess]] = {"tofu": _tofu, "muse": _muse, "wmdp": _wmdp}
+def _benchmark_of(words: str) -> str | None:
+    """The benchmark that names like these speak of."""
+    if "tofu" in words:
+        found = re.search(r"forget(01|05|10)", words)
+        return f"tofu/{found[0] if found else 'forget10'}"
+    for family, (usual, other) in {"muse": ("news", "books"), "wmdp": ("bio", "cyber")}.items():
+        if family in words:
+            return f"{family}/{other if other in words else usual}"
+    return None

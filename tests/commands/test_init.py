@@ -127,7 +127,7 @@ def test_sets_that_are_here_are_proposed(pair: Path, capsys: pytest.CaptureFixtu
     "name, forget",
     [
         ("tofu_Llama_full_forget05_NPO", "locuslab/TOFU?config=forget05"),
-        ("muse_books_SimNPO", "muse-bench/MUSE-Books?config=knowmem&split=forget_qa"),
+        ("muse_books_SimNPO", "muse-bench/MUSE-Books?config=verbmem&split=forget"),
         ("zephyr-wmdp-cyber", "cais/wmdp?config=wmdp-cyber&split=test"),
     ],
 )

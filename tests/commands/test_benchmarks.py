@@ -12,9 +12,9 @@ import yaml
 from support.loopback_hub import LoopbackHub
 from support.pico import WORDS, make_rows, to_jsonl
 
-from sage_hub.cli.benchmarks import BENCHMARKS, benchmark_settings
 from sage_hub.cli.config import load_settings
 from sage_hub.cli.main import main
+from sage_hub.commands.benchmarks import BENCHMARKS, benchmark_settings
 from sage_hub.rows.sources import read_proxy
 
 FULL = "open-unlearning/tofu_Llama-3.2-1B-Instruct_full"
