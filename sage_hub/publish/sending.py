@@ -159,5 +159,5 @@ def published(upload: Upload, work: Work, terms: Terms, run: Run) -> Release | N
 
 def _said(folder: Path) -> dict[str, bytes]:
     """Card, report and results of benchmarks, which say all that `terms` can change."""
-    paths = [folder / CARD, folder / REPORT, *sorted((folder / ".eval_results").glob("*"))]
+    paths = [folder / CARD, folder / REPORT]
     return {path.name: path.read_bytes() for path in paths if path.is_file()}

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 import yaml
 from huggingface_hub import (
     EvalResult,
-    EvalResultEntry,
     ModelCard,
     ModelCardData,
-    eval_result_entries_to_yaml,
 )
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
@@ -27,7 +23,6 @@ from sage_hub.record.metadata import inherited
 from sage_hub.record.pictures import draw
 from sage_hub.record.tables import (
     highlights,
-    main_lines,
     metric_table,
     models_of,
     not_run,
@@ -38,14 +33,6 @@ from sage_hub.repair.plan import Plan
 from sage_hub.settings import MODELS, SETS, as_words
 
 TEMPLATES = {None: "model_card.md.jinja", "short": "short.md.jinja"}
-# Datasets whose results the Hub gathers from `.eval_results/`.
-BENCHMARKS = (
-    "cais/mmlu",
-    "cais/wmdp",
-    "locuslab/TOFU",
-    "muse-bench/MUSE-Books",
-    "muse-bench/MUSE-News",
-)
 
 
 def find_template(name: str | None) -> Path:
@@ -135,7 +122,6 @@ def write_card(
         failure.final = False  # all but the card is done, and fits another template
         raise failure from None
     (folder / "README.md").write_text(page, encoding="utf-8")
-    _write_benchmark_results(folder / ".eval_results", report)
 
 
 def copied_by_reason(manifest: Mapping[str, Any]) -> dict[str, int]:
@@ -220,29 +206,6 @@ def _eval_result(result: Mapping[str, Any], data: Mapping[str, Any] | None) -> E
         metric_name=f"{result['set']} {result['metric']} ({result['direction']} is better)",
         metric_value=round(result["value"], 6),
     )
-
-
-def _write_benchmark_results(folder: Path, report: Mapping[str, Any]) -> None:
-    """A file per dataset that the Hub knows as a benchmark, with the main metric of each set."""
-    shutil.rmtree(folder, ignore_errors=True)
-    for line in main_lines(report):
-        data = report["data"].get(line["set"])
-        dataset = _dataset_id(data["name"]) if data else None
-        if dataset not in BENCHMARKS or line["set"] == "retain" or line["sanitized"] is None:
-            continue
-        query = dict(parse_qsl(data["name"].partition("?")[2]))
-        entry = EvalResultEntry(
-            str(dataset),
-            query.get("config", "default"),
-            round(line["sanitized"], 6),
-            dataset_revision=data["revision"],
-            notes=f"{line['metric']} as the {line['set']} set, {line['direction']} is better; by "
-            "sage-hub",
-        )
-        folder.mkdir(exist_ok=True)
-        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
-        name = f"{str(dataset).replace('/', '--')}--{line['set']}.yaml"
-        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _dataset_id(name: str) -> str | None:

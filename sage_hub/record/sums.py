@@ -15,7 +15,7 @@ from sage_hub.record.manifest import MANIFEST, REPORT
 SUMS = "SHA256SUMS"
 # What a person may edit, holds times, or shows figures: the manifest, which is the same for the
 # same inputs, cannot state their hashes. The sums do.
-RECORD = ("README.md", REPORT, MANIFEST, "sage/*.png", ".eval_results/*.yaml", SUMS)
+RECORD = ("README.md", REPORT, MANIFEST, "sage/*.png", SUMS)
 LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *](.+)")
 ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}  # in a name; a backslash before its line says so
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from support.loopback_hub import LoopbackHub
-from support.pico import make_rows, proxies, write_rows
+from support.pico import proxies
 
 from sage_hub.cli.main import main
 from sage_hub.commands.card import rewrite
@@ -109,34 +108,6 @@ def test_a_template_that_fails_is_refused(
     assert isinstance(raised.value, UsageError)
     with pytest.raises(NotFoundError):
         find_template(str(tmp_path / "none.jinja"))
-
-
-def test_a_known_benchmark_has_a_file_of_its_own(
-    hub: LoopbackHub, pair: Path, tmp_path: Path
-) -> None:
-    rows = [
-        {**row, "choices": ["w1", "w2", "w3", "w4"], "answer": n % 4}
-        for n, row in enumerate(make_rows(9, 70))
-    ]
-    folder = tmp_path / "data"
-    folder.mkdir()
-    write_rows(folder / "test.jsonl", rows)
-    revision = hub.add_repo("cais/wmdp", folder, "dataset")
-    source = "hf://datasets/cais/wmdp/test.jsonl"
-    out = sanitize(pair, tmp_path / "out", "--bystander", f"wmdp={source}")
-    (path,) = (out / ".eval_results").iterdir()
-    entry = yaml.safe_load(path.read_text())[0]
-    assert entry["dataset"] == {"id": "cais/wmdp", "task_id": "default", "revision": revision}
-    assert "accuracy as the wmdp set, higher is better" in entry["notes"]
-    report = json.loads((out / "sage" / "report.json").read_text())
-    assert entry["value"] == pytest.approx(
-        next(
-            r["value"]
-            for r in report["results"]
-            if (r["model"], r["set"], r["metric"]) == ("sanitized", "wmdp", "accuracy")
-        )
-    )
-    assert main(["verify", str(out), "--quiet"]) == 0
 
 
 @pytest.mark.usefixtures("unhurried")

@@ -53,7 +53,7 @@ def test_every_file_of_a_folder_is_signed_off_and_a_new_card_anew(release: Path)
 def test_what_is_on_the_hub_is_signed_off_as_it_is_there(
     low_disk: list[str], on_hub: LoopbackHub, pair: Path
 ) -> None:
-    """With results of a benchmark of the Hub, and a shard that the Hub copies."""
+    """With sets of the Hub, and a shard that the Hub copies."""
     rows = {name: (pair / f"{name}.jsonl").read_bytes() for name in ("retain", "heldout")}
     files = {f"{name}.jsonl": content for name, content in rows.items()}
     on_hub.add_repo("locuslab/TOFU", files, "dataset")
@@ -67,7 +67,7 @@ def test_what_is_on_the_hub_is_signed_off_as_it_is_there(
     for name, content in on_hub.files("org/unlearned-sage").items():
         (fetched / name).parent.mkdir(parents=True, exist_ok=True)
         (fetched / name).write_bytes(content)
-    assert {".eval_results/locuslab--TOFU--heldout.yaml", shard.name} <= signed(fetched).keys()
+    assert shard.name in signed(fetched)
     assert signed(fetched).keys() == all_files(fetched) - {".gitattributes"}
     assert sha256sum(fetched) == 0
     assert main(["verify", "org/unlearned-sage"]) == 0
