@@ -171,6 +171,18 @@ def weight_bytes(model: PreTrainedModel) -> float:
     return float(sum(own.values()))
 
 
+def cache_bytes(model: PreTrainedModel, tokens: int) -> float:
+    """The keys and values of so many tokens, of all rows that are generated together.
+
+    As if every layer saw all of them, which those with a window or a state do not.
+    """
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width *= getattr(config, "num_key_value_heads", None) or heads
+    return float(2 * config.num_hidden_layers * width * tokens * model.dtype.itemsize)
+
+
 def probe(dtype: torch.dtype, device: str) -> Rates:
     """Measure this machine for about half a second, on what the work is made of."""
     tokens, few, size = 512, 8, 768

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sage_hub.calibration.budget import RUNTIME
-from sage_hub.calibration.estimate import weight_bytes
+from sage_hub.calibration.estimate import cache_bytes, weight_bytes
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.errors import UsageError, about
 from sage_hub.evaluation.comparison import Result
 from sage_hub.evaluation.evaluate import expected_names
 from sage_hub.evaluation.imported import read_results
-from sage_hub.evaluation.written import NAME, check_opening
+from sage_hub.evaluation.written import LONGEST, NAME, check_opening
 from sage_hub.model.compute import type_of
 from sage_hub.record.gates import ALWAYS_KNOWN, Gate, check_names, parse
 from sage_hub.record.tables import MODELS
@@ -49,7 +49,9 @@ class Supply:
             return cls()
         if settings.low_disk:
             return cls(general=sets, why="with --low-disk it is never here as a whole")
-        needed = weight_bytes(base.empty_model(type_of(settings.compute_dtype))) + RUNTIME
+        model = base.empty_model(type_of(settings.compute_dtype))
+        tokens = 4 * settings.batch_size * LONGEST  # as its answers are written
+        needed = weight_bytes(model) + cache_bytes(model, tokens) + RUNTIME
         limit = settings.memory * GB
         if needed > limit:
             why = f"it takes {in_bytes(needed)} of memory, and --memory allows {in_bytes(limit)}"

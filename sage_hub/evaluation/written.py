@@ -29,6 +29,7 @@ from sage_hub.settings import Settings
 NAME = "rows that the base wrote"
 TOP_P, TOP_K = 0.95, 256  # of each token of a question; answers are greedy
 QUESTION_TOKENS, ANSWER = 48, Answering(96, ("\nQuestion:",))
+LONGEST = QUESTION_TOKENS + ANSWER.max_new_tokens + 16  # tokens of a row, with its opening
 AT_ONCE = 32  # questions that are sampled together: few enough for every word to have its turn
 ROUNDS = 4  # that many times as many are sampled as are wanted, at most
 IN_VAIN = 3  # rounds without a question, and there will be none

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.architectures import make_model
+from support.architectures import ARCHITECTURES, make_model
 from support.pico import make_config
 from transformers import LlamaForCausalLM
 
 from sage_hub.calibration.budget import expect_calibration
-from sage_hub.calibration.estimate import Rates, estimate, weight_bytes
+from sage_hub.calibration.estimate import Rates, cache_bytes, estimate, weight_bytes
 from sage_hub.calibration.journal import Journal
 from sage_hub.checkpoint.files import open_files
 from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
@@ -136,3 +136,22 @@ def test_plan_of_two_sides_is_a_dry_run_with_its_price(
     found = json.loads(capsys.readouterr().out)
     assert {"plan", "settings", "problems", "warnings", "estimate", "memory"} == found.keys()
     assert sorted(pair.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.inference_mode()
+def test_keys_and_values_take_no_more_than_that(name: str) -> None:
+    model = make_model(name)
+    language = getattr(model, "language_model", None) or model
+    ids = torch.randint(3, 60, (3, 8))
+    kept = language(input_ids=ids, use_cache=True).past_key_values
+    held = sum(
+        tensor.nbytes
+        for layer in kept.layers
+        for tensor in (layer.keys, layer.values)
+        if tensor is not None
+    )
+    found = cache_bytes(model, ids.numel())
+    assert 0 < held <= found
+    if name == "Llama":
+        assert held == found
