@@ -108,7 +108,7 @@ class Settings:
         usual="the source's level",
     )
     keep: float = _method(
-        0.88,
+        0.89,
         number("SHARE", exclusiveMinimum=0, maximum=1),
         "without --forget gain 'auto' keeps this share of what was lost on rows the base writes",
     )
