@@ -14,7 +14,7 @@ from sage_hub.commands.inputs import general_texts, read_proxies
 from sage_hub.commands.job import Job
 from sage_hub.commands.survey import check_given_statistics
 from sage_hub.repair.bias import summarize
-from sage_hub.repair.effect import check_filters
+from sage_hub.repair.effect import check_changes, check_filters
 from sage_hub.repair.matching import make_plan
 from sage_hub.repair.update import Filter, Update
 from sage_hub.rows.encoding import check_rows
@@ -32,7 +32,8 @@ def audit(
 ) -> dict[str, Any]:
     """Activation bias of the update, per module and for the model; writes no weights.
 
-    The result is that of `bias.summarize`, with the sources' names and the settings.
+    The result is that of `bias.summarize`, with the sources' names and the settings. Raises
+    NothingToDoError for two sides between which there is none.
     """
     ready = None if statistics is None else find_ready(statistics)
     pair = open_pair(base, unlearned, pickled=settings.pickled_weights)
@@ -42,6 +43,7 @@ def audit(
     if plan.problems:
         raise plan.problems[0]
     check_filters(plan, settings)
+    check_changes(plan)
     proxies = read_proxies(settings.to_calibrate(), general_texts() if ready is None else {})
     check_rows(proxies, plan.base, settings)
     fingerprints = {

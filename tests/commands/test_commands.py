@@ -395,6 +395,8 @@ def test_audit_refuses_what_a_release_would(pair: Path, capsys: pytest.CaptureFi
     both = ["audit", str(pair / "base"), str(pair / "unlearned"), "--retain"]
     assert main([*both, str(pair / "retain.jsonl"), "--strength", "inf"]) == 0
     assert "λ = inf" in capsys.readouterr().out
+    same = ["audit", str(pair / "base"), str(pair / "base"), "--retain"]
+    assert main([*same, str(pair / "retain.jsonl")]) == 14
     change(pair / "unlearned", "model.norm.weight", lambda tensor: tensor[:16].clone())
     assert main([*both, str(pair / "retain.jsonl")]) not in (0, 1)
 
