@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sage_hub.checkpoint.files import digest
-from sage_hub.runtime.shelf import keep, recall
+from sage_hub.runtime.shelf import agree, recall
 from sage_hub.runtime.versions import versions
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,8 +42,7 @@ def compute_type(wanted: str, stored: torch.dtype, device: str) -> torch.dtype:
     with suppress(LookupError):
         return TYPES.get(str(recall("compute", key)), stored)
     chosen = faster(stored, seconds(stored), seconds(torch.float32))
-    keep("compute", key, name_of(chosen))
-    return chosen
+    return TYPES[agree("compute", key, name_of(chosen))]
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -62,15 +61,21 @@ def faster(stored: torch.dtype, of_stored: float, of_float32: float) -> torch.dt
 
 
 def seconds(dtype: torch.dtype) -> float:
-    """How long the products of a layer take on this CPU, found out in a few milliseconds.
+    """How long the products of a layer take one core of this CPU, found out in milliseconds.
 
-    Of both kinds: with weights that are stored (out, in), and untransposed, as GPT-2 has them,
-    which without units for a type may be a hundred times slower.
+    In time of the processor, so that other work on the machine has no say in it. Of both kinds:
+    with weights that are stored (out, in), and untransposed, as GPT-2 has them, which without
+    units for a type may be a hundred times slower.
     """
     x = torch.ones(_TOKENS, _FEATURES, dtype=dtype)
     weight = torch.ones(_FEATURES, _FEATURES, dtype=dtype)
     products: tuple[Callable[[], Tensor], ...] = (lambda: x @ weight.T, lambda: x @ weight)
-    return sum(map(_shortest, products))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return sum(map(_shortest, products))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _machine() -> dict[str, Any]:
@@ -91,7 +96,7 @@ def _shortest(do: Callable[[], object]) -> float:
     """The shortest of a few runs; the first one may compile code."""
     times: list[float] = []
     while len(times) < _RUNS and sum(times) < _ENOUGH:
-        start = time.perf_counter()
+        start = time.thread_time()
         do()
-        times.append(time.perf_counter() - start)
+        times.append(time.thread_time() - start)
     return min(times)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,24 @@ def recall(kind: str, key: str) -> Any:
 
 def keep(kind: str, key: str, found: Any) -> None:
     """Keep `found`, JSON. A disk that cannot be written is no hindrance."""
-    path = shelf(kind) / f"{key}.json"
+    _put(kind, key, found, os.replace)
+
+
+def agree(kind: str, key: str, found: Any) -> Any:
+    """Keep `found`, JSON, unless another run was first; what is kept then."""
+    _put(kind, key, found, os.link)
     try:
+        return recall(kind, key)
+    except LookupError:  # a disk that cannot be written, or knows no links
+        return found
+
+
+def _put(kind: str, key: str, found: Any, move: Callable[[Path, Path], None]) -> None:
+    path = shelf(kind) / f"{key}.json"
+    new = path.with_suffix(f".{os.getpid()}")  # as another run may be at the same
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(f".{os.getpid()}")  # as another run may be at the same
         new.write_text(json.dumps({"found": found}), encoding="utf-8")
-        new.replace(path)
-    except OSError:
-        pass
+        with suppress(OSError):
+            move(new, path)
+        new.unlink(missing_ok=True)
