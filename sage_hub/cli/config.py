@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from sage_hub.checkpoint.files import Files, open_files
-from sage_hub.errors import NotFoundError, UsageError
+from sage_hub.checkpoint.yamls import Loader
+from sage_hub.errors import NotFoundError, UsageError, first_line
 from sage_hub.settings import MODELS, SETS, SETTINGS, Settings
 
 CONFIG = "sage.yaml"
@@ -60,7 +61,7 @@ def line_of(setting: str, *, config: Path | None, unlearned: str | None) -> str 
     if found is None:
         return None
     path, shown, _ = found
-    node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    node = yaml.compose(path.read_text(encoding="utf-8"), Loader)
     keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
     lines = (key.start_mark.line + 1 for key in keys if key.value == setting)
     return next((f"{shown}, line {line}" for line in lines), None)
@@ -78,13 +79,13 @@ def _read(path: Path, shown: str) -> dict[str, Any]:
 def _parse(text: str, shown: str) -> dict[str, Any]:
     """The settings in a text called `shown`, checked."""
     try:
-        loader = yaml.SafeLoader(text)
+        loader = Loader(text)
         node = loader.get_single_node()
         values = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, why = (getattr(error, f"problem{end}", None) for end in ("_mark", ""))
         line = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{shown}{line}: not valid YAML.") from None
+        raise UsageError(f"{shown}{line}: not valid YAML ({why or first_line(error)}).") from None
     if values is None:
         return {}
     if not (isinstance(values, dict) and isinstance(node, yaml.MappingNode)):
