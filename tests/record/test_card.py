@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from support.hostile import LOOP
 from support.loopback_hub import LoopbackHub
 from support.pico import make_rows, proxies, write_rows
 
@@ -16,6 +17,7 @@ from sage_hub.commands.card import rewrite
 from sage_hub.errors import NotFoundError, SageHubError, UsageError
 from sage_hub.record.card import find_template
 from sage_hub.record.pictures import bias_by_layer, draw, tradeoff
+from sage_hub.runtime import limits
 
 
 def sanitize(pair: Path, out: Path, *more: str) -> Path:
@@ -97,16 +99,26 @@ def test_a_template_that_fails_loses_no_work(
         ("---\na: [\n---\n", "fails: while parsing"),
         ("{{ nothing_like_this }}", "fails: 'nothing_like_this' is undefined"),
         ("{{ ''.__class__.__mro__ }}", "fails: access to attribute '__class__'"),
+        ("{{ report.gates.clear() }}", "fails: access to attribute 'clear'"),
+        ("{{ manifest.files.update({'x': 'y'}) }}", "fails: access to attribute 'update'"),
+        ("{{ 1 / 0 }}", "fails: division by zero"),
+        ("{{ '(' * 3 }}" + "{{ " + "(" * 9999, "is not a Jinja template"),
+        (LOOP, "fails: it runs for more than 0.5 s"),
+        ("{{ 'x' * 10 ** 12 }}", "fails: it takes more than 2.15 GB of memory"),
+        ("{% for a in range(30) %}{{ 'x' * 10 ** 6 }}{% endfor %}", "fails: it writes more than"),
     ],
 )
 def test_a_template_that_fails_is_refused(
-    template: str, says: str, release: Path, tmp_path: Path
+    template: str, says: str, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(limits, "SECONDS", 0.5)
+    before = {file: file.read_bytes() for file in release.rglob("*.[mj]*")}
     path = tmp_path / "bad.jinja"
     path.write_text(template)
     with pytest.raises(SageHubError, match=says) as raised:
         rewrite(release, str(path))
     assert isinstance(raised.value, UsageError)
+    assert {file: file.read_bytes() for file in before} == before
     with pytest.raises(NotFoundError):
         find_template(str(tmp_path / "none.jinja"))
 
