@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,26 @@ def test_a_template_that_fails_loses_no_work(
     own.write_text("---\n{{ card_data }}\n---\nagain {{ name }}\n")
     assert main(job) == 0  # it is not made again, but for its card
     assert "again out" in Path("out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "SHA256SUMS", "sage", "sage/report.json", "sage/bias.png", ".eval_results"],
+)
+@pytest.mark.parametrize("there", [True, False], ids=["there", "not there"])
+def test_nothing_is_written_through_a_link(
+    name: str, there: bool, release: Path, tmp_path: Path
+) -> None:
+    copy, outside = tmp_path / "copy", tmp_path / "outside"
+    shutil.copytree(release, copy)
+    if (copy / name).exists():
+        (copy / name).rename(outside)
+    elif there:
+        outside.mkdir()
+    (copy / name).symlink_to("../" * (1 + name.count("/")) + ("outside" if there else "nowhere"))
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["card", str(copy), "--quiet"]) in (NotFoundError.status, UsageError.status)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
