@@ -436,6 +436,21 @@ def test_a_repo_can_name_its_own_files_only(path: str, hub: LoopbackHub) -> None
         hub_settings(hub, yaml.safe_dump({"retain": path}))
 
 
+@pytest.mark.parametrize("task", ["own.yaml", "mmlu, own.yml ", "/tmp/own.yaml"])
+def test_what_comes_with_a_checkpoint_cannot_bring_code(
+    task: str, hub: LoopbackHub, tmp_path: Path
+) -> None:
+    """A task's file of lm-eval may run code: of the Hub or of a folder, it is not taken."""
+    text = yaml.safe_dump({"lm_eval": task})
+    with pytest.raises(UsageError, match=r"sage\.yaml of org/unlearned: lm_eval must name tasks"):
+        hub_settings(hub, text)
+    (tmp_path / "sage.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"^sage\.yaml of .*: lm_eval must name tasks"):
+        load_settings({}, config=None, unlearned=str(tmp_path))
+    own = load_settings({}, config=tmp_path / "sage.yaml", unlearned=str(tmp_path))[0]
+    assert own.lm_eval.split("/")[-1].strip() == task.split("/")[-1].split(", ")[-1].strip()
+
+
 @pytest.mark.parametrize("value", [5, ["a.jsonl"], {"a": "b"}, True])
 def test_a_set_that_is_no_text_is_refused_in_a_repo_too(value: object, hub: LoopbackHub) -> None:
     with pytest.raises(UsageError, match="retain must be text"):
