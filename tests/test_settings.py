@@ -18,6 +18,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from support.hostile import BOMB
 from support.loopback_hub import LoopbackHub
 
 import sage_hub
@@ -156,6 +157,10 @@ def test_a_file_that_is_not_there() -> None:
         ("seed", "sage.yaml must be a mapping"),
         ("strength: 2024-13-45", "sage.yaml"),  # a date to YAML, and not a date
         ("[" * 10_000, "sage.yaml"),
+        ("retain: &a [x]\nforget: *a", "sage.yaml, line 2: not valid YAML (an alias is not taken"),
+        (BOMB + "retain: *i", "sage.yaml, line 2: not valid YAML (an alias is not taken"),
+        ("seed: 0x" + "f" * 9999, "sage.yaml: not valid YAML ("),
+        (f"seed: 1 #{'x' * 1_000_000}", "sage.yaml: not valid YAML (it is longer than"),
     ],
 )
 def test_a_file_that_cannot_be_meant_is_refused_with_its_place(text: str, words: str) -> None:
@@ -219,7 +224,6 @@ def test_a_value_that_does_not_fit_is_refused_by_its_key(key: str, value: object
         ("{seed: 1,\nrank: 0}", "line 2: rank must be a whole number of at least 1, not 0."),
         ("bystanders: {gain: a}", "line 1: bystanders must be a mapping of names (small letters,"),
         ("results: {mine: a}", "line 1: results must be a mapping of base, unlearned or sanitized"),
-        ("x: &x {seed: -1}\n<<: *x", "line 1: seed must be a whole number"),
         ("rank: 1\n<<: {seed: -1}", "line 2: seed must be a whole number"),
         ("device: ''", "line 1: device is empty; leave it away or give it a value."),
     ],
@@ -430,6 +434,21 @@ def test_a_repo_cannot_name_a_file_of_this_machine(path: str, hub: LoopbackHub) 
 def test_a_repo_can_name_its_own_files_only(path: str, hub: LoopbackHub) -> None:
     with pytest.raises(NotFoundError, match="org/unlearned"):
         hub_settings(hub, yaml.safe_dump({"retain": path}))
+
+
+@pytest.mark.parametrize("task", ["own.yaml", "mmlu, own.yml ", "/tmp/own.yaml"])
+def test_what_comes_with_a_checkpoint_cannot_bring_code(
+    task: str, hub: LoopbackHub, tmp_path: Path
+) -> None:
+    """A task's file of lm-eval may run code: of the Hub or of a folder, it is not taken."""
+    text = yaml.safe_dump({"lm_eval": task})
+    with pytest.raises(UsageError, match=r"sage\.yaml of org/unlearned: lm_eval must name tasks"):
+        hub_settings(hub, text)
+    (tmp_path / "sage.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"^sage\.yaml of .*: lm_eval must name tasks"):
+        load_settings({}, config=None, unlearned=str(tmp_path))
+    own = load_settings({}, config=tmp_path / "sage.yaml", unlearned=str(tmp_path))[0]
+    assert own.lm_eval.split("/")[-1].strip() == task.split("/")[-1].split(", ")[-1].strip()
 
 
 @pytest.mark.parametrize("value", [5, ["a.jsonl"], {"a": "b"}, True])

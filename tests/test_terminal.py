@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import io
+import json
 import re
 import subprocess
 import sys
@@ -11,10 +13,13 @@ from typing import Any
 
 import pytest
 
+from sage_hub.cli import main as cli
 from sage_hub.cli.display import evaluation_text
 from sage_hub.cli.main import main
 from sage_hub.cli.terminal import Part, plain, print_text
+from sage_hub.hub.client import log
 from sage_hub.record.tables import Cell, Table
+from sage_hub.runtime.progress import Progress
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 HOSTILE = "[red]x[b] \x1b[31m\x1b]0;t\x07 \u202eabc\u200b\u2066 :boom:\r"
@@ -147,6 +152,33 @@ def test_nor_does_that_of_a_checkpoint(
     text = COLOUR.sub("", screen.getvalue())
     assert ESCAPED in text
     assert text.replace("\n", "").isprintable()
+
+
+def test_nor_does_json_a_trace_a_bar_or_what_a_server_says(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    obeyed = HOSTILE + "\x9b2J\x7f"  # what begins a command in one character, as some take it
+
+    def said(args: argparse.Namespace) -> None:
+        log.warning("%s", obeyed)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        with Progress(quiet=False).counter(obeyed, 2, "file") as bar:
+            bar.update()
+            shown = bar.desc
+        assert shown.isprintable()
+        args.result = {"name": obeyed}
+        if fails:
+            raise ValueError(obeyed)
+
+    monkeypatch.setenv("SAGE_HUB_DEBUG", "1")
+    monkeypatch.setitem(cli.COMMANDS, "env", said)
+    for fails in (False, True):
+        assert main(["env", "--json"]) == fails
+        out, err = capfd.readouterr()
+        assert out.replace("\n", "").isprintable()
+        found = json.loads(out)
+        assert fails or found == {"name": obeyed}
+        assert not {"\x1b]", "\x07", "\u202e", "\x9b", "\x7f"} & {*err, *re.findall("\x1b.", err)}
 
 
 def test_help_does_without_rich() -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from sage_hub.errors import (
     NotFoundError,
     PickledWeightsError,
 )
+from sage_hub.runtime.limits import TooMuchError, limited
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -118,6 +120,7 @@ class Adapter(Checkpoint):
                 f"Tensor {empty[0]!r} of {self.name} is empty, as ZeRO-3 leaves what lies on "
                 "other devices; gather the weights and save the adapter again."
             )
+        self._check_patterns()
         for tensor in self.shard_of:
             change = self._change(tensor)
             if change is not None:
@@ -204,16 +207,32 @@ class Adapter(Checkpoint):
         except (TypeError, re.error):
             raise self._wrong("target_modules") from None
 
+    def _check_patterns(self) -> None:
+        """Raise CorruptCheckpointError if the settings take too long to tell what is adapted.
+
+        Of all modules, those of the model too, as PEFT will hold them against each.
+        """
+        own = (tensor.removeprefix(PREFIX) for tensor in self.shard_of)
+        names = {*own, *self.architecture.parameters}
+        try:
+            with limited():
+                parts = (accumulate(name.split("."), "{}.{}".format) for name in names)
+                for module in set(chain.from_iterable(parts)):
+                    adapts(self.config, module)
+        except (TypeError, re.error, TooMuchError):
+            raise self._wrong("target_modules") from None
+
     def _for_module(self, name: str, pattern: str, module: str) -> float:
         """The setting `name` for `module`, read as PEFT reads it: the first key of `pattern` that
         matches the end of the module's name (peft.utils.other.get_pattern_key), or for all."""
         value, patterns = self.config.get(name, 8), self.config.get(pattern) or {}
         try:
-            for key, special in patterns.items():
-                if re.match(rf"(.*\.)?({key})$", module):
-                    value = special
-                    break
-        except (AttributeError, re.error):
+            with limited():
+                for key, special in patterns.items():
+                    if re.match(rf"(.*\.)?({key})$", module):
+                        value = special
+                        break
+        except (AttributeError, re.error, TooMuchError):
             raise self._wrong(pattern) from None
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise self._wrong(name)

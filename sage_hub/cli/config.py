@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from sage_hub.checkpoint.files import Files, open_files
-from sage_hub.errors import NotFoundError, UsageError
+from sage_hub.checkpoint.yamls import Loader
+from sage_hub.errors import NotFoundError, UsageError, first_line
 from sage_hub.settings import MODELS, SETS, SETTINGS, Settings
 
 CONFIG = "sage.yaml"
@@ -36,12 +37,17 @@ def load_settings(
         return Settings(**{**beneath, **given}), None
     path, shown, theirs = found
     values = _read(path, shown)
-    values = _in_repo(values, theirs, shown) if theirs else _beside(values, path.parent)
+    if theirs is not None:
+        _check_no_code(values, shown)
+    if theirs is not None and theirs.commit is not None:
+        values = _in_repo(values, theirs, shown)
+    else:
+        values = _beside(values, path.parent)
     return Settings(**{**beneath, **values, **given}), shown
 
 
 def _find(config: Path | None, unlearned: str | None) -> tuple[Path, str, Files | None] | None:
-    """The settings file, what it is called, and the repo on the Hub that it came with, if any."""
+    """The settings file, what it is called, and the checkpoint that it came with, if any."""
     if config is None and Path(CONFIG).is_file():
         config = Path(CONFIG)
     if config is not None:
@@ -50,7 +56,7 @@ def _find(config: Path | None, unlearned: str | None) -> tuple[Path, str, Files 
         return config, str(config), None
     if unlearned is not None and CONFIG in (files := open_files(unlearned)).sizes:
         shown = f"{CONFIG} of {files.name}"
-        return files.path(CONFIG), shown, None if files.commit is None else files
+        return files.path(CONFIG), shown, files
     return None
 
 
@@ -60,7 +66,7 @@ def line_of(setting: str, *, config: Path | None, unlearned: str | None) -> str 
     if found is None:
         return None
     path, shown, _ = found
-    node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    node = yaml.compose(path.read_text(encoding="utf-8"), Loader)
     keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
     lines = (key.start_mark.line + 1 for key in keys if key.value == setting)
     return next((f"{shown}, line {line}" for line in lines), None)
@@ -78,13 +84,13 @@ def _read(path: Path, shown: str) -> dict[str, Any]:
 def _parse(text: str, shown: str) -> dict[str, Any]:
     """The settings in a text called `shown`, checked."""
     try:
-        loader = yaml.SafeLoader(text)
+        loader = Loader(text)
         node = loader.get_single_node()
         values = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, why = (getattr(error, f"problem{end}", None) for end in ("_mark", ""))
         line = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{shown}{line}: not valid YAML.") from None
+        raise UsageError(f"{shown}{line}: not valid YAML ({why or first_line(error)}).") from None
     if values is None:
         return {}
     if not (isinstance(values, dict) and isinstance(node, yaml.MappingNode)):
@@ -129,12 +135,19 @@ def _placed(values: dict[str, Any], place: Callable[[str, str], str]) -> dict[st
     }
 
 
+def _check_no_code(values: Mapping[str, Any], shown: str) -> None:
+    """Raise UsageError for a task of lm-eval in a file, if it comes with somebody's checkpoint."""
+    if any(
+        task.strip().endswith((".yaml", ".yml"))
+        for task in (values.get("lm_eval") or "").split(",")
+    ):
+        raise UsageError(f"{shown}: lm_eval must name tasks; a task's file may run code.")
+
+
 def _in_repo(values: dict[str, Any], files: Files, shown: str) -> dict[str, Any]:
     """A file that came with somebody's repo may name files of that repo, not of this machine."""
 
     def place(name: str, file: str) -> str:
-        if name == "lm_eval":
-            raise UsageError(f"{shown}: lm_eval must name tasks; a task's file may run code.")
         if name in MODELS:
             raise UsageError(f"{shown}: {name} must be a repo of the Hub.")
         if Path(file).is_absolute() or ".." in Path(file).parts:

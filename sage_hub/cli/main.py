@@ -27,6 +27,7 @@ from sage_hub.errors import (
     SageHubError,
     UsageError,
     first_line,
+    printable,
 )
 
 
@@ -92,7 +93,9 @@ def _explained(error: BaseException, args: argparse.Namespace) -> SageHubError:
     else:
         if os.environ.get("SAGE_HUB_DEBUG"):
             with github.commands_off(os.environ):
-                traceback.print_exc()
+                print(
+                    *map(printable, traceback.format_exc().splitlines()), sep="\n", file=sys.stderr
+                )
         found = _explain_machine(error) or SageHubError(
             f"Internal error ({type(error).__name__}: {first_line(error)}). Please report it "
             "with what `sage-hub env` prints and the traceback that SAGE_HUB_DEBUG=1 prints."
@@ -114,9 +117,17 @@ def _prepare_client(args: argparse.Namespace) -> None:
 
     limit_silence()
     log.handlers = [logging.StreamHandler()]
+    log.handlers[0].setFormatter(_OneLine())
     level = logging.ERROR if args.quiet else logging.WARNING
     log.setLevel(level)
     set_verbosity(level)
+
+
+class _OneLine(logging.Formatter):
+    """What the Hub said, as a terminal may be shown it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _keep_freed_memory() -> None:
@@ -158,7 +169,13 @@ def _failure(error: SageHubError) -> dict[str, Any]:
 
 def _print_json(content: Any) -> None:
     """Print the one object of `--json`."""
-    print(json.dumps(content, indent=2, ensure_ascii=False), flush=True)
+    lines = json.dumps(content, indent=2, ensure_ascii=False).split("\n")
+    print("\n".join("".join(map(_in_json, line)) for line in lines), flush=True)
+
+
+def _in_json(character: str) -> str:
+    """A character of a text in JSON; what a terminal obeys or hides is written by its number."""
+    return character if character.isprintable() else json.dumps(character)[1:-1]
 
 
 def _explain_machine(error: BaseException) -> SageHubError | None:

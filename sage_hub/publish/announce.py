@@ -13,6 +13,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from sage_hub.checkpoint.files import Files, is_lfs_pointer
 from sage_hub.checkpoint.hubfiles import HubFiles
+from sage_hub.checkpoint.yamls import TextLoader
 from sage_hub.errors import AccessError, SageHubError, UsageError
 from sage_hub.hub.client import ask
 from sage_hub.publish.target import (
@@ -161,7 +162,7 @@ def with_field(card: str, name: str, value: str) -> str:
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    found = yaml.load(text, yaml.BaseLoader)
+    found = yaml.load(text, TextLoader)
     if not isinstance(found, (dict, type(None))):
         raise ValueError("no mapping")
     return found or {}

@@ -13,8 +13,8 @@ from huggingface_hub import (
     ModelCard,
     ModelCardData,
 )
-from jinja2 import StrictUndefined, TemplateError
-from jinja2.sandbox import SandboxedEnvironment
+from jinja2 import StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sage_hub.calibration.statistics import Origin
 from sage_hub.checkpoint.adapter import Adapter
@@ -30,6 +30,7 @@ from sage_hub.record.tables import (
     robustness_table,
 )
 from sage_hub.repair.plan import Plan
+from sage_hub.runtime.limits import limited, text_of
 from sage_hub.settings import MODELS, SETS, as_words
 
 TEMPLATES = {None: "model_card.md.jinja", "short": "short.md.jinja"}
@@ -48,8 +49,9 @@ def find_template(name: str | None) -> Path:
     if not path.is_file():
         raise NotFoundError(f"The card template {name} does not exist; give a file, or 'short'.")
     try:
-        SandboxedEnvironment().parse(path.read_text(encoding="utf-8"))
-    except (TemplateError, ValueError) as error:
+        with limited():
+            _environment().parse(path.read_text(encoding="utf-8"))
+    except Exception as error:  # as deep as its brackets are
         raise UsageError(f"{path.name} is not a Jinja template: {first_line(error)}.") from None
     return path
 
@@ -93,35 +95,42 @@ def write_card(
     Raises UsageError if the template takes what there is not.
     """
     about = report["card"]
-    pictures = draw(folder / "sage", manifest, report)
-    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters["number"] = number
+    told = {
+        "card_data": front_matter(manifest, report).to_yaml(),
+        "name": about["name"],
+        "manifest": manifest,
+        "report": report,
+        "warnings": about["warnings"],
+        "command": reproduce_command(manifest, about["name"]),
+        "local": local_inputs(manifest),
+        "highlights": list(highlights(report)),
+        "not_run": not_run(report),
+        "metrics": metric_table(report),
+        "models": models_of(report),
+        "robustness": robustness_table(report),
+        "published": about["name"] if "/" in about["name"] else f"./{about['name']}",
+        "copied": copied_by_reason(manifest),
+        "adapter": about["adapter"],
+        "pictures": draw(folder / "sage", manifest, report),
+    }
     path = find_template(template)
     try:
-        text = environment.from_string(path.read_text(encoding="utf-8")).render(
-            card_data=front_matter(manifest, report).to_yaml(),
-            name=about["name"],
-            manifest=manifest,
-            report=report,
-            warnings=about["warnings"],
-            command=reproduce_command(manifest, about["name"]),
-            local=local_inputs(manifest),
-            highlights=list(highlights(report)),
-            not_run=not_run(report),
-            metrics=metric_table(report),
-            models=models_of(report),
-            robustness=robustness_table(report),
-            published=about["name"] if "/" in about["name"] else f"./{about['name']}",
-            copied=copied_by_reason(manifest),
-            adapter=about["adapter"],
-            pictures=pictures,
-        )
-        page = str(ModelCard(text))
-    except (TemplateError, yaml.YAMLError, ValueError, TypeError) as error:
+        source = path.read_text(encoding="utf-8")
+        page = text_of(lambda: str(ModelCard(_environment().from_string(source).render(told))))
+    except Exception as error:  # a template is a program, which may fail in any way
         failure = UsageError(f"The card template {path.name} fails: {first_line(error)}.")
         failure.final = False  # all but the card is done, and fits another template
         raise failure from None
     (folder / "README.md").write_text(page, encoding="utf-8")
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Where card templates run: they see the record, and can change nothing of it."""
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    environment.filters["number"] = number
+    return environment
 
 
 def copied_by_reason(manifest: Mapping[str, Any]) -> dict[str, int]:

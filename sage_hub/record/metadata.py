@@ -12,6 +12,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from sage_hub.checkpoint.files import is_lfs_pointer
 from sage_hub.checkpoint.index import Checkpoint
+from sage_hub.checkpoint.yamls import TextLoader
 from sage_hub.errors import SageHubError, first_line
 from sage_hub.repair.plan import Plan
 
@@ -119,7 +120,7 @@ def read_card(checkpoint: Checkpoint) -> tuple[dict[str, Any], str | None]:
         text = _decode(content)
         # All as text: what YAML takes for a truth value or a date is the language Norwegian, say.
         front = REGEX_YAML_BLOCK.search(text)
-        return dict(yaml.load(front[2], yaml.BaseLoader) or {}) if front else {}, None
+        return dict(yaml.load(front[2], TextLoader) or {}) if front else {}, None
     except (ValueError, TypeError, OSError, RecursionError, yaml.YAMLError, SageHubError) as error:
         return {}, f"has metadata that cannot be read ({first_line(error)})"
 

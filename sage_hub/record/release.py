@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sage_hub.errors import GateError
+from sage_hub.errors import GateError, UsageError
 from sage_hub.evaluation.comparison import Result
 from sage_hub.record.card import write_card
 from sage_hub.record.gates import Gate, Outcome, facts_of
@@ -67,7 +67,15 @@ def write_record(
     report: Mapping[str, Any],
     template: str | None = None,
 ) -> None:
-    """Write what is said of a release: its card, its report, and last the sums of all of it."""
+    """Write what is said of a release: its card, its report, and last the sums of all of it.
+
+    Raises UsageError for a link in `folder`: what is written there would come to lie elsewhere.
+    """
+    if link := next((path for path in folder.rglob("*") if path.is_symlink()), None):
+        raise UsageError(
+            f"{link.relative_to(folder)} of {folder} is a link, and what is written to it would "
+            "come to lie elsewhere; give a folder that holds the files themselves."
+        )
     write_card(folder, manifest, report, template)
     write_json(folder / REPORT, report)
     write_sums(folder, manifest)

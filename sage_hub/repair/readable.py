@@ -19,6 +19,7 @@ from sage_hub.checkpoint.merged import Merged
 from sage_hub.errors import CorruptCheckpointError, SageHubError, first_line
 from sage_hub.repair.belongs import KNOWN, belongs, code_of
 from sage_hub.repair.plan import Plan
+from sage_hub.runtime.limits import limited
 
 BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
@@ -62,7 +63,8 @@ def fault(name: str, content: bytes) -> str | None:
     if content.startswith(BYTE_ORDER_MARKS) and not name.endswith(".py"):
         return "begins with a byte order mark, which nobody expects; save it as UTF-8 without one"
     try:
-        read(content.decode("utf-8-sig"))
+        with limited():  # what is constant in a template is worked out as it is read
+            read(content.decode("utf-8-sig"))
     except Exception as error:  # each reader has errors of its own
         return f"cannot be read ({first_line(error)}); save it again, or remove it if not needed"
     return None

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from sage_hub.errors import ProxyError, first_line
 from sage_hub.rows.messages import SAID_OTHERWISE
 from sage_hub.rows.proxies import Row
+from sage_hub.runtime.limits import text_of
 
 MARK = "sagehubmark"  # a word that no template writes of its own
 OTHERWISE = "change the row or the template, or use --no-chat-template"
@@ -212,12 +213,10 @@ class Chat:
             if CLOCK in template:
                 template = STOPPED + template
                 how |= {"date_codes": _codes(self.day)}
-            written = self.tokenizer.apply_chat_template(
-                [*messages], tools=tools, chat_template=template, tokenize=False, **how
-            )
+            how |= {"tools": tools, "chat_template": template, "tokenize": False}
+            return text_of(lambda: str(self.tokenizer.apply_chat_template([*messages], **how)))
         except Exception as error:  # a template is a program, which may fail in any way
             raise Unfit(f"refuses it ({first_line(error)})") from None
-        return str(written)
 
 
 def messages_of(row: Row) -> tuple[list[Message], list[Any] | None]:

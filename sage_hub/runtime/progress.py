@@ -33,7 +33,7 @@ class Progress:
         # tqdm reads disable=None as "off when stderr is not a terminal".
         with tqdm(
             total=total,
-            desc=what,
+            desc=printable(what),
             unit=unit,
             unit_scale=unit in ("B", "tok"),
             disable=True if self.quiet else None,

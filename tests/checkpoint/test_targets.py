@@ -17,11 +17,13 @@ from support.loopback_hub import LoopbackHub
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from sage_hub.checkpoint.adapter import Adapter
 from sage_hub.checkpoint.index import open_checkpoint
 from sage_hub.checkpoint.pair import open_unlearned
 from sage_hub.cli.main import main
-from sage_hub.errors import SageHubError
+from sage_hub.errors import CorruptCheckpointError, SageHubError
 from sage_hub.model.weights import open_weights
+from sage_hub.runtime import limits
 
 How = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
@@ -90,6 +92,30 @@ def test_what_peft_would_ignore_is_refused(
         assert says in sentence
         assert sentence.count("\n") == 1
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": r"([\w.]+)+!"},
+        {"exclude_modules": r"([\w.]+)+!"},
+        {"modules_to_save": [r"([\w.]+)+!"]},
+        {"rank_pattern": {r"([\w.]+)+!": 4}},
+    ],
+    ids=str,
+)
+def test_a_pattern_that_never_ends_is_refused(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "SECONDS", 0.2)
+    make_adapter(tmp_path, "Llama")
+    edit(tmp_path, same, **config)
+    side = open_unlearned(str(tmp_path / "unlearned"), open_checkpoint(str(tmp_path / "base")))
+    assert isinstance(side, Adapter)
+    with pytest.raises(
+        CorruptCheckpointError, match=r"has no usable (target_modules|rank_pattern)"
+    ):
+        side.changes  # noqa: B018 - raises
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from support.hostile import LOOP
 from support.pico import proxies
 
 from sage_hub.cli.main import main
@@ -15,6 +17,7 @@ from sage_hub.commands.card import rewrite
 from sage_hub.errors import NotFoundError, SageHubError, UsageError
 from sage_hub.record.card import find_template
 from sage_hub.record.pictures import bias_by_layer, draw, tradeoff
+from sage_hub.runtime import limits
 
 
 def sanitize(pair: Path, out: Path, *more: str) -> Path:
@@ -90,22 +93,52 @@ def test_a_template_that_fails_loses_no_work(
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["README.md", "SHA256SUMS", "sage", "sage/report.json", "sage/bias.png", ".eval_results"],
+)
+@pytest.mark.parametrize("there", [True, False], ids=["there", "not there"])
+def test_nothing_is_written_through_a_link(
+    name: str, there: bool, release: Path, tmp_path: Path
+) -> None:
+    copy, outside = tmp_path / "copy", tmp_path / "outside"
+    shutil.copytree(release, copy)
+    if (copy / name).exists():
+        (copy / name).rename(outside)
+    elif there:
+        outside.mkdir()
+    (copy / name).symlink_to("../" * (1 + name.count("/")) + ("outside" if there else "nowhere"))
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["card", str(copy), "--quiet"]) in (NotFoundError.status, UsageError.status)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
     "template, says",
     [
         ("{% if %}", "is not a Jinja template"),
         ("---\na: [\n---\n", "fails: while parsing"),
         ("{{ nothing_like_this }}", "fails: 'nothing_like_this' is undefined"),
         ("{{ ''.__class__.__mro__ }}", "fails: access to attribute '__class__'"),
+        ("{{ report.gates.clear() }}", "fails: access to attribute 'clear'"),
+        ("{{ manifest.files.update({'x': 'y'}) }}", "fails: access to attribute 'update'"),
+        ("{{ 1 / 0 }}", "fails: division by zero"),
+        ("{{ '(' * 3 }}" + "{{ " + "(" * 9999, "is not a Jinja template"),
+        (LOOP, "fails: it runs for more than 0.5 s"),
+        ("{{ 'x' * 10 ** 12 }}", "fails: it takes more than 2.15 GB of memory"),
+        ("{% for a in range(30) %}{{ 'x' * 10 ** 6 }}{% endfor %}", "fails: it writes more than"),
     ],
 )
 def test_a_template_that_fails_is_refused(
-    template: str, says: str, release: Path, tmp_path: Path
+    template: str, says: str, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(limits, "SECONDS", 0.5)
+    before = {file: file.read_bytes() for file in release.rglob("*.[mj]*")}
     path = tmp_path / "bad.jinja"
     path.write_text(template)
     with pytest.raises(SageHubError, match=says) as raised:
         rewrite(release, str(path))
     assert isinstance(raised.value, UsageError)
+    assert {file: file.read_bytes() for file in before} == before
     with pytest.raises(NotFoundError):
         find_template(str(tmp_path / "none.jinja"))
 

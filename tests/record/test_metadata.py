@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
+from support.hostile import BOMB
 from support.loopback_hub import LoopbackHub
 
 from sage_hub.checkpoint.files import LocalFiles
@@ -48,6 +49,8 @@ def test_a_card_is_read_in_any_encoding(encoding: str, newline: str, tmp_path: P
         ("---\n- mit\n---\n", "has metadata that cannot be read ("),
         (b"\xff\xfe\x00\xd8", "has metadata that cannot be read ('utf-16"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+        (f"---\n{BOMB}language: *i\n---\n", "has metadata that cannot be read (an alias is not"),
+        (f"---\na: {'x' * 1_000_000}\n---\n", "has metadata that cannot be read (it is longer"),
     ],
 )
 def test_what_cannot_be_read_is_said(card: bytes | str, says: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from sage_hub.cli.main import main
 from sage_hub.repair.belongs import KNOWN
 from sage_hub.repair.readable import fault
+from sage_hub.runtime import limits
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
@@ -58,6 +59,16 @@ def test_a_broken_file_is_refused_with_its_name_and_side(
     (ours,) = [p for p in problems if f"{name} of the {side} side ({side}) " in str(p["message"])]
     assert ours["status"] == 17
     assert says in str(ours["message"])
+
+
+def test_a_template_that_is_never_done_with_being_read_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is constant in it is worked out at once."""
+    monkeypatch.setattr(limits, "SECONDS", 0.3)
+    for content in (b"{{ 9 ** (9 ** 9) }}", b"{{ 'x' * 10 ** 12 }}", b"{{ " + b"(" * 100_000):
+        if why := fault("chat_template.jinja", content):
+            assert "cannot be read (" in why
 
 
 def test_code_that_is_named_is_parsed_and_other_code_is_not(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.hostile import LOOP
 from support.pico import CHAT, WORDS, make_config, make_tokenizer, write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -19,6 +20,7 @@ from sage_hub.rows.forms import parse_rows
 from sage_hub.rows.prompts import Chat
 from sage_hub.rows.proxies import Row
 from sage_hub.rows.sources import read_proxy
+from sage_hub.runtime import limits
 from sage_hub.settings import Settings
 
 PARTS = (
@@ -142,6 +144,22 @@ def test_what_only_calls_a_tool_is_no_answer() -> None:
 def test_a_template_that_loses_words_is_refused_by_row(template: str, reason: str) -> None:
     with pytest.raises(ProxyError, match=rf"facts\.jsonl, line 7.*{reason}.*--no-chat-template"):
         encode(ROW, template)
+
+
+@pytest.mark.parametrize(
+    "more, reason",
+    [
+        (LOOP, "runs for"),
+        ("{{ 'x' * 10 ** 12 }}", "takes"),
+        ("{% for a in range(30) %}{{ 'x' * 10 ** 6 }}{% endfor %}", "writes"),
+    ],
+)
+def test_a_template_that_takes_without_end_is_refused(
+    more: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "SECONDS", 0.5)
+    with pytest.raises(ProxyError, match=rf"line 7.*refuses it \(it {reason} more than"):
+        encode(ROW, CHAT + more)
 
 
 def test_a_word_of_the_template_is_not_taken_for_one_of_the_row() -> None:
