@@ -158,6 +158,9 @@ FAILURES = {
     "eval": ("eval org/base", 2, "UsageError"),
     "card": ("card nothing", 10, "NotFoundError"),
     "verify": ("verify org/unlearned", 10, "NotFoundError"),
+    "init": ("init org/nobody org/unlearned", 10, "NotFoundError"),
+    "data": ("data nothing.jsonl", 10, "NotFoundError"),
+    "review": ("review ./nothing", 10, "NotFoundError"),
     "demo": ("demo --output file", 23, "TargetError"),
     "env": ("env --output", 2, "UsageError"),
 }
