@@ -18,7 +18,8 @@ from sage_hub.cli.display import evaluation_text
 from sage_hub.cli.main import main
 from sage_hub.cli.terminal import plain
 from sage_hub.commands.eval import evaluate_models
-from sage_hub.evaluation.evaluate import Candidate, Study, evaluate
+from sage_hub.evaluation.evaluate import Study, evaluate
+from sage_hub.evaluation.look import Candidate
 from sage_hub.evaluation.robustness import choose_taught, quantized, relearn, round_to_nearest
 from sage_hub.evaluation.scoring import Scored, answer, score
 from sage_hub.evaluation.suites import Answering
