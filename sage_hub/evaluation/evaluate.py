@@ -23,6 +23,7 @@ from sage_hub.evaluation.fluency import fluency
 from sage_hub.evaluation.look import Candidate, Look
 from sage_hub.evaluation.membership import ATTACKS
 from sage_hub.evaluation.metrics import METRICS, Seen
+from sage_hub.evaluation.relearning import BEFORE, CURVE, ON_RETAIN, RECOVERING, RELEARNED
 from sage_hub.evaluation.robustness import BITS
 from sage_hub.evaluation.scoring import Known
 from sage_hub.evaluation.suites import ANSWERS, EvaluationSet, metrics_of, prepare
@@ -167,11 +168,13 @@ def expected_names(
         scored = {metric for metric in metrics if metric in METRICS and metric not in ANSWERS}
         conditions = [f"int{bits}" for bits in BITS]
         if which == "forget" and len(proxy.rows) > 1:
-            conditions.append("relearned")
+            conditions += [RELEARNED, BEFORE, *CURVE]
+        if which == "forget" and "retain" in proxies:
+            conditions.append(ON_RETAIN)
         if which == "forget" and any(row.asked_otherwise for row in proxy.rows):
             conditions.append("paraphrased")
         for condition in conditions:
-            own = scored | ({"relearning_recovery"} if condition == "relearned" else set())
+            own = scored | ({"relearning_recovery"} if condition in RECOVERING else set())
             for metric in own:
                 yield from (f"robustness.{condition}.{name}.{which}.{metric}" for name in ROBUST)
                 yield f"robustness.{condition}.{which}.{metric}"

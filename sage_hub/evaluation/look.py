@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +12,16 @@ from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.evaluation.comparison import Result
 from sage_hub.evaluation.harness import run_tasks
 from sage_hub.evaluation.metrics import Seen
-from sage_hub.evaluation.robustness import BITS, TRAINING_BYTES, choose_taught, quantized, relearn
+from sage_hub.evaluation.relearning import (
+    BEFORE,
+    Attack,
+    choose_taught,
+    on_forget,
+    on_retain,
+    relearn,
+    training_bytes,
+)
+from sage_hub.evaluation.robustness import BITS, quantized
 from sage_hub.evaluation.scoring import Known, Scored, answer, score
 from sage_hub.evaluation.suites import EvaluationSet, Told
 from sage_hub.model.blocks import BlockModel, open_blocks
@@ -86,14 +95,34 @@ class Look:
         if forget is None:
             return
         self.views["paraphrased"] = _paraphrased(self.views[None]["forget"])
-        parameters = sum(p.numel() for p in model.model.parameters())
-        taught = choose_taught(len(forget.rows), self.settings.seed)
-        if not taught or not self._fits("relearning", TRAINING_BYTES * parameters + RUNTIME):
-            return
-        rest = _without(forget, taught)
-        with model.whole(weights) as whole:
-            relearn(whole, [forget.told[place].answer for place in taught], self.settings.seed)
-            self.views["relearned"] = self._scores(whole, weights, [rest], how="after relearning")
+        for attack, rest in self._attacks(forget):
+            if not self._fits(attack.what, training_bytes(model, attack.taught)):
+                continue
+            with model.whole(weights) as whole:
+                for step in relearn(whole, attack.taught, self.settings.seed, attack.stops):
+                    how = f"after {step} steps of {attack.what}"
+                    views = self._scores(whole, weights, [rest], how=how)
+                    self.views |= {name: views for name, at in attack.looks.items() if at == step}
+
+    def _attacks(self, forget: EvaluationSet) -> Iterator[tuple[Attack, EvaluationSet]]:
+        """What the model is taught, and the forget rows that show what comes back."""
+        seed = self.settings.seed
+        taught = choose_taught(len(forget.rows), seed)
+        if taught:
+            rest = _without(forget, taught)
+            rows = enumerate(self.views[None]["forget"])
+            before = [replace(seen, said=None) for place, seen in rows if place not in taught]
+            self.views[BEFORE] = {"forget": before}
+            yield on_forget([forget.told[place].answer for place in taught]), rest
+        else:
+            reason = "it takes two forget rows, one to teach and one to ask"
+            self.not_run.append({"what": "relearning", "reason": reason})
+        retained = [told.answer for one in self.sets if one.name == "retain" for told in one.told]
+        if retained:
+            yield on_retain(retained, seed), forget
+        else:
+            reason = "there are no retain rows"
+            self.not_run.append({"what": "relearning on retained rows", "reason": reason})
 
     def _fits(self, what: str, needed: float) -> bool:
         """Whether memory allows it; if not, it is noted as not run."""

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from sage_hub.evaluation.relearning import CURVE
+
 MODELS = {
     "base": "base",
     "unlearned": "unlearned",
@@ -87,9 +89,17 @@ def metric_table(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def robustness_table(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One line per condition, set and metric, with the models as they are under it."""
-    main = {line["metric"] for line in main_lines(report)} | {"relearning_recovery"}
-    return [line for line in _lines(report) if line["condition"] and line["metric"] in main]
+    """One line per condition, set and metric, with the models as they are under it.
+
+    Of a curve the main metric alone.
+    """
+    main = {line["metric"] for line in main_lines(report)}
+    wanted = {True: main, False: main | {"relearning_recovery"}}  # by whether it is of a curve
+    return [
+        line
+        for line in _lines(report)
+        if line["condition"] and line["metric"] in wanted[line["condition"] in CURVE]
+    ]
 
 
 def main_lines(report: Mapping[str, Any]) -> list[dict[str, Any]]:
