@@ -65,6 +65,7 @@ class Robustness:
 
     shown: int = 0  # besides those of the model as it is
     trained: int = 0
+    sampled: int = 0
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,11 @@ def estimate(
         evaluation_seconds=4 * (run(tokens) + size / rates.hashing),
         robustness=robustness,
         robustness_seconds=ROBUST
-        * (run(robustness.shown) + _TRAINED * run(robustness.trained) * in_float32),
+        * (
+            run(robustness.shown)
+            + _TRAINED * run(robustness.trained) * in_float32
+            + _BESIDES * robustness.sampled * per_token / rates.generation
+        ),
         written_tokens=written,
         writing_seconds=bool(written) * (3 * size / rates.hashing)
         + _BESIDES * written * per_token / rates.generation

@@ -45,8 +45,8 @@ def forecast_text(found: Estimate) -> Iterator[Part]:
     yield f"Evaluation of four models on as many tokens: {_duration(found.evaluation_seconds)}"
     if found.robustness_seconds:
         yield (
-            f"Robustness of {ROBUST} of them, with training on {found.robustness.trained} tokens "
-            f"each: {_duration(found.robustness_seconds)}"
+            f"Robustness of {ROBUST} models, each taught at most {found.robustness.trained} tokens "
+            f"and sampling {found.robustness.sampled}: {_duration(found.robustness_seconds)}"
         )
     if found.written_tokens:
         yield f"The base writes rows, as none are given: {_duration(found.writing_seconds)}"

@@ -10,6 +10,7 @@ from sage_hub.commands.inputs import Supply
 from sage_hub.commands.rows import GUARD_ROWS, RETAIN_ROWS, SPARE
 from sage_hub.evaluation.relearning import RECOVERING, trained_tokens
 from sage_hub.evaluation.robustness import BITS
+from sage_hub.evaluation.suites import ANSWERS, SAMPLED_ROWS, SAMPLES
 from sage_hub.evaluation.written import ANSWER, QUESTION_TOKENS
 from sage_hub.model.compute import type_of
 from sage_hub.rows.encoding import row_limit
@@ -54,4 +55,6 @@ def _robustness(settings: Settings, longest: int) -> Robustness:
     if not forget:
         return Robustness(shown=rounded * tokens)
     shown = (rounded + len(RECOVERING)) * tokens
-    return Robustness(shown, trained=trained_tokens(tokens, longest))
+    answers = SAMPLES * min(SAMPLED_ROWS, settings.generate_rows)
+    sampled = answers * max(kind.max_new_tokens for kind in ANSWERS.values())
+    return Robustness(shown, trained_tokens(tokens, longest), sampled)

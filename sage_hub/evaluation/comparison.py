@@ -10,15 +10,18 @@ from typing import Any
 from sage_hub.evaluation.bootstrap import Estimate, combine, estimate
 from sage_hub.evaluation.membership import ATTACKS, membership_auc, privleak
 from sage_hub.evaluation.metrics import (
+    LEAKS,
     METRICS,
     Direction,
     Seen,
     direction,
     forget_quality,
+    metric_called,
     model_utility,
     recovered,
 )
 from sage_hub.evaluation.relearning import BEFORE, ON_RETAIN, RECOVERING
+from sage_hub.evaluation.sampling import SAMPLED
 from sage_hub.evaluation.suites import EvaluationSet
 
 UTILITY = ("probability", "rougeL_recall", "truth_ratio")
@@ -77,7 +80,8 @@ def figures(
     absent: list[dict[str, str]] = []
     for (model, condition), views in seen.items():
         for one in sets:
-            for name in one.metrics if one.name in views else ():
+            metrics = LEAKS if condition == SAMPLED else one.metrics
+            for name in metrics if one.name in views else ():
                 figure = mean_over_rows(name, views[one.name], seed)
                 if figure is not None:
                     found[Key(model, one.name, name, condition)] = figure
@@ -95,7 +99,7 @@ def figures(
 
 def mean_over_rows(name: str, rows: Sequence[Seen], seed: int) -> Estimate | None:
     """The metric `name` over `rows`; None if it has a value for none of them."""
-    metric = METRICS[name]
+    metric = metric_called(name)
     pairs = [(value, metric.weight(row)) for row in rows if (value := metric.of(row)) is not None]
     if not pairs:
         return None

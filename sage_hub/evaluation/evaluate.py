@@ -22,9 +22,10 @@ from sage_hub.evaluation.comparison import (
 from sage_hub.evaluation.fluency import fluency
 from sage_hub.evaluation.look import Candidate, Look
 from sage_hub.evaluation.membership import ATTACKS
-from sage_hub.evaluation.metrics import METRICS, Seen
+from sage_hub.evaluation.metrics import LEAKS, METRICS, Seen
 from sage_hub.evaluation.relearning import BEFORE, CURVE, ON_RETAIN, RECOVERING, RELEARNED
 from sage_hub.evaluation.robustness import BITS
+from sage_hub.evaluation.sampling import SAMPLED
 from sage_hub.evaluation.scoring import Known
 from sage_hub.evaluation.suites import ANSWERS, EvaluationSet, metrics_of, prepare
 from sage_hub.rows.proxies import Proxy
@@ -96,10 +97,14 @@ def evaluate(
     if not settings.robustness:
         not_run.append(
             {
-                "what": "robustness to quantization, relearning and paraphrased questions",
+                "what": "robustness to quantization, relearning, sampling and other wordings",
                 "reason": "--robustness was not given",
             }
         )
+    for one in sets if settings.robustness else ():
+        if one.forgotten and not one.sampled:
+            reason = "--generate-rows is 0" if one.answering else "no row is answered in words"
+            not_run.append({"what": f"{' and '.join(LEAKS)} on forget", "reason": reason})
     estimates, absent = figures(sets, seen, settings.seed, study.origin)
     if study.origin in models:
         reader = models[study.origin].side
@@ -173,6 +178,9 @@ def expected_names(
             conditions.append(ON_RETAIN)
         if which == "forget" and any(row.asked_otherwise for row in proxy.rows):
             conditions.append("paraphrased")
+        if which == "forget" and metrics & ANSWERS.keys():
+            yield from (f"robustness.{SAMPLED}.{name}.forget.{m}" for name in ROBUST for m in LEAKS)
+            yield from (f"robustness.{SAMPLED}.forget.{metric}" for metric in LEAKS)
         for condition in conditions:
             own = scored | ({"relearning_recovery"} if condition in RECOVERING else set())
             for metric in own:

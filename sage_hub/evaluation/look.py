@@ -22,8 +22,9 @@ from sage_hub.evaluation.relearning import (
     training_bytes,
 )
 from sage_hub.evaluation.robustness import BITS, quantized
+from sage_hub.evaluation.sampling import SAMPLED, sample_answers
 from sage_hub.evaluation.scoring import Known, Scored, answer, score
-from sage_hub.evaluation.suites import EvaluationSet, Told
+from sage_hub.evaluation.suites import SAMPLES, EvaluationSet, Told
 from sage_hub.model.blocks import BlockModel, open_blocks
 from sage_hub.model.compute import type_of
 from sage_hub.model.weights import Blend, Weights, open_weights
@@ -72,13 +73,17 @@ class Look:
     def _as_it_is(self, model: BlockModel, weights: Weights) -> None:
         asked = [one for one in self.sets if one.answered]
         tasks = self.settings.lm_eval if self.run.ranks.first else None
-        what = " and ".join(["generated answers"] * bool(asked) + ["lm-eval"] * bool(tasks))
-        if not what or not self._fits(what, weight_bytes(model.model) + RUNTIME):
+        sampled = next((one for one in self.sets if one.sampled), None)
+        wanted = {"generated answers": asked, "sampled answers": sampled, "lm-eval": tasks}
+        what = [name for name, there in wanted.items() if there]
+        if not what or not self._fits(weight_bytes(model.model) + RUNTIME, *what):
             self.views[None] = self._scores(model, weights, self.sets)
             return
         with model.whole(weights) as whole:
             said = {one.name: self._answers(whole, one) for one in asked}
             self.views[None] = self._scores(whole, weights, self.sets, said)
+            if sampled:
+                self.views[SAMPLED] = {sampled.name: self._sampled(whole, sampled)}
             if tasks:
                 self.run.progress.note(f"lm-eval: {tasks} on {self.name} …")
                 size, seed = self.settings.batch_size, self.settings.seed
@@ -96,7 +101,7 @@ class Look:
             return
         self.views["paraphrased"] = _paraphrased(self.views[None]["forget"])
         for attack, rest in self._attacks(forget):
-            if not self._fits(attack.what, training_bytes(model, attack.taught)):
+            if not self._fits(training_bytes(model, attack.taught), attack.what):
                 continue
             with model.whole(weights) as whole:
                 for step in relearn(whole, attack.taught, self.settings.seed, attack.stops):
@@ -124,12 +129,12 @@ class Look:
             reason = "there are no retain rows"
             self.not_run.append({"what": "relearning on retained rows", "reason": reason})
 
-    def _fits(self, what: str, needed: float) -> bool:
-        """Whether memory allows it; if not, it is noted as not run."""
+    def _fits(self, needed: float, *what: str) -> bool:
+        """Whether memory allows it; if not, `what` it is for is noted as not run."""
         limit = self.settings.memory * GB
         if needed > limit:
             reason = f"takes {in_bytes(needed)} of memory, and --memory allows {in_bytes(limit)}"
-            self.not_run.append({"what": f"{what} of {self.name}", "reason": reason})
+            self.not_run += [{"what": f"{one} of {self.name}", "reason": reason} for one in what]
         return needed <= limit
 
     def _scores(
@@ -158,6 +163,18 @@ class Look:
         size = self.settings.batch_size
         texts = answer(model, self.tokens_of, rows, kind, size, run=self.run, what=what)
         return dict(zip(asked.answered, texts, strict=True))
+
+    def _sampled(self, model: BlockModel, asked: EvaluationSet) -> list[Seen]:
+        """The rows that are answered several times, with all of these answers."""
+        kind = asked.answering
+        assert kind is not None
+        rows = {place: asked.told[place].answer for place in asked.sampled}
+        what = f"{self.name} answers {asked.name}, {SAMPLES} times"
+        found = sample_answers(
+            model, self.tokens_of, rows, kind, self.settings, run=self.run, what=what
+        )
+        seen = self.views[None][asked.name]
+        return [replace(seen[place], sampled=texts) for place, texts in found.items()]
 
 
 def seen_by(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from sage_hub.evaluation.metrics import LEAKS
 from sage_hub.evaluation.relearning import CURVE
 
 MODELS = {
@@ -94,7 +95,8 @@ def robustness_table(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     Of a curve the main metric alone.
     """
     main = {line["metric"] for line in main_lines(report)}
-    wanted = {True: main, False: main | {"relearning_recovery"}}  # by whether it is of a curve
+    # By whether it is of a curve.
+    wanted = {True: main, False: main | {"relearning_recovery", *LEAKS}}
     return [
         line
         for line in _lines(report)

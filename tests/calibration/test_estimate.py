@@ -97,11 +97,12 @@ def test_robustness_takes_its_time_where_it_is_wanted(
         assert main(["plan", str(pair / "base"), "--json", "--gain", "1", *words]) == 0
         found[name] = json.loads(capsys.readouterr().out)
         assert main(["plan", str(pair / "base"), "--gain", "1", *words]) == 0
-        assert ("Robustness of 3" in capsys.readouterr().out) == (name != "none")
+        assert ("Robustness of 3 models" in capsys.readouterr().out) == (name != "none")
     assert found["none"]["robustness_seconds"] == 0 < found["rounded"]["robustness_seconds"]
     assert found["rounded"]["robustness"]["trained"] == 0
     # 100 steps of 4 rows in each attack: those of 20 rows, twenty times, and of 200 rows, twice.
     assert found["all"]["robustness"]["trained"] == 400 * 20 + 2 * 1000
+    assert found["all"]["robustness"]["sampled"] == 8 * 40 * 200
     assert found["all"]["robustness"]["shown"] == (2 * 2 + 6) * 1000
 
 
@@ -112,6 +113,8 @@ def test_training_is_three_passes_forward_in_float32(tmp_path: Path) -> None:
     one = estimate(model, Settings(), robustness=Robustness(shown=60), **given)
     other = estimate(model, Settings(), robustness=Robustness(trained=10), **given)
     assert one.robustness_seconds == pytest.approx(other.robustness_seconds)
+    said = estimate(model, Settings(), robustness=Robustness(sampled=60), **given)
+    assert one.robustness_seconds == pytest.approx(said.robustness_seconds)
     assert estimate(model, Settings(), **given).robustness_seconds == 0
 
 

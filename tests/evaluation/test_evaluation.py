@@ -270,7 +270,7 @@ def test_eval_compares_models_and_says_what_it_did_not_run(
     assert results[models[1], "forget", "rougeL_recall", None]["rows"] == 3
     conditions = {condition for model, _, _, condition in results if model == models[1]}
     curve = {f"relearned_{steps}" for steps in (0, 10, 25, 50, 100)}
-    assert conditions == {None, "int8", "int4", "paraphrased", "relearned", *curve}
+    assert conditions == {None, "int8", "int4", "paraphrased", "sampled", "relearned", *curve}
     assert all(gap["other"] == models[0] for gap in report["differences"])
     # The terminal shows each figure beside its change.
     gap = next(g for g in report["differences"] if g["metric"] == "perplexity")

@@ -59,12 +59,14 @@ def full(sources: Path) -> Report:
         "forget",
         "heldout",
         robustness=True,
+        generate_rows=3,
         gates=(
             "bias.kept <= 1",
             "robustness.int4.forget.probability <= 2",
             "robustness.relearned.forget.probability <= unlearned + 1",
             "robustness.relearned_100.forget.probability <= base + 1",
             "robustness.relearned_retain.forget.probability <= 2",
+            "robustness.sampled.forget.leak_at_8 <= unlearned + 1",
         ),
         results={"sanitized": str(results)},
     )
@@ -74,8 +76,8 @@ def full(sources: Path) -> Report:
 def test_a_full_report_is_valid(validator: Draft202012Validator, full: Report) -> None:
     validator.validate(full)
     conditions = {result["condition"] for result in full["results"]}
-    assert conditions == {None, "int8", "int4", "relearned", *CURVE, BEFORE, ON_RETAIN}
-    assert [gate["passed"] for gate in full["gates"]] == [True] * 5
+    assert conditions == {None, "int8", "int4", "sampled", "relearned", *CURVE, BEFORE, ON_RETAIN}
+    assert [gate["passed"] for gate in full["gates"]] == [True] * 6
     assert {r["direction"] for r in full["results"] if r["source"]} == {"lower", "not stated"}
     assert full["differences"]
 
