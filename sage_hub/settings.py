@@ -192,7 +192,7 @@ class Settings:
     robustness: bool = _evaluation(
         False,
         SWITCH,
-        "evaluate after int8 and int4 rounding, after relearning, and on other wordings",
+        "evaluate after int8 and int4 rounding and relearning, on other wordings, and by sampling",
     )
     lm_eval: str | None = _evaluation(None, text("TASKS"), "run these tasks of lm-eval too: a,b")
     gates: tuple[str, ...] = _record(

@@ -43,6 +43,7 @@ _USUAL_RANK, _SHARP_RANK = 1 / 8, 1 / 2
 _BESIDES = 1.6
 # What a search for the gain takes: evaluations of all rows, about, and passes over the weights.
 SEARCHED, SEARCH_PASSES = 7, 3
+ROBUST, _TRAINED = 3, 3  # models whose robustness is measured; passes forward that a step takes
 _PRODUCTS = 4  # of each weight with the directions: see docs/performance.md
 
 
@@ -56,6 +57,15 @@ class Rates:
     sketches: float
     float64: float  # of the decompositions
     hashing: float
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """What `--robustness` takes of each model, in tokens at most."""
+
+    shown: int = 0  # besides those of the model as it is
+    trained: int = 0
+    sampled: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,8 @@ class Estimate:
     searched_tokens: int  # of both sets together, for each gain that is tried
     search_seconds: float  # for the gain
     evaluation_seconds: float  # of four models on as many tokens
+    robustness: Robustness
+    robustness_seconds: float  # of three of them
     written_tokens: int  # at most, by the base where rows are not given
     writing_seconds: float  # and for both models to read them
 
@@ -105,10 +117,11 @@ def estimate(
     longest: int,
     rates: Rates,
     written: int = 0,
+    robustness: Robustness = Robustness(),
 ) -> Estimate:
     """Estimate a run on `model`, whose weights are on "meta", with proxies of `tokens` tokens.
 
-    The model writes `written` tokens of rows that are not given.
+    The model writes `written` tokens of rows that are not given; `robustness` is none unless asked.
     """
     sites, blocks = find_sites(model), cut(model)
     per_token, sets = _flops_per_token(model, blocks), calibrated_sets(settings)
@@ -141,6 +154,7 @@ def estimate(
         return _BESIDES * tokens * per_token / rates.forward
 
     searched = 2 * min(tokens, SEARCH_TOKENS)
+    in_float32 = rates.forward / rates.moments
     return Estimate(
         parameters=sum(p.numel() for p in model.parameters()),
         sites=len(sites),
@@ -158,6 +172,13 @@ def estimate(
         search_seconds=SEARCHED * run(searched)
         + SEARCH_PASSES * (2 * size / rates.hashing + products / 2 / rates.moments),
         evaluation_seconds=4 * (run(tokens) + size / rates.hashing),
+        robustness=robustness,
+        robustness_seconds=ROBUST
+        * (
+            run(robustness.shown)
+            + _TRAINED * run(robustness.trained) * in_float32
+            + _BESIDES * robustness.sampled * per_token / rates.generation
+        ),
         written_tokens=written,
         writing_seconds=bool(written) * (3 * size / rates.hashing)
         + _BESIDES * written * per_token / rates.generation

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sage_hub.cli import github
+from sage_hub.cli.forecast import forecast_text
 from sage_hub.cli.given import given_of, how_of, point, progress_of, publication_of, settings_of
 from sage_hub.cli.terminal import Part, print_text
 from sage_hub.commands.benchmarks import benchmark_settings
@@ -176,14 +177,14 @@ def _plan(args: argparse.Namespace) -> None:
     settings = settings_of(args, args.base, args.unlearned)
     found = forecast(args.base, settings)
     if args.unlearned is None:
-        _show(args, found.describe(), display.forecast_text(found))
+        _show(args, found.describe(), forecast_text(found))
         return
     pair = open_pair(
         args.base, args.unlearned, merge=settings.merge, pickled=settings.pickled_weights
     )
     job = survey(pair, choose_target(args.to, pair), settings, statistics=args.stats)
     point(job.problems, args)
-    parts = [*display.plan_text(job, verbose=args.verbose), "", *display.forecast_text(found)]
+    parts = [*display.plan_text(job, verbose=args.verbose), "", *forecast_text(found)]
     _show(args, display.plan_json(job) | {"estimate": found.describe()}, parts)
 
 

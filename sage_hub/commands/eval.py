@@ -14,7 +14,8 @@ from sage_hub.commands.inputs import read_proxies
 from sage_hub.errors import UsageError
 from sage_hub.evaluation import harness
 from sage_hub.evaluation.answers import check_place, write_answers
-from sage_hub.evaluation.evaluate import Candidate, Study, evaluate
+from sage_hub.evaluation.evaluate import Study, evaluate
+from sage_hub.evaluation.look import Candidate
 from sage_hub.record.manifest import make_report
 from sage_hub.rows.encoding import check_rows
 from sage_hub.runtime.progress import Clock

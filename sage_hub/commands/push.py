@@ -15,7 +15,8 @@ from sage_hub.commands.rows import with_written
 from sage_hub.commands.survey import check_weights, choose_target, survey
 from sage_hub.errors import SageHubError, note_kept
 from sage_hub.evaluation.answers import beside, write_answers
-from sage_hub.evaluation.evaluate import Candidate, Evaluation, Study, evaluate
+from sage_hub.evaluation.evaluate import Evaluation, Study, evaluate
+from sage_hub.evaluation.look import Candidate
 from sage_hub.model.weights import part_of_the_way
 from sage_hub.publish.announce import announced
 from sage_hub.publish.folder import Work, working_on

@@ -10,15 +10,18 @@ from typing import Any
 from sage_hub.evaluation.bootstrap import Estimate, combine, estimate
 from sage_hub.evaluation.membership import ATTACKS, membership_auc, privleak
 from sage_hub.evaluation.metrics import (
+    LEAKS,
     METRICS,
     Direction,
     Seen,
     direction,
     forget_quality,
+    metric_called,
     model_utility,
     recovered,
 )
-from sage_hub.evaluation.robustness import choose_taught
+from sage_hub.evaluation.relearning import BEFORE, ON_RETAIN, RECOVERING
+from sage_hub.evaluation.sampling import SAMPLED
 from sage_hub.evaluation.suites import EvaluationSet
 
 UTILITY = ("probability", "rougeL_recall", "truth_ratio")
@@ -77,7 +80,8 @@ def figures(
     absent: list[dict[str, str]] = []
     for (model, condition), views in seen.items():
         for one in sets:
-            for name in one.metrics if one.name in views else ():
+            metrics = LEAKS if condition == SAMPLED else one.metrics
+            for name in metrics if one.name in views else ():
                 figure = mean_over_rows(name, views[one.name], seed)
                 if figure is not None:
                     found[Key(model, one.name, name, condition)] = figure
@@ -87,9 +91,7 @@ def figures(
     by_name = {one.name: one for one in sets}
     for model in {model for model, condition in seen if condition is None}:
         found |= _utility(found, model)
-    if "forget" in by_name:
-        taught = choose_taught(len(by_name["forget"].rows), seed)
-        found |= _relearning(seen, taught, seed, origin)
+    found |= _relearning(seen, seed, origin)
     found |= _membership(seen)
     derived, why = _against_reference(found, seen, by_name)
     return found | derived, absent + why
@@ -97,7 +99,7 @@ def figures(
 
 def mean_over_rows(name: str, rows: Sequence[Seen], seed: int) -> Estimate | None:
     """The metric `name` over `rows`; None if it has a value for none of them."""
-    metric = METRICS[name]
+    metric = metric_called(name)
     pairs = [(value, metric.weight(row)) for row in rows if (value := metric.of(row)) is not None]
     if not pairs:
         return None
@@ -118,28 +120,21 @@ def _utility(found: Mapping[Key, Estimate], model: str) -> dict[Key, Estimate]:
     return {Key(model, "all", "model_utility"): model_utility([p for p in parts if p is not None])}
 
 
-def _relearning(
-    seen: Views,
-    taught: Sequence[int],
-    seed: int,
-    origin: str,
-) -> dict[Key, Estimate]:
-    """The part of the way back to `origin` that relearning some rows goes on the others."""
+def _relearning(seen: Views, seed: int, origin: str) -> dict[Key, Estimate]:
+    """The part of the way back to `origin` that relearning goes, on forget rows not taught."""
     found: dict[Key, Estimate] = {}
 
     def level(model: str, condition: str | None) -> Estimate | None:
         rows = seen.get((model, condition), {}).get("forget", ())
-        others = rows if condition else [r for i, r in enumerate(rows) if i not in taught]
-        return mean_over_rows("probability", others, seed) if others else None
+        return mean_over_rows("probability", rows, seed) if rows else None
 
-    base = level(origin, None)
-    taught_again = [model for model, condition in seen if condition == "relearned"]
-    for model in taught_again:
-        if model == origin:
+    for model, condition in seen:
+        if model == origin or condition not in RECOVERING:
             continue
-        before, after = level(model, None), level(model, "relearned")
+        start = None if condition == ON_RETAIN else BEFORE
+        base, before, after = level(origin, start), level(model, start), level(model, condition)
         if base and before and after and base.value > before.value:
-            found[Key(model, "forget", "relearning_recovery", "relearned")] = combine(
+            found[Key(model, "forget", "relearning_recovery", condition)] = combine(
                 lambda b, x, y: (y - x) / (b - x), base, before, after
             )
     return found

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sage_hub.calibration.budget import RUNTIME
-from sage_hub.calibration.estimate import weight_bytes
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.errors import ArchitectureError
 from sage_hub.evaluation.comparison import (
@@ -22,31 +20,19 @@ from sage_hub.evaluation.comparison import (
     retain_recovered,
 )
 from sage_hub.evaluation.fluency import fluency
-from sage_hub.evaluation.harness import run_tasks
+from sage_hub.evaluation.look import Candidate, Look
 from sage_hub.evaluation.membership import ATTACKS
-from sage_hub.evaluation.metrics import METRICS, Seen
-from sage_hub.evaluation.robustness import BITS, TRAINING_BYTES, choose_taught, quantized, relearn
-from sage_hub.evaluation.scoring import Known, Scored, answer, score
-from sage_hub.evaluation.suites import ANSWERS, EvaluationSet, Told, metrics_of, prepare
-from sage_hub.model.blocks import BlockModel, open_blocks
-from sage_hub.model.compute import type_of
-from sage_hub.model.weights import Blend, Weights, open_weights
+from sage_hub.evaluation.metrics import LEAKS, METRICS, Seen
+from sage_hub.evaluation.relearning import BEFORE, CURVE, ON_RETAIN, RECOVERING, RELEARNED
+from sage_hub.evaluation.robustness import BITS
+from sage_hub.evaluation.sampling import SAMPLED
+from sage_hub.evaluation.scoring import Known
+from sage_hub.evaluation.suites import ANSWERS, EvaluationSet, metrics_of, prepare
 from sage_hub.rows.proxies import Proxy
-from sage_hub.runtime.machine import GB
-from sage_hub.runtime.progress import in_bytes
 from sage_hub.runtime.run import Run
 from sage_hub.settings import GUARD, SETS, Settings
 
 ROBUST = ("base", "unlearned", "sanitized")  # the models that robustness is measured of
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model to evaluate: `side`, or what `blend` makes of the base's weights and of its own."""
-
-    side: Checkpoint
-    base: Checkpoint | None = None
-    blend: Blend | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +83,7 @@ def evaluate(
     others: list[Result] = []
     for name, candidate in models.items() if sets else ():
         own = settings if name in study.robust else replace(settings, robustness=False)
-        look = _Look(name, sets, study.tokens_of, own, scratch, run, study.known.get(name, {}))
+        look = Look(name, sets, study.tokens_of, own, scratch, run, study.known.get(name, {}))
         try:
             look.at(candidate)
         except ArchitectureError as error:
@@ -111,10 +97,14 @@ def evaluate(
     if not settings.robustness:
         not_run.append(
             {
-                "what": "robustness to quantization, relearning and paraphrased questions",
+                "what": "robustness to quantization, relearning, sampling and other wordings",
                 "reason": "--robustness was not given",
             }
         )
+    for one in sets if settings.robustness else ():
+        if one.forgotten and not one.sampled:
+            reason = "--generate-rows is 0" if one.answering else "no row is answered in words"
+            not_run.append({"what": f"{' and '.join(LEAKS)} on forget", "reason": reason})
     estimates, absent = figures(sets, seen, settings.seed, study.origin)
     if study.origin in models:
         reader = models[study.origin].side
@@ -183,159 +173,22 @@ def expected_names(
         scored = {metric for metric in metrics if metric in METRICS and metric not in ANSWERS}
         conditions = [f"int{bits}" for bits in BITS]
         if which == "forget" and len(proxy.rows) > 1:
-            conditions.append("relearned")
+            conditions += [RELEARNED, BEFORE, *CURVE]
+        if which == "forget" and "retain" in proxies:
+            conditions.append(ON_RETAIN)
         if which == "forget" and any(row.asked_otherwise for row in proxy.rows):
             conditions.append("paraphrased")
+        if which == "forget" and metrics & ANSWERS.keys():
+            yield from (f"robustness.{SAMPLED}.{name}.forget.{m}" for name in ROBUST for m in LEAKS)
+            yield from (f"robustness.{SAMPLED}.forget.{metric}" for metric in LEAKS)
         for condition in conditions:
-            own = scored | ({"relearning_recovery"} if condition == "relearned" else set())
+            own = scored | ({"relearning_recovery"} if condition in RECOVERING else set())
             for metric in own:
                 yield from (f"robustness.{condition}.{name}.{which}.{metric}" for name in ROBUST)
                 yield f"robustness.{condition}.{which}.{metric}"
     if {"real_authors", "world_facts"} <= proxies.keys():
         yield from (f"{name}.all.model_utility" for name in models)
         yield "all.model_utility"
-
-
-@dataclass
-class _Look:
-    """Shows all sets to one model, and keeps what comes of it."""
-
-    name: str
-    sets: Sequence[EvaluationSet]
-    tokens_of: Checkpoint
-    settings: Settings
-    scratch: Path
-    run: Run
-    known: Known
-    views: dict[str | None, dict[str, list[Seen]]] = field(default_factory=dict)  # by condition
-    others: list[Result] = field(default_factory=list)  # of lm-eval
-    not_run: list[dict[str, str]] = field(default_factory=list)
-
-    def at(self, candidate: Candidate) -> None:
-        """Look at `candidate` as it is and, if wanted, under what brings knowledge back."""
-        settings, side = self.settings, candidate.side
-        dtype = type_of(settings.compute_dtype)
-        with (
-            open_weights(side, candidate.base, candidate.blend) as weights,
-            open_blocks(side, weights, settings.device, dtype) as model,
-        ):
-            self._as_it_is(model, weights)
-            if settings.robustness:
-                self._treated(model, weights)
-
-    def _as_it_is(self, model: BlockModel, weights: Weights) -> None:
-        asked = [one for one in self.sets if one.answered]
-        tasks = self.settings.lm_eval if self.run.ranks.first else None
-        what = " and ".join(["generated answers"] * bool(asked) + ["lm-eval"] * bool(tasks))
-        if not what or not self._fits(what, weight_bytes(model.model) + RUNTIME):
-            self.views[None] = self._scores(model, weights, self.sets)
-            return
-        with model.whole(weights) as whole:
-            said = {one.name: self._answers(whole, one) for one in asked}
-            self.views[None] = self._scores(whole, weights, self.sets, said)
-            if tasks:
-                self.run.progress.note(f"lm-eval: {tasks} on {self.name} …")
-                size, seed = self.settings.batch_size, self.settings.seed
-                self.others = run_tasks(
-                    self.name, whole, self.tokens_of, tasks, batch_size=size, seed=seed
-                )
-
-    def _treated(self, model: BlockModel, weights: Weights) -> None:
-        tested = [one for one in self.sets if one.name in ("forget", "heldout")]
-        for bits in BITS:
-            coarse, how = quantized(weights, model, bits), f"int{bits}"
-            self.views[how] = self._scores(model, coarse, tested, how=how)
-        forget = next((one for one in tested if one.forgotten), None)
-        if forget is None:
-            return
-        self.views["paraphrased"] = _paraphrased(self.views[None]["forget"])
-        parameters = sum(p.numel() for p in model.model.parameters())
-        taught = choose_taught(len(forget.rows), self.settings.seed)
-        if not taught or not self._fits("relearning", TRAINING_BYTES * parameters + RUNTIME):
-            return
-        rest = _without(forget, taught)
-        with model.whole(weights) as whole:
-            relearn(whole, [forget.told[place].answer for place in taught], self.settings.seed)
-            self.views["relearned"] = self._scores(whole, weights, [rest], how="after relearning")
-
-    def _fits(self, what: str, needed: float) -> bool:
-        """Whether memory allows it; if not, it is noted as not run."""
-        limit = self.settings.memory * GB
-        if needed > limit:
-            reason = f"takes {in_bytes(needed)} of memory, and --memory allows {in_bytes(limit)}"
-            self.not_run.append({"what": f"{what} of {self.name}", "reason": reason})
-        return needed <= limit
-
-    def _scores(
-        self,
-        model: BlockModel,
-        weights: Weights,
-        sets: Sequence[EvaluationSet],
-        said: Mapping[str, Mapping[int, str]] = {},
-        how: str = "",
-    ) -> dict[str, list[Seen]]:
-        rows = [one for part in sets for told in part.told for one in told]
-        found = {} if how else {row: self.known[row] for row in rows if row in self.known}
-        left = [row for row in rows if row not in found]
-        what = f"Evaluating {self.name} {how}".strip()
-        own, scratch = self.settings, self.scratch
-        if left:
-            scored = score(model, weights, left, own, scratch, run=self.run, what=what)
-            found |= dict(zip(left, scored, strict=True))
-        return seen_by(sets, [found[row] for row in rows], said)
-
-    def _answers(self, model: BlockModel, asked: EvaluationSet) -> dict[int, str]:
-        kind = asked.answering
-        assert kind is not None
-        rows = [asked.told[place].answer for place in asked.answered]
-        what = f"{self.name} answers {asked.name}"
-        size = self.settings.batch_size
-        texts = answer(model, self.tokens_of, rows, kind, size, run=self.run, what=what)
-        return dict(zip(asked.answered, texts, strict=True))
-
-
-def seen_by(
-    sets: Sequence[EvaluationSet],
-    scored: Sequence[Scored],
-    said: Mapping[str, Mapping[int, str]] = {},
-) -> dict[str, list[Seen]]:
-    """The rows of each set as a model sees them: `scored`, in order, and what it `said`."""
-    scores = iter(scored)
-    return {
-        part.name: [
-            Seen(
-                part.rows[place],
-                told.map(lambda _: next(scores)),
-                said.get(part.name, {}).get(place),
-                part.forgotten,
-                part.counted[place],
-            )
-            for place, told in enumerate(part.told)
-        ]
-        for part in sets
-    }
-
-
-def _paraphrased(seen: Sequence[Seen]) -> dict[str, list[Seen]]:
-    """The forget rows with their questions in other words, where the data has them."""
-    rows = [
-        replace(one, told=Told(one.told.asked_otherwise), said=None)
-        for one in seen
-        if one.told.asked_otherwise is not None and one.told.asked_otherwise.tokens
-    ]
-    return {"forget": rows} if rows else {}
-
-
-def _without(one: EvaluationSet, taught: Collection[int]) -> EvaluationSet:
-    """The rows of a set that were not taught again."""
-    others = [place for place in range(len(one.rows)) if place not in taught]
-    return replace(
-        one,
-        rows=tuple(one.rows[place] for place in others),
-        told=tuple(one.told[place] for place in others),
-        counted=tuple(one.counted[place] for place in others),
-        answered=(),
-    )
 
 
 def _unique(entries: Sequence[dict[str, str]]) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from sage_hub.evaluation.bootstrap import Estimate, combine
 from sage_hub.evaluation.scoring import Scored
-from sage_hub.evaluation.suites import Told
+from sage_hub.evaluation.suites import SAMPLES, Told
 from sage_hub.rows.proxies import Row
 
 Direction = Literal["higher", "lower", "near zero", "not stated"]
@@ -29,6 +29,7 @@ class Seen:
     said: str | None = None
     forgotten: bool = False  # it is of the forget set
     counted: str = ""  # the text of the tokens that its answer is scored by
+    sampled: tuple[str, ...] = ()  # further answers of its own, drawn by their probability
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,27 @@ def _rouge(part: str) -> Callable[[Seen], float | None]:
     def of(seen: Seen) -> float | None:
         if seen.said is None:
             return None
-        found = _scorer().score(seen.row.answer.strip(), seen.said)["rougeL"]
-        return float(getattr(found, part))
+        return _rouge_of(seen.said, seen.row, part)
+
+    return of
+
+
+def _rouge_of(said: str, row: Row, part: str) -> float:
+    return float(getattr(_scorer().score(row.answer.strip(), said)["rougeL"], part))
+
+
+def leak_at(count: int) -> Callable[[Seen], float | None]:
+    """leak@k: the largest ROUGE-L recall among `count` of the sampled answers, as is to be expected
+    of those that were drawn (Reisizadeh et al. 2025, arXiv 2511.04934). Of as many as were drawn
+    the largest there is, of one the mean."""
+
+    def of(seen: Seen) -> float | None:
+        recalls = sorted(_rouge_of(said, seen.row, "recall") for said in seen.sampled)
+        if len(recalls) < count:
+            return None
+        # The answer of a rank is the best of all groups that have it and `count` − 1 below it.
+        parts = (math.comb(rank, count - 1) * recall for rank, recall in enumerate(recalls))
+        return math.fsum(parts) / math.comb(len(recalls), count)
 
     return of
 
@@ -179,6 +199,11 @@ METRICS: Mapping[str, Metric] = {
     "extraction_strength": Metric(extraction_strength, "higher", "lower", ""),
     "exact_memorization": Metric(exact_memorization, "higher", "lower", ""),
 }
+# Of answers that are sampled, for `robustness`.
+LEAKS = {
+    f"leak_at_{count}": Metric(leak_at(count), "higher", "lower", "no answers were sampled")
+    for count in (1, SAMPLES)
+}
 # Those that are no mean over the rows of one set.
 DERIVED: Mapping[str, Direction] = {
     "forget_quality": "higher",
@@ -193,7 +218,12 @@ DERIVED: Mapping[str, Direction] = {
 
 def direction(metric: str, which: str) -> Direction:
     """Which way `metric` is better on the set `which`."""
-    return DERIVED[metric] if metric in DERIVED else METRICS[metric].direction(which)
+    return DERIVED[metric] if metric in DERIVED else metric_called(metric).direction(which)
+
+
+def metric_called(name: str) -> Metric:
+    """The mean over rows that has this name."""
+    return LEAKS[name] if name in LEAKS else METRICS[name]
 
 
 def forget_quality(model: Sequence[Seen], reference: Sequence[Seen]) -> tuple[float, float] | None:

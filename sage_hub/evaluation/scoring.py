@@ -63,6 +63,7 @@ class Scored:
         return replace(self, hits=self.hits[: max(0, self.tokens - uncounted)])
 
 
+Choice = Callable[[Tensor], Tensor]  # logits (rows, vocabulary), for the next token of each row
 Known = Mapping[Encoded, Scored]  # rows that a model was shown already, as it sees them
 
 
@@ -207,10 +208,11 @@ def answer(
     *,
     run: Run = Run(),  # noqa: B008 - frozen
     what: str = "Answering",
+    drawing: Callable[[Sequence[int]], Choice] | None = None,
 ) -> list[str]:
-    """The greedy continuation of the prompt of each of `rows`, as `kind` says.
+    """The continuation of the prompt of each of `rows`, as `kind` says.
 
-    `model` must be whole, and in memory.
+    Greedy, or as `drawing` says for those at some places. `model` must be whole, and in memory.
     """
     tokenizer, ends, ranks = load_tokenizer(tokens_of), end_tokens(tokens_of), run.ranks
     tuned = _tuned(tokens_of) if kind.tuned else {}
@@ -222,8 +224,9 @@ def answer(
         for places in ranks.mine(groups):
             prompts = [rows[place].asked for place in places]
             unattended = rows[places[0]].unattended  # as in all of one set
+            choose = drawing(places) if drawing else None
             lines = generate(
-                model, tokenizer, prompts, kind, ends, tuned=tuned, unattended=unattended
+                model, tokenizer, prompts, kind, ends, choose, tuned=tuned, unattended=unattended
             )
             for place, line in zip(places, lines, strict=True):
                 found[place] = _said(tokenizer, line, kind)
@@ -253,7 +256,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     kind: Answering,
     ends: Sequence[int],
-    choose: Callable[[Tensor], Tensor] | None = None,
+    choose: Choice | None = None,
     *,
     tuned: Mapping[str, Any] = {},
     unattended: int | None = None,

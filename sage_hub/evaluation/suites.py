@@ -41,13 +41,14 @@ BY_KIND = {"question": "tofu", "prompt": "tofu", "choice": "choice", "text": "te
 
 @dataclass(frozen=True)
 class Answering:
-    """How an answer is generated: greedily, up to so many tokens or one of the `stops`."""
+    """How an answer is generated: up to so many tokens or one of the `stops`."""
 
     max_new_tokens: int
     stops: tuple[str, ...] = ()
     tuned: bool = False  # as generation_config.json says, but for sampling
 
 
+SAMPLES, SAMPLED_ROWS = 8, 40  # answers to a forget question, and questions at most
 # The metrics of generated answers; lengths are those of TOFU's and MUSE's own code.
 ANSWERS = {
     "rougeL_recall": Answering(200, ("\nQuestion:",)),
@@ -103,6 +104,7 @@ class EvaluationSet:
     answered: tuple[int, ...]  # the places of the rows whose answer is generated
     answering: Answering | None = None  # how
     counted: tuple[str, ...] = ()  # of each row, the text of the tokens that are scored
+    sampled: tuple[int, ...] = ()  # the places of the rows that are answered several times
 
     @property
     def forgotten(self) -> bool:
@@ -171,8 +173,10 @@ def prepare(name: str, proxy: Proxy, tokens_of: Checkpoint, settings: Settings) 
         str(encoder.tokenizer.decode(one.answer.counted, skip_special_tokens=True)) for one in told
     )
     kind = kind_of(proxy.rows[0])
+    wanted = SAMPLED_ROWS if settings.robustness and name == "forget" and answering else 0
+    sampled = tuple(sorted(some[: min(wanted, settings.generate_rows)]))
     return EvaluationSet(
-        name, kind, metrics, tuple(rows), tuple(told), answered, answering, counted
+        name, kind, metrics, tuple(rows), tuple(told), answered, answering, counted, sampled
     )
 
 

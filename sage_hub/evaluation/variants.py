@@ -10,7 +10,8 @@ import torch
 
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.evaluation.comparison import figures
-from sage_hub.evaluation.evaluate import Study, prepared, seen_by
+from sage_hub.evaluation.evaluate import Study, prepared
+from sage_hub.evaluation.look import seen_by
 from sage_hub.evaluation.scoring import Known, score_each
 from sage_hub.model.blocks import cut, open_blocks
 from sage_hub.model.compute import type_of

@@ -15,7 +15,7 @@ from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.errors import TargetError
 from sage_hub.evaluation.comparison import Difference, Result
 from sage_hub.evaluation.evaluate import Evaluation
-from sage_hub.evaluation.robustness import RECIPE
+from sage_hub.evaluation.relearning import RECIPE
 from sage_hub.method.sage import relative
 from sage_hub.repair.bias import profile_of
 from sage_hub.repair.control import Control

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from sage_hub.evaluation.metrics import LEAKS
+from sage_hub.evaluation.relearning import CURVE
+
 MODELS = {
     "base": "base",
     "unlearned": "unlearned",
@@ -87,9 +90,18 @@ def metric_table(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def robustness_table(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One line per condition, set and metric, with the models as they are under it."""
-    main = {line["metric"] for line in main_lines(report)} | {"relearning_recovery"}
-    return [line for line in _lines(report) if line["condition"] and line["metric"] in main]
+    """One line per condition, set and metric, with the models as they are under it.
+
+    Of a curve the main metric alone.
+    """
+    main = {line["metric"] for line in main_lines(report)}
+    # By whether it is of a curve.
+    wanted = {True: main, False: main | {"relearning_recovery", *LEAKS}}
+    return [
+        line
+        for line in _lines(report)
+        if line["condition"] and line["metric"] in wanted[line["condition"] in CURVE]
+    ]
 
 
 def main_lines(report: Mapping[str, Any]) -> list[dict[str, Any]]:

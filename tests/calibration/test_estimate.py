@@ -14,7 +14,7 @@ from support.pico import make_config
 from transformers import LlamaForCausalLM
 
 from sage_hub.calibration.budget import expect_calibration
-from sage_hub.calibration.estimate import Rates, cache_bytes, estimate, weight_bytes
+from sage_hub.calibration.estimate import Rates, Robustness, cache_bytes, estimate, weight_bytes
 from sage_hub.calibration.journal import Journal
 from sage_hub.checkpoint.files import open_files
 from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
@@ -85,6 +85,37 @@ def test_rows_that_the_base_writes_take_their_time_too(
         assert ("The base writes rows" in capsys.readouterr().out) == (name == "none")
     assert found["none"]["writing_seconds"] > 0
     assert found["given"]["writing_seconds"] == found["given"]["written_tokens"] == 0
+
+
+def test_robustness_takes_its_time_where_it_is_wanted(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    forget = ["--forget", str(pair / "forget.jsonl"), "--max-tokens", "1000", "--max-length", "20"]
+    robust = ["--robustness"]
+    for name, words in {"none": forget, "rounded": robust, "all": [*forget, *robust]}.items():
+        assert main(["plan", str(pair / "base"), "--json", "--gain", "1", *words]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+        assert main(["plan", str(pair / "base"), "--gain", "1", *words]) == 0
+        assert ("Robustness of 3 models" in capsys.readouterr().out) == (name != "none")
+    assert found["none"]["robustness_seconds"] == 0 < found["rounded"]["robustness_seconds"]
+    assert found["rounded"]["robustness"]["trained"] == 0
+    # 100 steps of 4 rows in each attack: those of 20 rows, twenty times, and of 200 rows, twice.
+    assert found["all"]["robustness"]["trained"] == 400 * 20 + 2 * 1000
+    assert found["all"]["robustness"]["sampled"] == 8 * 40 * 200
+    assert found["all"]["robustness"]["shown"] == (2 * 2 + 6) * 1000
+
+
+def test_training_is_three_passes_forward_in_float32(tmp_path: Path) -> None:
+    make_config().save_pretrained(tmp_path)
+    model = Checkpoint(open_files(str(tmp_path)), {}).empty_model()
+    given = {"tokens": 100, "longest": 10, "rates": replace(ONE, moments=ONE.forward / 2)}
+    one = estimate(model, Settings(), robustness=Robustness(shown=60), **given)
+    other = estimate(model, Settings(), robustness=Robustness(trained=10), **given)
+    assert one.robustness_seconds == pytest.approx(other.robustness_seconds)
+    said = estimate(model, Settings(), robustness=Robustness(sampled=60), **given)
+    assert one.robustness_seconds == pytest.approx(said.robustness_seconds)
+    assert estimate(model, Settings(), **given).robustness_seconds == 0
 
 
 @pytest.mark.parametrize("forget", [False, True], ids=["retain", "retain and forget"])

@@ -20,7 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sage_hub.checkpoint.index import open_checkpoint
-from sage_hub.evaluation.evaluate import Candidate, Study, evaluate
+from sage_hub.evaluation.evaluate import Study, evaluate
+from sage_hub.evaluation.look import Candidate
 from sage_hub.evaluation.suites import Answering
 from sage_hub.rows.benchmark import BenchmarkEncoder
 from sage_hub.rows.encoding import Encoder

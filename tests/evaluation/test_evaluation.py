@@ -18,8 +18,10 @@ from sage_hub.cli.display import evaluation_text
 from sage_hub.cli.main import main
 from sage_hub.cli.terminal import plain
 from sage_hub.commands.eval import evaluate_models
-from sage_hub.evaluation.evaluate import Candidate, Study, evaluate
-from sage_hub.evaluation.robustness import choose_taught, quantized, relearn, round_to_nearest
+from sage_hub.evaluation.evaluate import Study, evaluate
+from sage_hub.evaluation.look import Candidate
+from sage_hub.evaluation.relearning import choose_taught, relearn
+from sage_hub.evaluation.robustness import quantized, round_to_nearest
 from sage_hub.evaluation.scoring import Scored, answer, score
 from sage_hub.evaluation.suites import Answering
 from sage_hub.model.blocks import open_blocks
@@ -202,8 +204,8 @@ def test_relearning_brings_back_what_it_teaches_and_leaves_no_trace(
     ):
         scored = partial(score, rows=rows, settings=Settings(), scratch=tmp_path)
         with model.whole(weights) as whole:
-            relearn(whole, rows, seed=0)
-            after = scored(whole, weights)
+            for _ in relearn(whole, rows, seed=0, stops=[4]):
+                after = scored(whole, weights)
         again = scored(model, weights)
     assert sum(one.loss for one in after) < sum(one.loss for one in before)
     for one, other in zip(before, again, strict=True):
@@ -219,7 +221,7 @@ def test_what_waits_on_disk_changes_no_figure(pair: Path, tmp_path: Path) -> Non
     for memory in (8.0, 1e-6):
         settings = Settings(generate_rows=0, robustness=True, memory=memory, device="cpu")
         made = evaluate({"base": Candidate(base)}, Study(sets, base), settings, tmp_path)
-        kept = [one for one in made.results if one.condition != "relearned"]
+        kept = [one for one in made.results if "relearned" not in (one.condition or "")]
         found.append([(one.set, one.metric, one.condition, one.value) for one in kept])
     assert {condition for _, _, condition, _ in found[0]} >= {None, "int8", "int4"}
     assert found[0] == found[1]
@@ -267,7 +269,8 @@ def test_eval_compares_models_and_says_what_it_did_not_run(
     assert results[models[0], "forget", "privleak", None]["value"] == 0
     assert results[models[1], "forget", "rougeL_recall", None]["rows"] == 3
     conditions = {condition for model, _, _, condition in results if model == models[1]}
-    assert conditions == {None, "int8", "int4", "relearned", "paraphrased"}
+    curve = {f"relearned_{steps}" for steps in (0, 10, 25, 50, 100)}
+    assert conditions == {None, "int8", "int4", "paraphrased", "sampled", "relearned", *curve}
     assert all(gap["other"] == models[0] for gap in report["differences"])
     # The terminal shows each figure beside its change.
     gap = next(g for g in report["differences"] if g["metric"] == "perplexity")
@@ -277,6 +280,7 @@ def test_eval_compares_models_and_says_what_it_did_not_run(
     assert f"({gap['value']:+.4f} {gap['verdict']})" in shown
     missing = {entry["what"]: entry["reason"] for entry in report["not_run"]}
     assert missing["heldout metrics"] == "no --heldout was given"
+    assert missing["relearning on retained rows"] == "there are no retain rows"
 
 
 def test_eval_takes_a_set(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from sage_hub.checkpoint.index import open_checkpoint
 from sage_hub.checkpoint.pair import open_unlearned
-from sage_hub.evaluation.evaluate import Candidate, Study, evaluate
+from sage_hub.evaluation.evaluate import Study, evaluate
+from sage_hub.evaluation.look import Candidate
 from sage_hub.rows.encoding import encoder_of
 from sage_hub.rows.sources import read_proxy
 from sage_hub.settings import Settings

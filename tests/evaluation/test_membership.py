@@ -14,7 +14,8 @@ from support.pico import make_rows, write_rows
 from transformers import AutoModelForCausalLM
 
 from sage_hub.checkpoint.index import open_checkpoint
-from sage_hub.evaluation.evaluate import Candidate, Study, evaluate
+from sage_hub.evaluation.evaluate import Study, evaluate
+from sage_hub.evaluation.look import Candidate
 from sage_hub.evaluation.membership import ATTACKS, membership_auc, privleak
 from sage_hub.evaluation.metrics import Seen
 from sage_hub.evaluation.scoring import Scored

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
 from sage_hub.checkpoint.pair import open_unlearned
-from sage_hub.evaluation.evaluate import Candidate, Study, evaluate
+from sage_hub.evaluation.evaluate import Study, evaluate
+from sage_hub.evaluation.look import Candidate
 from sage_hub.evaluation.variants import evaluate_variants, room_for_a_block
 from sage_hub.model.weights import Blend, open_blends, open_weights, part_of_the_way
 from sage_hub.rows.sources import read_proxy

@@ -13,6 +13,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from support.pico import make_pair
 
 import sage_hub
+from sage_hub.evaluation.relearning import BEFORE, CURVE, ON_RETAIN
 
 SCHEMA = Path(sage_hub.__file__).parent / "data" / "report.schema.json"
 Report = dict[str, Any]
@@ -58,7 +59,15 @@ def full(sources: Path) -> Report:
         "forget",
         "heldout",
         robustness=True,
-        gates=("bias.kept <= 1", "robustness.int4.forget.probability <= 2"),
+        generate_rows=3,
+        gates=(
+            "bias.kept <= 1",
+            "robustness.int4.forget.probability <= 2",
+            "robustness.relearned.forget.probability <= unlearned + 1",
+            "robustness.relearned_100.forget.probability <= base + 1",
+            "robustness.relearned_retain.forget.probability <= 2",
+            "robustness.sampled.forget.leak_at_8 <= unlearned + 1",
+        ),
         results={"sanitized": str(results)},
     )
     return written(sources, "full", own)
@@ -67,8 +76,8 @@ def full(sources: Path) -> Report:
 def test_a_full_report_is_valid(validator: Draft202012Validator, full: Report) -> None:
     validator.validate(full)
     conditions = {result["condition"] for result in full["results"]}
-    assert conditions == {None, "int8", "int4", "relearned"}
-    assert [gate["passed"] for gate in full["gates"]] == [True, True]
+    assert conditions == {None, "int8", "int4", "sampled", "relearned", *CURVE, BEFORE, ON_RETAIN}
+    assert [gate["passed"] for gate in full["gates"]] == [True] * 6
     assert {r["direction"] for r in full["results"] if r["source"]} == {"lower", "not stated"}
     assert full["differences"]
 

@@ -1,0 +1,66 @@
+"""What a run takes and how long it takes here, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sage_hub.calibration.estimate import ROBUST, SEARCHED, Estimate
+from sage_hub.cli.terminal import Part
+from sage_hub.record.tables import Table
+from sage_hub.runtime.progress import in_bytes
+
+
+def forecast_text(found: Estimate) -> Iterator[Part]:
+    """What a run takes, a line per way to calibrate."""
+    yield (
+        f"{_count(found.parameters)} parameters, {found.sites} places whose inputs are watched, "
+        f"of up to {found.widest} features; a block of layers takes "
+        f"{in_bytes(found.modes[0].budget.weights)}"
+    )
+    yield ""
+    most = f"at most {found.tokens} tokens{' of each of two sets' if found.sets > 1 else ''}"
+    yield f"Calibration on {most} (--max-tokens); the settings say {found.chosen}:"
+    header = ["second moments", "statistics", "memory", "spilled", "flops", "time here"]
+    rows = [
+        [
+            mode.name,
+            f"≤ {in_bytes(mode.statistics)}",
+            in_bytes(mode.budget.total) + (" (too much)" if mode.budget.excess else ""),
+            in_bytes(mode.budget.spilled),
+            f"{mode.forward + mode.moments + mode.decompositions:.2g}",
+            _duration(mode.seconds),
+        ]
+        for mode in found.modes
+    ]
+    yield Table(header, rows)
+    yield ""
+    yield (
+        f"The pass over the weights: {in_bytes(found.pass_bytes)} read and written, "
+        f"{found.pass_flops:.2g} flops, {_duration(found.pass_seconds)}"
+    )
+    yield (
+        f"The search for the gain with a forget set, {SEARCHED} evaluations or so of at most "
+        f"{found.searched_tokens} tokens: {_duration(found.search_seconds)}"
+    )
+    yield f"Evaluation of four models on as many tokens: {_duration(found.evaluation_seconds)}"
+    if found.robustness_seconds:
+        yield (
+            f"Robustness of {ROBUST} models, each taught at most {found.robustness.trained} tokens "
+            f"and sampling {found.robustness.sampled}: {_duration(found.robustness_seconds)}"
+        )
+    if found.written_tokens:
+        yield f"The base writes rows, as none are given: {_duration(found.writing_seconds)}"
+
+
+def _count(number: float) -> str:
+    for unit, size in (("billion", 1e9), ("million", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{seconds:.2g} s"
