@@ -12,6 +12,7 @@ from sage_hub.errors import UsageError, about
 from sage_hub.evaluation.comparison import Result
 from sage_hub.evaluation.evaluate import expected_names
 from sage_hub.evaluation.imported import read_results
+from sage_hub.evaluation.scoring import ROWS_PER_BATCH
 from sage_hub.evaluation.written import LONGEST, NAME, check_opening
 from sage_hub.model.compute import type_of
 from sage_hub.record.gates import ALWAYS_KNOWN, Gate, check_names, parse
@@ -50,7 +51,7 @@ class Supply:
         if settings.low_disk:
             return cls(general=sets, why="with --low-disk it is never here as a whole")
         model = base.empty_model(type_of(settings.compute_dtype))
-        tokens = 4 * settings.batch_size * LONGEST  # as its answers are written
+        tokens = ROWS_PER_BATCH * settings.batch_size * LONGEST  # as its answers are written
         needed = weight_bytes(model) + cache_bytes(model, tokens) + RUNTIME
         limit = settings.memory * GB
         if needed > limit:

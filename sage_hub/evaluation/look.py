@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sage_hub.calibration.budget import RUNTIME
-from sage_hub.calibration.estimate import weight_bytes
+from sage_hub.calibration.estimate import cache_bytes, weight_bytes
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.evaluation.comparison import Result
 from sage_hub.evaluation.harness import run_tasks
@@ -23,7 +23,7 @@ from sage_hub.evaluation.relearning import (
 )
 from sage_hub.evaluation.robustness import BITS, quantized
 from sage_hub.evaluation.sampling import SAMPLED, sample_answers
-from sage_hub.evaluation.scoring import Known, Scored, answer, score
+from sage_hub.evaluation.scoring import ROWS_PER_BATCH, Known, Scored, answer, score
 from sage_hub.evaluation.suites import SAMPLES, EvaluationSet, Told
 from sage_hub.model.blocks import BlockModel, open_blocks
 from sage_hub.model.compute import type_of
@@ -76,7 +76,9 @@ class Look:
         sampled = next((one for one in self.sets if one.sampled), None)
         wanted = {"generated answers": asked, "sampled answers": sampled, "lm-eval": tasks}
         what = [name for name, there in wanted.items() if there]
-        if not what or not self._fits(weight_bytes(model.model) + RUNTIME, *what):
+        tokens = max((_generated(one, self.settings) for one in asked), default=0)
+        needed = weight_bytes(model.model) + cache_bytes(model.model, tokens) + RUNTIME
+        if not what or not self._fits(needed, *what):
             self.views[None] = self._scores(model, weights, self.sets)
             return
         with model.whole(weights) as whole:
@@ -219,3 +221,11 @@ def _without(one: EvaluationSet, taught: Collection[int]) -> EvaluationSet:
         counted=tuple(one.counted[place] for place in others),
         answered=(),
     )
+
+
+def _generated(asked: EvaluationSet, settings: Settings) -> int:
+    """How many tokens are in memory at most where answers of a set are generated."""
+    kind = asked.answering
+    longest = max(len(asked.told[place].answer.asked) for place in asked.answered)
+    new = kind.max_new_tokens if kind else 0
+    return ROWS_PER_BATCH * settings.batch_size * (longest + new)

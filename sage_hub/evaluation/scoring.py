@@ -33,6 +33,7 @@ from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
 
 TAIL = 16  # tokens in which the end of an answer is looked for
+ROWS_PER_BATCH = 4  # one token of a row at a time takes little, so more rows fit
 LOGITS = 1 << 24  # at a time: 64 MB in float32
 # What generation_config.json may say of greedy decoding.
 TUNED = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "suppress_tokens")
@@ -217,7 +218,7 @@ def answer(
     tokenizer, ends, ranks = load_tokenizer(tokens_of), end_tokens(tokens_of), run.ranks
     tuned = _tuned(tokens_of) if kind.tuned else {}
     order = sorted(range(len(rows)), key=lambda place: (-len(rows[place].asked), place))
-    size = 4 * batch_size  # one token of a row at a time takes little, so more rows fit
+    size = ROWS_PER_BATCH * batch_size
     groups = [order[i : i + size] for i in range(0, len(order), size)]
     found: dict[int, str] = {}
     with run.progress.counter(what, len(rows), "row") as bar:
