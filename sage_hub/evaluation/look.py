@@ -148,7 +148,9 @@ class Look:
         how: str = "",
     ) -> dict[str, list[Seen]]:
         rows = [one for part in sets for told in part.told for one in told]
-        found = {} if how else {row: self.known[row] for row in rows if row in self.known}
+        # A search does not ask for what attacks on membership take.
+        known = {} if how or self.settings.unseen is not None else self.known
+        found = {row: known[row] for row in rows if row in known}
         left = [row for row in rows if row not in found]
         what = f"Evaluating {self.name} {how}".strip()
         own, scratch = self.settings, self.scratch

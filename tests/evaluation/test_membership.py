@@ -20,6 +20,7 @@ from sage_hub.evaluation.membership import ATTACKS, membership_auc, privleak
 from sage_hub.evaluation.metrics import Seen
 from sage_hub.evaluation.scoring import Scored
 from sage_hub.evaluation.suites import Told
+from sage_hub.evaluation.variants import evaluate_variants
 from sage_hub.rows.encoding import encoder_of
 from sage_hub.rows.forms import parse_rows
 from sage_hub.rows.sources import read_proxy
@@ -91,6 +92,12 @@ def test_each_attack_is_its_definition_on_a_whole_model(pair: Path, tmp_path: Pa
         expected = roc_auc_score([0] * 8 + [1] * 8, own_scores)
         assert values[name] == pytest.approx(expected, abs=1e-6), name
     without = replace(settings, unseen=None)
+    # What a search has seen of the rows says nothing of the vocabulary beside them.
+    pair_of = {"model": None}
+    known = evaluate_variants(checkpoint, checkpoint, pair_of, study, without, tmp_path)
+    again = replace(study, known={"model": known["model"].known})
+    told = evaluate({"model": Candidate(checkpoint)}, again, settings, tmp_path)
+    assert {one.metric: one.value for one in told.results if one.set == "forget"} == values
     alone = Study({"forget": proxies["forget"]}, checkpoint)
     fewer = evaluate({"model": Candidate(checkpoint)}, alone, without, tmp_path)
     assert not {one.metric for one in fewer.results} & ATTACKS.keys()
