@@ -198,7 +198,7 @@ class Settings:
     gates: tuple[str, ...] = _record(
         (),
         texts("CONDITION", "conditions"),
-        "stop unless each is met, as 'heldout.probability >= base - 0.02'",
+        "stop unless each is met, as 'heldout.probability >= base - 0.1'",
         option="--gate",
     )
     results: Mapping[str, str] = _record(

@@ -67,7 +67,8 @@ class Inputs:
     settings: Settings
     calibrates: bool
     supply: Supply
-    proxies: dict[str, Proxy] = field(default_factory=dict)
+    read: dict[str, Proxy] = field(default_factory=dict)  # those that are given
+    proxies: dict[str, Proxy] = field(default_factory=dict)  # all, once all could be read
     results: list[Result] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
     shown: dict[str, str] = field(default_factory=dict)  # the first row of each set, as seen
@@ -79,10 +80,17 @@ class Inputs:
             name, commit = (s.name, s.commit) if (s := sides.get(model)) else ("", None)
             self.results += read_results(model, path, name=name, commit=commit)
 
-    def read_sets(self) -> None:
-        """The sets, and whether there are those that the gain is found by."""
+    def read_set(self, which: str) -> None:
+        """One of the sets that are given."""
+        with about_set(which):
+            self.read[which] = read_proxy(self.settings.sets[which])
+
+    def compare_sets(self) -> None:
+        """The sets together, and whether there are those that the gain is found by."""
         settings = self.settings
-        self.proxies |= read_proxies(settings, general_texts(self.supply.general))
+        if self.read.keys() < settings.sets.keys():
+            return  # which is a problem of its own
+        self.proxies |= _disjoint(self.read, general_texts(self.supply.general))
         if settings.gain == "match" and self.calibrates and "forget" not in self.proxies:
             raise UsageError("--gain match is measured on the forget proxy; give --forget.")
         if settings.target is not None and settings.gain_rule != "search":
@@ -121,6 +129,10 @@ def read_proxies(settings: Settings, others: Mapping[str, Proxy] = {}) -> dict[s
     for which, source in settings.sets.items():
         with about_set(which):
             given[which] = read_proxy(source)
+    return _disjoint(given, others)
+
+
+def _disjoint(given: Mapping[str, Proxy], others: Mapping[str, Proxy]) -> dict[str, Proxy]:
     proxies = {**others, **given}
     check_disjoint({which: proxy.hashes for which, proxy in proxies.items()})
     return proxies

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from sage_hub.calibration.budget import Budget, expect_calibration
@@ -108,7 +109,8 @@ def survey(
         ),
         lambda: check_effect(plan.unlearned),
         lambda: data.read_results(pair.sides),
-        data.read_sets,
+        *(partial(data.read_set, which) for which in settings.sets),
+        data.compare_sets,
         lambda: data.check_rows(plan, reference),
         data.read_gates,
         about("card_template", "--card-template")(

@@ -81,9 +81,14 @@ def ask(repo: str, call: Callable[[], T], revision: str | None = None) -> T:
                 if explained is None:
                     raise
                 raise explained from None
-            hint = "" if tries > 1 or "/" in repo else f" (A folder is written ./{repo}.)"
+            hint = "" if tries > 1 else _as_folder(repo)
             log.warning("%s; trying again in %.0f s.%s", _what_passed(error, repo), pause, hint)
         time.sleep(pause)
+
+
+def _as_folder(repo: str) -> str:
+    """A hint for what may have been meant as a folder: a name alone."""
+    return "" if "/" in repo else f" (A folder is written ./{repo}.)"
 
 
 def wait_before_next(error: BaseException, tries: int) -> float | None:
@@ -176,7 +181,7 @@ def explain(
         if status_of(error) is None:
             return NetworkError(
                 f"{said}{often}; check the network and HF_ENDPOINT, and run the same command "
-                f"again. (A folder is written ./{repo}.)"
+                f"again.{_as_folder(repo)}"
             )
         response = _response(error)
         asked = _seconds_asked_for(response.headers) if response is not None else 0.0
@@ -207,7 +212,7 @@ def explain(
             return _explain_answer(error.__cause__ or error, repo)
         return NetworkError(
             f"{repo} is not in the local cache and the Hub cannot be reached; "
-            f"check the network, HF_ENDPOINT and HF_HUB_OFFLINE. (A folder is written ./{repo}.)"
+            f"check the network, HF_ENDPOINT and HF_HUB_OFFLINE.{_as_folder(repo)}"
         )
     if isinstance(error, EntryNotFoundError):
         return NotFoundError(f"A file is missing from {repo}: {first_line(error)}")

@@ -21,7 +21,7 @@ from sage_hub.record.tables import (
     robustness_table,
     short,
 )
-from sage_hub.record.verdict import Remark, verdict
+from sage_hub.record.verdict import Remark, said_again, verdict
 from sage_hub.settings import SETTINGS, as_words
 
 SIDES = ("base", "unlearned", "sanitized")  # whose answers are read side by side
@@ -43,10 +43,12 @@ def release_content(
         if lines
     ]
     tensors = [one for one in manifest["tensors"] if one["action"] == "filtered"]
+    read = None if answers is None else _answers(answers)
+    remarks = [*verdict(manifest, report), *(said_again(read["rows"]) if read else ())]
     return {
         "title": report["card"]["name"],
         "about": "A sanitized release: what it keeps, what it forgets, and what it says.",
-        "verdict": [remark._asdict() for remark in verdict(manifest, report)],
+        "verdict": [remark._asdict() for remark in remarks],
         "pictures": {
             "tradeoff": _tradeoff(report),
             "search": gain_path(manifest, report),
@@ -60,7 +62,7 @@ def release_content(
             {"passed": g["passed"], "text": Outcome(**g).sentence()} for g in report["gates"]
         ],
         "not_run": not_run(report),
-        "answers": None if answers is None else _answers(answers),
+        "answers": read,
         "lacks": list(lacks),
         "warnings": report["card"]["warnings"],
         "record": _record(manifest, report),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sage_hub.record.gates import Outcome
@@ -26,6 +26,7 @@ def verdict(manifest: Record, report: Record) -> list[Remark]:
     return [
         _came_back(report, lines.get("heldout")),
         _forgotten(lines.get("forget")),
+        *_forgotten_otherwise(report, lines.get("forget")),
         *_against_control(report, lines.get("heldout")),
         *_search(manifest),
         _gates(report),
@@ -86,6 +87,46 @@ def _forgotten(line: Record | None) -> Remark:
         f"{number(gap['value'], True)}, 95 % interval {number(low, True)} to "
         f"{number(high, True)}).",
     )
+
+
+def _forgotten_otherwise(report: Record, line: Record | None) -> Iterator[Remark]:
+    """Where other figures of the forget set than the main one say that some of it is back."""
+    worse = [
+        gap["metric"]
+        for gap in report["differences"]
+        if (gap["model"], gap["other"], gap["set"]) == ("sanitized", "unlearned", "forget")
+        and gap["condition"] is None
+        and gap["verdict"] == "worse"
+        and (line is None or gap["metric"] != line["metric"])
+    ]
+    if worse:
+        yield Remark(
+            "unsure",
+            f"Other figures of the forget set are worse than the source's: {', '.join(worse)}. "
+            "Read the answers to its questions, those first that came back most.",
+        )
+
+
+def said_again(rows: Sequence[Record]) -> Iterator[Remark]:
+    """Whether a question to forget is answered again as the base answers it, row by row."""
+    asked = [row for row in rows if row["set"] == "forget" and row["said"]]
+    again = [row["row"] for row in asked if _is_again(*map(_folded, row["said"]))]
+    if again:
+        more = len(again) - NAMED
+        named = f"{', '.join(again[:NAMED])}{f' and {more} more' * (more > 0)}"
+        yield Remark(
+            "bad",
+            f"{len(again)} of {len(asked)} questions to forget are answered as by the base again, "
+            f"and were not by the unlearned model: {named}.",
+        )
+
+
+def _is_again(base: str, unlearned: str, sanitized: str) -> bool:
+    return bool(base) and sanitized == base != unlearned
+
+
+def _folded(said: str | None) -> str:
+    return " ".join((said or "").casefold().split())
 
 
 def _figures(line: Record) -> str:

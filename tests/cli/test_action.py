@@ -24,8 +24,8 @@ from support.loopback_hub import LoopbackHub
 from support.runner import literal, read_outputs
 
 from sage_hub.checkpoint.location import parse_location
-from sage_hub.cli.commands import _given
 from sage_hub.cli.config import load_settings
+from sage_hub.cli.given import given_of
 from sage_hub.cli.parser import make_parser, parse
 from sage_hub.commands.survey import choose_target
 from sage_hub.settings import SETTINGS, Settings
@@ -285,7 +285,7 @@ def test_what_is_off_is_off_whatever_the_settings_file_says(recorder: Runner) ->
     Path("sage.yaml").write_text("low_disk: true\n")
     for words, low_disk in (([], True), (["--no-low-disk"], False), (["--low-disk"], True)):
         args = parse(["push", "org/a", "org/b", *words])
-        assert load_settings(_given(args), config=None, unlearned=None)[0].low_disk is low_disk
+        assert load_settings(given_of(args), config=None, unlearned=None)[0].low_disk is low_disk
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,8 @@ def test_a_problem_says_what_to_do(
     capsys.readouterr()
     assert main(["sanitize", *sides, *proxies(pair), "--quiet", "--dry-run", "--json"])
     shown = capsys.readouterr()
-    problems = json.loads(shown.out)["problems"] if shown.out else [{"message": shown.err}]
+    found = json.loads(shown.out)
+    problems = found.get("problems", [found])  # or what kept it from a plan
     for said in (problem["message"] for problem in problems):
         words = set(re.findall(r"\w+", said.lower()))
         assert " --" in said or words & TO_DO, said
@@ -108,18 +109,29 @@ def test_a_problem_names_the_line_of_the_settings(
     assert "See other.yaml, line 3." in capsys.readouterr().err
 
 
+def test_each_set_that_cannot_be_read_is_a_problem(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = [str(pair / "base"), str(pair / "unlearned")]
+    sets = ["--retain", "no.jsonl", "--forget", "none.jsonl", "--heldout"]
+    words = ["push", *sides, *sets, str(pair / "heldout.jsonl"), "--dry-run", "--json"]
+    assert main(words) == 10
+    found = json.loads(capsys.readouterr().out)["problems"]
+    assert [one["message"].split()[3] for one in found] == ["no.jsonl", "none.jsonl"]
+
+
 def test_a_settings_file_that_is_gone_meanwhile_hides_no_problem(
     pair: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rows(Path("bad.jsonl"), [{"question": "w1", "answer": ""}])
     Path("mine.yaml").write_text("forget: bad.jsonl\n", encoding="utf-8")
-    read = survey.Inputs.read_sets
+    read = survey.Inputs.read_set
 
-    def remove(own: survey.Inputs) -> None:
+    def remove(own: survey.Inputs, which: str) -> None:
         Path("mine.yaml").unlink(missing_ok=True)
-        read(own)
+        read(own, which)
 
-    monkeypatch.setattr(survey.Inputs, "read_sets", remove)
+    monkeypatch.setattr(survey.Inputs, "read_set", remove)
     sides = [str(pair / "base"), str(pair / "unlearned")]
     assert main(["push", *sides, "--config", "mine.yaml", "--dry-run"]) == 18
     assert "'answer' is empty or not text. See --forget." in capsys.readouterr().err

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sage_hub.record.verdict import verdict
+from sage_hub.record.verdict import said_again, verdict
 
 
 def result(model: str, which: str, value: float) -> dict[str, Any]:
@@ -116,3 +116,19 @@ def test_gates_and_a_search_that_was_held_back() -> None:
     assert ("bad", "1 of 2 gates is not met: c >= d (1 against 2).") in said(gates=[met, failed])
     held = {"gain_search": {"outcome": "held back", "of": "the unlearned model's level"}}
     assert any("ended before it reached the unlearned" in text for _, text in said(held))
+
+
+def test_an_answer_that_is_the_base_s_again_is_bad_whatever_the_mean_says() -> None:
+    rows = [
+        {"set": "forget", "row": "row 1", "said": ["Ada  L.", "nobody", "ada l."]},
+        {"set": "forget", "row": "row 2", "said": ["Ada", "Ada", "Ada"]},  # never forgotten
+        {"set": "forget", "row": "row 3", "said": ["Ada", "nobody", "no idea"]},
+        {"set": "forget", "row": "row 4", "said": ["", "nobody", ""]},
+        {"set": "forget", "row": "row 5", "said": None},
+        {"set": "heldout", "row": "row 1", "said": ["Bob", "nobody", "Bob"]},
+    ]
+    (remark,) = said_again(rows)
+    assert remark.tone == "bad"
+    assert remark.text.startswith("1 of 4 questions to forget")
+    assert remark.text.endswith(": row 1.")
+    assert not [*said_again(rows[1:])]

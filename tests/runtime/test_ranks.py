@@ -105,7 +105,8 @@ def test_several_processes_make_the_release_of_one(count: int, pair: Path, tmp_p
     assert manifests[0] == manifests[1]
     one, several = (found[ranks]["report"]["results"] for ranks in (1, count))
     same(one, several)
-    assert len(one) == 3 * (4 + 5 + 5)  # models (the source is the control), metrics of each set
+    # Models (the source is the control), the metrics of each set, and fluency.
+    assert len(one) == 3 * (4 + 6 + 6 + 1)
 
 
 def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
