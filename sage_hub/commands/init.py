@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,12 +149,14 @@ def _about(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _yaml(values: Mapping[str, Any]) -> Sequence[str]:
-    """These settings as lines of a settings file."""
-    text = yaml.safe_dump(
-        {**values},
-        sort_keys=False,
-        allow_unicode=True,
-        width=math.inf,
-        default_flow_style=None,  # a list on one line
-    )
-    return text.rstrip("\n").split("\n")
+    """These settings as lines of a settings file; a list is on one line, as one "# " hides it."""
+    lines: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, (list, tuple)):
+            lines.append(f"{name}: {json.dumps([*value], ensure_ascii=False)}")
+        else:
+            text = yaml.safe_dump(
+                {name: value}, sort_keys=False, allow_unicode=True, width=math.inf
+            )
+            lines += text.rstrip("\n").split("\n")
+    return lines
