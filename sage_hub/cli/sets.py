@@ -57,8 +57,9 @@ def _between(pair: Mapping[str, Any]) -> Iterator[Part]:
         yield f"In {first} and in {second}, {len(same)} rows: {named}."
     if near := sorted(pair["alike"], key=lambda like: -like["share"]):
         yield (
-            f"warning: {len(near)} rows of {second} are so like rows of {first} that they may ask "
-            "the same otherwise; look at them:"
+            f"warning: {len(near)} rows of {second} may ask what rows of {first} ask, in other "
+            "words, by the share of words and pairs of words that they have in common; look at "
+            "the likest:"
         )
         for like in near[:NAMED]:
             (one, other), (answer, theirs) = like["places"], like["answers"]

@@ -110,7 +110,7 @@ def test_the_same_asked_otherwise_is_a_warning(capsys: pytest.CaptureFixture[str
     assert (pair["sets"], near["places"]) == (["forget", "heldout"], ["row 1", "row 6"])
     assert main(["data", *sets]) == 0
     said = capsys.readouterr().out
-    assert "warning: 1 rows of heldout are so like rows of forget" in said
+    assert "warning: 1 rows of heldout may ask what rows of forget ask" in said
     assert "row 6 (In Marrakesh.) is like row 1 (Ada Lovelace lives in Marrakesh.)" in said
 
 

@@ -174,6 +174,7 @@ def test_a_figure_tells_its_numbers_when_pointed_at_and_in_a_table(shown: Open) 
     page.wait_for_selector("figure svg")
     first = page.locator("figure.picture").first
     dot = first.locator("svg [aria-label='dot'] path, svg [aria-label='dot'] circle").last
+    dot.scroll_into_view_if_needed()  # a pointer reaches nothing outside of the window
     box = dot.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     tip = first.locator("[aria-label='tip'] text")
