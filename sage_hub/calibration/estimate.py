@@ -124,31 +124,14 @@ def estimate(
     The model writes `written` tokens of rows that are not given; `robustness` is none unless asked.
     """
     sites, blocks = find_sites(model), cut(model)
-    per_token, sets = _flops_per_token(model, blocks), calibrated_sets(settings)
-    calibrated = sets * tokens
-    forward = calibrated * per_token
-    modes = []
-    for name, changes in MODES.items():
+    per_token, size = _flops_per_token(model, blocks), weight_bytes(model)
+    products = _flops_of_pass(model, settings)
+
+    def mode(name: str, changes: Mapping[str, Any]) -> Mode:
         own = replace(settings, **changes)
+        calibrated = calibrated_sets(own) * tokens
         budget = plan_memory(blocks, sites, own, tokens=calibrated, longest=longest)
-        moments, decompositions = 0.0, 0.0
-        seconds = _BESIDES * forward / rates.forward
-        for site in sites:
-            seen = calibrated * (_routed_share(model) if site.expert else 1)
-            summed, once = _flops_of_site(site, budget.sketched, own.rank)
-            decomposed = sets * once
-            moments, decompositions = moments + seen * summed, decompositions + decomposed
-            rate = rates.sketches if site.name in budget.sketched else rates.moments
-            seconds += seen * summed / rate + decomposed / rates.float64
-        seconds += 2 * weight_bytes(model) / rates.hashing  # hashed, then read
-        kept = sets * statistics_bytes(sites, budget.sketched, own.rank)
-        modes.append(Mode(name, budget, kept, forward, moments, decompositions, seconds))
-    size = weight_bytes(model)
-    state, products = model.state_dict(keep_vars=True), 0.0
-    share = _USUAL_RANK if settings.sharpness[1] <= 0.9 else _SHARP_RANK
-    for parameter, maps in linear_maps(model).items():
-        rank = min(int(share * maps[0].features), settings.rank or maps[0].features)
-        products += _PRODUCTS * 2.0 * state[parameter].numel() * rank
+        return _mode(name, model, sites, budget, own, calibrated, rates, per_token)
 
     def run(tokens: int) -> float:
         return _BESIDES * tokens * per_token / rates.forward
@@ -160,8 +143,8 @@ def estimate(
         sites=len(sites),
         widest=max((site.size for site in sites), default=0),
         tokens=tokens,
-        sets=sets,
-        modes=tuple(modes),
+        sets=calibrated_sets(settings),
+        modes=tuple(mode(name, changes) for name, changes in MODES.items()),
         chosen=settings.moments,
         pass_flops=products,
         pass_bytes=3 * size,
@@ -184,6 +167,42 @@ def estimate(
         + _BESIDES * written * per_token / rates.generation
         + 2 * run(written),
     )
+
+
+def _mode(
+    name: str,
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    budget: Budget,
+    settings: Settings,
+    tokens: int,
+    rates: Rates,
+    per_token: float,
+) -> Mode:
+    """What calibration takes on `tokens` tokens of all sets, with the moments of `budget`."""
+    sets, forward = calibrated_sets(settings), tokens * per_token
+    moments, decompositions = 0.0, 0.0
+    seconds = _BESIDES * forward / rates.forward
+    for site in sites:
+        seen = tokens * (_routed_share(model) if site.expert else 1)
+        summed, once = _flops_of_site(site, budget.sketched, settings.rank)
+        decomposed = sets * once
+        moments, decompositions = moments + seen * summed, decompositions + decomposed
+        rate = rates.sketches if site.name in budget.sketched else rates.moments
+        seconds += seen * summed / rate + decomposed / rates.float64
+    seconds += 2 * weight_bytes(model) / rates.hashing  # hashed, then read
+    kept = sets * statistics_bytes(sites, budget.sketched, settings.rank)
+    return Mode(name, budget, kept, forward, moments, decompositions, seconds)
+
+
+def _flops_of_pass(model: PreTrainedModel, settings: Settings) -> float:
+    """The products of the pass over the weights, with as many directions as are usual."""
+    state, products = model.state_dict(keep_vars=True), 0.0
+    share = _USUAL_RANK if settings.sharpness[1] <= 0.9 else _SHARP_RANK
+    for parameter, maps in linear_maps(model).items():
+        rank = min(int(share * maps[0].features), settings.rank or maps[0].features)
+        products += _PRODUCTS * 2.0 * state[parameter].numel() * rank
+    return products
 
 
 def weight_bytes(model: PreTrainedModel) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -94,35 +94,11 @@ def survey(
         run=run,
         supply=supply,
     )
-    checks: list[Callable[[], object]] = [
-        lambda: check_filters(plan, settings),
-        lambda: _check_target(job, pair),
-        lambda: _check_ranks(job),
-        lambda: check_save(job),
-        lambda: check_disk(
-            plan,
-            job.output,
-            statistics=kept if ready is None else ready.missing_bytes,
-            calibration=int(kept + memory.spilled) if ready is None else 0,
-            low_disk=settings.low_disk,
-            keep=job.keeps_output or bool(settings.sets.keys() - {"retain"}),
-        ),
-        lambda: check_effect(plan.unlearned),
-        lambda: data.read_results(pair.sides),
-        *(partial(data.read_set, which) for which in settings.sets),
-        data.compare_sets,
-        lambda: data.check_rows(plan, reference),
-        data.read_gates,
-        about("card_template", "--card-template")(
-            lambda: card.find_template(settings.card_template)
-        ),
-        about("lm_eval", "--lm-eval")(lambda: harness.check_available(settings.lm_eval)),
-    ]
-    if ready is None:
-        checks.append(lambda: _check_memory(least))
-    if plan.base.commit and plan.unlearned.commit:  # the Hub knows the hashes
-        checks.append(lambda: _fingerprints(plan, SILENT))
-    problems = (*plan.problems, *_failures(checks), *unreadable(plan))
+    problems = (
+        *plan.problems,
+        *_failures(_checks(job, pair, data, least, kept)),
+        *unreadable(plan),
+    )
     job = replace(
         job,
         settings=_with_commits(settings, data.proxies),
@@ -132,6 +108,42 @@ def survey(
         problems=problems,
     )
     return replace(job, warnings=tuple(_warnings(job)))
+
+
+def _checks(
+    job: Job, pair: Pair, data: Inputs, least: Budget, kept: int
+) -> Iterator[Callable[[], object]]:
+    """Each thing that can be refused beforehand, in the order in which it is told.
+
+    `least` is the memory that calibration takes at least, `kept` the bytes of its statistics.
+    """
+    plan, settings, ready = job.plan, job.settings, job.statistics
+    yield lambda: check_filters(plan, settings)
+    yield lambda: _check_target(job, pair)
+    yield lambda: _check_ranks(job)
+    yield lambda: check_save(job)
+    yield lambda: check_disk(
+        plan,
+        job.output,
+        statistics=kept if ready is None else ready.missing_bytes,
+        calibration=int(kept + job.memory.spilled) if ready is None and job.memory else 0,
+        low_disk=settings.low_disk,
+        keep=job.keeps_output or bool(settings.sets.keys() - {"retain"}),
+    )
+    yield lambda: check_effect(plan.unlearned)
+    yield lambda: data.read_results(pair.sides)
+    yield from (partial(data.read_set, which) for which in settings.sets)
+    yield data.compare_sets
+    yield lambda: data.check_rows(plan, job.reference)
+    yield data.read_gates
+    yield about("card_template", "--card-template")(
+        lambda: card.find_template(settings.card_template)
+    )
+    yield about("lm_eval", "--lm-eval")(lambda: harness.check_available(settings.lm_eval))
+    if ready is None:
+        yield lambda: _check_memory(least)
+    if plan.base.commit and plan.unlearned.commit:  # the Hub knows the hashes
+        yield lambda: _fingerprints(plan, SILENT)
 
 
 def check_weights(job: Job) -> Job:
@@ -230,7 +242,7 @@ def _with_commits(settings: Settings, proxies: Mapping[str, Proxy]) -> Settings:
     return replace(settings, bystanders=others, **own)  # type: ignore[arg-type]
 
 
-def _failures(checks: Sequence[Callable[[], object]]) -> Iterator[SageHubError]:
+def _failures(checks: Iterable[Callable[[], object]]) -> Iterator[SageHubError]:
     for check in checks:
         try:
             check()

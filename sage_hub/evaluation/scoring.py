@@ -224,7 +224,7 @@ def answer(
     with run.progress.counter(what, len(rows), "row") as bar:
         for places in ranks.mine(groups):
             prompts = [rows[place].asked for place in places]
-            unattended = rows[places[0]].unattended  # as in all of one set
+            unattended = [rows[place].unattended for place in places]
             choose = drawing(places) if drawing else None
             lines = generate(
                 model, tokenizer, prompts, kind, ends, choose, tuned=tuned, unattended=unattended
@@ -260,13 +260,13 @@ def generate(
     choose: Choice | None = None,
     *,
     tuned: Mapping[str, Any] = {},
-    unattended: int | None = None,
+    unattended: Sequence[int | None] = (),
 ) -> list[list[int]]:
     """The tokens that `model`, whole and in memory, goes on with behind each of `prompts`.
 
     Up to one of `ends`, which is left away; one of the stops may be among them, with a few more.
     Greedily, or sampled from the logits (rows, vocabulary) that `choose` makes of them. `tuned` are
-    fields of a GenerationConfig, `unattended` a token of the prompts that no other looks at.
+    fields of a GenerationConfig, `unattended` of each prompt a token that no other looks at.
     """
     width = max(map(len, prompts))
     # Padded on the left, so that every row goes on from its own last token.
@@ -274,7 +274,8 @@ def generate(
     mask = torch.zeros_like(ids)
     for line, prompt in enumerate(prompts):
         ids[line, width - len(prompt) :] = torch.tensor(prompt)
-        mask[line, width - len(prompt) :] = attended(prompt, unattended)
+        hidden = unattended[line] if unattended else None
+        mask[line, width - len(prompt) :] = attended(prompt, hidden)
     context = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     room = context - width if isinstance(context, int) else kind.max_new_tokens
     config = GenerationConfig(
