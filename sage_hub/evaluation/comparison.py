@@ -77,7 +77,6 @@ def figures(
 ) -> tuple[dict[Key, Estimate], list[dict[str, str]]]:
     """All figures there are, and why others are not."""
     found: dict[Key, Estimate] = {}
-    absent: list[dict[str, str]] = []
     for (model, condition), views in seen.items():
         for one in sets:
             metrics = LEAKS if condition == SAMPLED else one.metrics
@@ -85,9 +84,13 @@ def figures(
                 figure = mean_over_rows(name, views[one.name], seed)
                 if figure is not None:
                     found[Key(model, one.name, name, condition)] = figure
-                elif condition is None:
-                    what, reason = f"{name} on {one.name}", METRICS[name].lacking
-                    absent.append({"what": what, "reason": reason})
+    there = {(key.set, key.metric) for key in found if key.condition is None}
+    absent = [  # of every model: what one of them lacks is said where that is known
+        {"what": f"{name} on {one.name}", "reason": METRICS[name].lacking}
+        for one in sets
+        for name in one.metrics
+        if (one.name, name) not in there
+    ]
     by_name = {one.name: one for one in sets}
     for model in {model for model, condition in seen if condition is None}:
         found |= _utility(found, model)

@@ -122,11 +122,13 @@ def accuracy(seen: Seen) -> float | None:
 def repetition(seen: Seen) -> float | None:
     """The share of four words in a row of the model's own answer that it has said before in it.
 
-    None of an answer of fewer words.
+    Nothing of an answer of fewer words.
     """
-    words = (seen.said or "").casefold().split()
+    if seen.said is None:
+        return None
+    words = seen.said.casefold().split()
     runs = [tuple(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else None
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def _rouge(part: str) -> Callable[[Seen], float | None]:
@@ -195,7 +197,7 @@ METRICS: Mapping[str, Metric] = {
     "accuracy": Metric(accuracy, "higher", "lower", "the rows have no choices column"),
     "knowmem": Metric(_rouge("fmeasure"), "higher", "lower", NOT_ANSWERED),
     "verbmem": Metric(_rouge("fmeasure"), "higher", "lower", NOT_ANSWERED),
-    "repetition": Metric(repetition, "lower", "lower", "no answer of four words was generated"),
+    "repetition": Metric(repetition, "lower", "lower", NOT_ANSWERED),
     "extraction_strength": Metric(extraction_strength, "higher", "lower", ""),
     "exact_memorization": Metric(exact_memorization, "higher", "lower", ""),
 }

@@ -168,7 +168,7 @@ def test_repetition_is_of_four_words_in_a_row() -> None:
     # One two three four, two three four one, three four one two, four one two three, and again one.
     assert of("one two three four one two three four") == pytest.approx(1 - 4 / 5)
     assert of("No no no no no NO") == pytest.approx(1 - 1 / 3)
-    assert of("three words only") is None
+    assert of("three words only") == 0
     assert of(None) is None
 
 
