@@ -41,7 +41,9 @@ class Size:
 
 
 CPU = Size("cpu", "forget01", "retain99", 7, 3, 100, 60, 40)
+MIDDLE = Size("middle", "forget05", "retain95", 30, 10, 400, 200, 40)
 FULL = Size("full", "forget10", "retain90", 120, 60, 400, 400, 117)
+SIZES = {size.name: size for size in (CPU, MIDDLE, FULL)}
 
 
 @dataclass(frozen=True)

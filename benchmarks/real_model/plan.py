@@ -60,6 +60,13 @@ BEST = [
     _sage(100, 0.99, weigh=1.0, gains=LARGE, match=True),
     Config("hard", {"energy": 0.99}, weigh=1.0, gains=LARGE),
 ]
+HEADLINE = [  # what a reader asks for first, each with the same gains
+    SCALED,
+    _sage(100, 0.99, gains=LARGE),
+    _sage(100, 0.99, weigh=1.0, gains=LARGE),
+    Config("hard", {"energy": 0.99}, LARGE),
+    Config("null_space", {"threshold": 0.1}, LARGE),
+]
 WEIGHED = [
     _sage(10, 0.9, weigh=1.0, match=True),
     Config("hard", {"energy": 0.9}, weigh=1.0),
@@ -140,6 +147,7 @@ PARTS = [
     _sage(100, 0.99, retain="quarter", weigh=1.0, gains=LARGE),
 ]
 STAGES = {
+    "headline": HEADLINE,
     "core": CORE,
     "best": BEST,
     "weighed": WEIGHED,

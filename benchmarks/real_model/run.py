@@ -21,7 +21,7 @@ import robustness
 import rounding
 import torch
 from build import METHODS, Workshop
-from data import CPU, FULL
+from data import SIZES
 from filelock import FileLock, Timeout
 from plan import STAGES
 from sweep import Bench
@@ -33,13 +33,13 @@ def main() -> None:
     """Do all that is not done yet, the most telling part first."""
     options = _options()
     torch.set_num_threads(options.threads)
-    device = "cuda" if options.full and torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def say(text: str) -> None:
         print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
 
     shops = [
-        Workshop(options.cache, FULL if options.full else CPU, seed, options.tofu, device, say)
+        Workshop(options.cache, SIZES[options.size], seed, options.tofu, device, say)
         for seed in options.seeds
     ]
     jobs = [
@@ -93,7 +93,9 @@ def _options() -> argparse.Namespace:
     levels = ["strong", "mild", "collapsed"]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--full", action="store_true", help="forget10 and all of TOFU, on a GPU")
+    parser.add_argument(
+        "--size", choices=SIZES, default="cpu", help="middle: forget05; full: forget10, for a GPU"
+    )
     parser.add_argument("--tofu", help="folder of TOFU's files; without it they come from the Hub")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "sage-hub-benchmark")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results.json")
