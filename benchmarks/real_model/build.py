@@ -24,6 +24,8 @@ from data import GEMMA, MAIN, SKETCHED, Rows, Size, read_rows, tokens
 from evaluate import losses, probabilities
 from filelock import FileLock
 from frontier import mean
+from safetensors.torch import save_file
+from torch.nn import Linear
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sage_hub.calibration.calibrate import calibrate
@@ -120,6 +122,24 @@ class Workshop:
 
         recipe = {"base": self.base.name, "files": list(files), "version": 2}
         return self._made(f"statistics-{name}", recipe, make) / f"{proxy}.safetensors"
+
+    def fisher(self) -> Path:
+        """The file with each linear weight's Fisher information, `NAME.forget`, `NAME.retain`."""
+
+        def make(to: Path) -> None:
+            model = self.load(self.base)
+            linear = {
+                f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Linear)
+            }
+            found = {}
+            for what in ("forget", "retain"):
+                proxy = self.rows.forget if what == "forget" else self.rows.proxies[MAIN]
+                squares = train.fisher(model, tokens(proxy, self.tokenizer))
+                found |= {f"{name}.{what}": squares[name] for name in linear & squares.keys()}
+            save_file(found, to / "fisher.safetensors")
+
+        recipe = {"base": self.base.name, "version": 1}
+        return self._made("fisher", recipe, make) / "fisher.safetensors"
 
     def load(self, folder: Path) -> Any:
         """The model in `folder`, in its stored type."""

@@ -26,6 +26,8 @@ class Site:
     forget: Spectrum
     depth: float  # 0 at the first layer, 1 at the last
     name: str = ""
+    # Each entry's Fisher information (out, in), on forget and on retain rows.
+    fisher: Callable[[], tuple[Tensor, Tensor]] | None = None
 
 
 Method = Callable[..., Tensor]  # (Δ, site, its own strength as keywords) -> D
@@ -105,6 +107,18 @@ def null_space(delta: Tensor, site: Site, *, threshold: float) -> Tensor:
     return _filter(delta, site, g.to(site.retain.values))
 
 
+def per_parameter(delta: Tensor, site: Site, *, weight: float) -> Tensor:
+    """PerTA (2601.22030): each entry of Δ by f/(f + w·r), f and r its diagonal Fisher information.
+
+    Their abstract says what the shares weigh and by what; this form of it is from a public
+    implementation of others (commonly w = 1), as the paper itself was not to be had.
+    """
+    assert site.fisher is not None
+    forget, retain = (one.to(delta) for one in site.fisher())
+    # Where neither set has a gradient, nothing is known, and nothing is changed.
+    return delta * torch.nan_to_num(forget / (forget + weight * retain))
+
+
 def sap(delta: Tensor, site: Site, *, alpha: float) -> Tensor:
     """SAP's complement (2403.08618): Δ(I − UΛUᵀ), Λ = αŝ/((α−1)ŝ + 1), ŝ = s/tr C."""
     share = site.retain.values / site.retain.trace
@@ -158,6 +172,7 @@ METHODS: Mapping[str, Method] = {
     "forget_anchored": forget_anchored,
     "hard": hard,
     "null_space": null_space,
+    "per_parameter": per_parameter,
     "sap": sap,
     "ridge": ridge,
     "regmean": regmean,

@@ -11,6 +11,8 @@ from data import MAIN, SKETCHED
 GAINS = (1.0, 2.0, 3.0, 4.5, 7.0, 12.0)
 LARGE = (1.0, 4.5, 7.0, 12.0, 20.0, 32.0, 50.0)  # where a sharp filter leaves little
 AROUND_ONE = (0.7, 1.0, 1.5, 2.5)
+# What a point's update is of.
+ABOUT = ("method", "strength", "retain", "others", "drop", "weigh", "shares_of")
 ALPHAS = (1.0, 0.85, 0.7, 0.55, 0.4)
 
 
@@ -90,6 +92,7 @@ PEERS = [  # one strength of each
     *_each("ridge", "strength", 100, gains=LARGE),
     *_each("sap", "alpha", 1e3),
     *_each("null_space", "threshold", 1.0),
+    *_each("per_parameter", "weight", 1.0),
     *_each("regmean", "weight", 1.0),
     *_each("lines", "shallow", 0.0, gains=AROUND_ONE),
     *_each("trimmed", "keep", 0.1, gains=AROUND_ONE),
@@ -100,6 +103,7 @@ MORE_PEERS = [
     *_each("ridge", "strength", 10, gains=LARGE),
     *_each("sap", "alpha", 1e4, gains=LARGE),
     *_each("null_space", "threshold", 0.1, gains=LARGE),
+    *_each("per_parameter", "weight", 10.0),
     *_each("regmean", "weight", 10.0),
     *_each("lines", "shallow", 0.5, gains=AROUND_ONE),
     *_each("trimmed", "keep", 0.3, gains=AROUND_ONE),
@@ -110,6 +114,7 @@ PEER_SHARES = [
     *_each("ridge", "strength", 100, gains=LARGE, weigh=1.0),
     *_each("sap", "alpha", 1e4, gains=LARGE, weigh=1.0),
     *_each("null_space", "threshold", 0.1, gains=LARGE, weigh=1.0),
+    *_each("per_parameter", "weight", 1.0, weigh=1.0),
     *_each("regmean", "weight", 10.0, weigh=1.0),
     *_each("lines", "shallow", 0.0, gains=AROUND_ONE, weigh=1.0),
     *_each("trimmed", "keep", 0.1, gains=AROUND_ONE, weigh=1.0),

@@ -11,29 +11,33 @@ from typing import Any, TypeAlias
 
 from data import MAIN
 from frontier import Point, Recovery, mean, recovery
-from plan import STAGES
+from plan import ABOUT, STAGES
 
 DRAWS = 1000
 # What points are taken if nothing else is said.
 USUAL = {"what": "core", "retain": MAIN, "others": "source", "drop": None, "weigh": None}
-# What a point's update is of.
-ABOUT = ("method", "strength", "retain", "others", "drop", "weigh", "shares_of")
 LEVELS = ("strong", "mild", "collapsed")
 ORDER = ("NPO", "GradAscent", "GradDiff", "SimNPO", "RMU")
 
 Row: TypeAlias = Mapping[str, Any]
 
 
-def gather(cache: Path, size: str) -> dict[str, Any]:
-    """All points of all seeds, and how the sources came about."""
-    points, sources = [], []
+def gather(cache: Path, size: str, earlier: Sequence[Row] = ()) -> dict[str, Any]:
+    """All points of all seeds, and how the sources came about, those of `earlier` too."""
+    points, made = [], {_which(source): source for source in earlier}
     for folder in sorted(cache.glob(f"{size}-*/")):
         for path in sorted((folder / "points").glob("*.jsonl")):
             points += [json.loads(line) for line in path.read_text().splitlines()]
         for path in sorted(folder.glob("source-*/*/unlearning.json")):
             about = json.loads(path.read_text())
-            sources.append({"seed": int(folder.name.rpartition("-")[2]), **about})
+            source = {"seed": int(folder.name.rpartition("-")[2]), **about}
+            made[_which(source)] = source
+    sources = [made[which] for which in sorted(made)]
     return {"size": size, "points": [_shorter(point) for point in points], "sources": sources}
+
+
+def _which(source: Row) -> tuple[int, str, str]:
+    return source["seed"], source["method"], source["level"]
 
 
 def _shorter(point: Row) -> dict[str, Any]:

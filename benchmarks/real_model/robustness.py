@@ -111,7 +111,7 @@ def _rounded(bits: int) -> Callable[[Bench], dict[str, Any]]:
     return measure
 
 
-def _relearned(bench: Bench) -> dict[str, Any]:
+def relearned(bench: Bench) -> dict[str, Any]:
     """Forget rows that were not relearned, after relearning others; held-out rows too."""
     forget = list(bench.sets["forget"])
     random.Random(bench.shop.seed).shuffle(forget)
@@ -127,5 +127,5 @@ MEASURES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "bystanders": _bystanders,
     "int8": _rounded(8),
     "int4": _rounded(4),
-    "relearned": _relearned,
+    "relearned": relearned,
 }

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import relearning
 import report
 import robustness
 import rounding
@@ -24,9 +26,9 @@ from build import METHODS, Workshop
 from data import SIZES
 from filelock import FileLock, Timeout
 from plan import STAGES
-from sweep import Bench
+from sweep import Bench, restore
 
-STAGE_NAMES = (*STAGES, "robustness", "rounding")
+STAGE_NAMES = (*STAGES, "robustness", "relearning", "rounding")
 
 
 def main() -> None:
@@ -42,6 +44,9 @@ def main() -> None:
         Workshop(options.cache, SIZES[options.size], seed, options.tofu, device, say)
         for seed in options.seeds
     ]
+    results = options.results or report.results_of(options.size)
+    if results.is_file():
+        restore(json.loads(results.read_text()), options.cache)
     jobs = [
         (stage, level, shop, method)
         for stage, level, shop, method in itertools.product(
@@ -58,7 +63,7 @@ def main() -> None:
             except Timeout:
                 continue
     if not options.no_report:
-        report.write(options.cache, shops[0].size.name, options.results)
+        report.write(options.cache, options.size, results)
 
 
 def _do(stage: str, bench: Bench, say: Callable[[str], None]) -> None:
@@ -81,6 +86,9 @@ def _points(stage: str, bench: Bench) -> Iterator[dict]:
     if stage == "robustness":
         yield from robustness.run(bench)
         return
+    if stage == "relearning":
+        yield from relearning.run(bench)
+        return
     if stage == "rounding":
         gain = robustness.matched(bench, rounding.REPAIR)
         yield from rounding.run(bench, [1.0] if gain is None else [1.0, gain])
@@ -101,7 +109,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--tofu", help="folder of TOFU's files; without it they come from the Hub")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "sage-hub-benchmark")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results.json")
+    parser.add_argument("--results", type=Path, help="what is known already, and is added to")
     parser.add_argument("--stages", nargs="+", choices=STAGE_NAMES, default=list(STAGE_NAMES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--levels", nargs="+", choices=levels, default=levels)

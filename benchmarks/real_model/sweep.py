@@ -22,7 +22,8 @@ from build import Workshop
 from data import MAIN, tokens
 from evaluate import probabilities
 from frontier import mean
-from plan import SCALED, Config
+from plan import ABOUT, SCALED, Config
+from safetensors import safe_open
 from torch import Tensor
 
 from sage_hub.calibration.statistics import Statistics, open_statistics
@@ -30,6 +31,8 @@ from sage_hub.method.sage import matching_gain
 from sage_hub.method.spectra import Spectrum
 
 VERSION = 1
+# All that a point is named by.
+DEPENDS = {"seed", "size", "source", "level", "made", "what", *ABOUT, "gain", "version"}
 BIAS_ENERGY = 0.99  # directions beyond it count as their mean in a bias, as in the product
 
 
@@ -55,6 +58,24 @@ class Ledger:
 
 def _key(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def restore(results: Mapping[str, Any], cache: Path) -> None:
+    """Put the points of `results` into the ledgers of `cache` that are not there.
+
+    So a run on another machine goes on from what is published, to its four digits.
+    """
+    found: dict[Path, list[Mapping[str, Any]]] = {}
+    for row in results["points"]:
+        name = "-".join([row["source"], *([row["level"]] if "level" in row else [])])
+        folder = cache / f"{results['size']}-{row['seed']}" / "points"
+        found.setdefault(folder / f"{name}.jsonl", []).append(row)
+    for path, rows in found.items():
+        if not path.exists():
+            ledger = Ledger(path)
+            for row in rows:
+                about = {name: row[name] for name in DEPENDS if name in row}
+                ledger.put(about, {name: row[name] for name in row.keys() - DEPENDS})
 
 
 class Bench:
@@ -104,6 +125,10 @@ class Bench:
         }
 
     @cached_property
+    def information(self) -> Any:
+        return self.open.enter_context(safe_open(self.shop.fisher(), framework="pt"))
+
+    @cached_property
     def all_linear(self) -> list[str]:
         """The weights of all linear maps but the head."""
         statistics = self.statistics(MAIN)
@@ -140,7 +165,13 @@ class Bench:
             forget=forget.spectrum("forget", own),
             depth=layer / (self.model.config.num_hidden_layers - 1),
             name=name,
+            fisher=lambda: self.fisher(name),
         )
+
+    def fisher(self, name: str) -> tuple[Tensor, Tensor]:
+        """The Fisher information of a weight's entries, on forget and on retain rows."""
+        forget, retain = (f"{name}.{what}" for what in ("forget", "retain"))
+        return self.information.get_tensor(forget), self.information.get_tensor(retain)
 
     def update(self, config: Config) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """D of each linear map, and what it keeps of Δ: norm, biases and the gains by them."""

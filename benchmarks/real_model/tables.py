@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ NAMES = {
     "ridge": "ridge (RAIN)",
     "sap": "SAP complement",
     "null_space": "null space (AlphaEdit)",
+    "per_parameter": "per-parameter (PerTA)",
     "regmean": "RegMean",
     "lines": "LiNeS",
     "trimmed": "magnitude trim (TIES)",
@@ -393,6 +394,28 @@ def table_rounding(results: Mapping[str, Any], sources: Sequence[Source]) -> str
     return _table(["source", "SAGE", "γ", "stored", "bias", "forget", "held-out"], lines)
 
 
+def table_relearning(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
+    """What comes back by relearning, and what might foretell it."""
+    lines = []
+    for s in sources:
+        for row in (row for row in s.rows if row["what"] == "path"):
+            shares = ", shares" if row.get("weigh") else ""
+            label = f"{NAMES[row['method']]} {describe(row['strength'])}{shares}"
+            about = [s.name, "the source" if row["method"] == "scaled" else label]
+            figures = [mean(row[which]) for which in ("forget", "heldout", "relearned")]
+            ways = [" ".join(_losses(row, which)) for which in ("forget", "heldout")]
+            gain, distance = f"{row['gain']:.3g}", f"{row['distance']:.3g}"
+            lines.append([*about, gain, *map(_three, figures), distance, *ways])
+    head = ["source", "repair", "γ", "forget", "held-out", "relearned", "distance"]
+    return _table([*head, "forget loss on the way", "held-out loss on the way"], lines)
+
+
+def _losses(row: Row, which: str) -> Iterator[str]:
+    for name, value in row.items():
+        if name.startswith(f"{which} at "):
+            yield f"{value:.2f}"
+
+
 def table_seconds(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
     """What it took at least to make the updates, by the sources that change every weight."""
     found: dict[str, list[float]] = {}
@@ -422,6 +445,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "robustness": table_robust,
     "proxies": _variants(PROXIES),
     "parts": _variants(PARTS),
+    "relearning": table_relearning,
     "rounding": table_rounding,
     "seconds": table_seconds,
 }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from sage_hub.calibration.estimate import ROBUST, SEARCHED, Estimate
 from sage_hub.cli.terminal import Part
 from sage_hub.record.tables import Table
-from sage_hub.runtime.progress import in_bytes
+from sage_hub.runtime.progress import in_bytes, in_time
 
 
 def forecast_text(found: Estimate) -> Iterator[Part]:
@@ -28,7 +28,7 @@ def forecast_text(found: Estimate) -> Iterator[Part]:
             in_bytes(mode.budget.total) + (" (too much)" if mode.budget.excess else ""),
             in_bytes(mode.budget.spilled),
             f"{mode.forward + mode.moments + mode.decompositions:.2g}",
-            _duration(mode.seconds),
+            in_time(mode.seconds),
         ]
         for mode in found.modes
     ]
@@ -36,20 +36,20 @@ def forecast_text(found: Estimate) -> Iterator[Part]:
     yield ""
     yield (
         f"The pass over the weights: {in_bytes(found.pass_bytes)} read and written, "
-        f"{found.pass_flops:.2g} flops, {_duration(found.pass_seconds)}"
+        f"{found.pass_flops:.2g} flops, {in_time(found.pass_seconds)}"
     )
     yield (
         f"The search for the gain with a forget set, {SEARCHED} evaluations or so of at most "
-        f"{found.searched_tokens} tokens: {_duration(found.search_seconds)}"
+        f"{found.searched_tokens} tokens: {in_time(found.search_seconds)}"
     )
-    yield f"Evaluation of four models on as many tokens: {_duration(found.evaluation_seconds)}"
+    yield f"Evaluation of four models on as many tokens: {in_time(found.evaluation_seconds)}"
     if found.robustness_seconds:
         yield (
             f"Robustness of {ROBUST} models, each taught at most {found.robustness.trained} tokens "
-            f"and sampling {found.robustness.sampled}: {_duration(found.robustness_seconds)}"
+            f"and sampling {found.robustness.sampled}: {in_time(found.robustness_seconds)}"
         )
     if found.written_tokens:
-        yield f"The base writes rows, as none are given: {_duration(found.writing_seconds)}"
+        yield f"The base writes rows, as none are given: {in_time(found.writing_seconds)}"
 
 
 def _count(number: float) -> str:
@@ -57,10 +57,3 @@ def _count(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= length:
-            return f"{seconds / length:.2g} {unit}"
-    return f"{seconds:.2g} s"

@@ -59,6 +59,14 @@ def in_bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def in_time(seconds: float) -> str:
+    """A time as people write it, to two digits."""
+    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{seconds:.2g} s"
+
+
 SILENT = Progress(quiet=True)
 
 

@@ -22,6 +22,7 @@ import evaluate  # noqa: E402
 import frontier  # noqa: E402
 import methods  # noqa: E402
 import points  # noqa: E402
+import relearning  # noqa: E402
 import rounding  # noqa: E402
 import sweep  # noqa: E402
 import tables  # noqa: E402
@@ -119,6 +120,29 @@ def test_hard_projection_is_sage_at_infinity(delta: Tensor, site: Site) -> None:
     k = site.retain.rank_for(0.9)
     assert 1 <= k < IN
     assert _same(found @ site.retain.basis[:k].T, torch.zeros(OUT, k, dtype=torch.float64))
+
+
+def test_per_parameter_weighs_each_entry_by_its_information(delta: Tensor, site: Site) -> None:
+    forget, retain = torch.rand(2, OUT, IN, dtype=torch.float64)
+    forget[0], retain[0] = 0.0, 0.0  # nothing known
+    retain[1] = 0.0
+    site = replace(site, fisher=lambda: (forget, retain))
+    found = methods.per_parameter(delta, site, weight=3.0)
+    assert not found[0].any()
+    assert torch.equal(found[1], delta[1])
+    assert _same(found[2:] * (forget + 3 * retain)[2:], delta[2:] * forget[2:])
+
+
+def test_fisher_information_is_the_mean_squared_gradient_row_by_row() -> None:
+    model = _tiny_model()
+    found = train.fisher(model, ROWS)
+    squares = []
+    for row in ROWS:
+        (batch,) = batches([row], 1)
+        loss, count = evaluate.answer_logp(model, batch)
+        (grad,) = torch.autograd.grad(-loss.sum() / count.sum(), model.lm_head.weight)
+        squares.append(grad.square())
+    assert torch.allclose(found["lm_head.weight"], torch.stack(squares).mean(dim=0))
 
 
 def test_null_space_does_nothing_on_inputs_in_the_others(delta: Tensor) -> None:
@@ -453,6 +477,13 @@ def test_the_benchmark_runs_from_rows_to_tables(
             rows += list(bench.run(config))
         ways = [row["what"] for row in rounding.run(bench, [1.0])]
         assert ways == list(rounding.WAYS)
+        undone = list(relearning.run(bench))
+        assert len(undone) > 3
+        assert undone[0]["distance"] == pytest.approx(1)
+        assert undone[0]["forget"] == bench.unlearned["forget"]
+        assert [row["distance"] for row in undone[1:4]] == sorted(
+            row["distance"] for row in undone[1:4]
+        )
         # What stays as it was, and what a repair is made of.
         source, kept = bench.unlearned, [bench.update(config)[1] for config in configs]
         bench.apply(SCALED, bench.update(SCALED)[0], 1.0)
@@ -465,3 +496,10 @@ def test_the_benchmark_runs_from_rows_to_tables(
     assert 1.0 in [row["gain"] for row in only.points("sage", sage)]
     for table in tables.TABLES.values():
         assert table(found, [only])
+
+    # On another machine a run goes on from what is published.
+    sweep.restore(found, tmp_path / "other")
+    again = points.gather(tmp_path / "other", "small", found["sources"])
+    assert again == found
+    ledger = sweep.Ledger(tmp_path / "other" / "small-0" / "points" / "GradDiff-strong.jsonl")
+    assert ledger.rows.keys() == bench.ledger.rows.keys()
