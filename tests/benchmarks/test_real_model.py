@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -368,6 +370,41 @@ def test_batches_of_an_epoch_hold_every_row_once() -> None:
     for batch in found:
         for line, place in enumerate(batch.rows):
             assert int(batch.mask[line].sum()) == len(rows[place].ids)
+
+
+ELSEWHERE = """
+import torch
+from support.pretend_device import NAME, pretending
+from test_real_model import _inputs, _spectrum, methods, rounding
+from plan import STAGES
+
+def spectrum(seed):
+    made = _spectrum(_inputs(seed))
+    return methods.Spectrum(made.basis.float(), made.values, made.trace, made.tokens)
+
+site = methods.Site(spectrum(1), spectrum(2), 0.5, "model.layers.1.x")
+moment = methods.moment(site.retain)
+strengths = {one.method: one.strength for stage in STAGES.values() for one in stage}
+assert strengths.keys() <= methods.METHODS.keys()
+with pretending():
+    delta = torch.randn(7, 5).to(NAME)
+    for name, strength in strengths.items():
+        own = {**strength, "rank": 2} if name == "low_rank" else strength
+        found = methods.METHODS[name](delta, site, **own)
+        assert found.device.type == NAME, name
+        assert methods.bias(found, site.forget) >= 0
+    for store in rounding.WAYS.values():
+        assert store(delta, moment.to(delta)).device.type == NAME
+"""
+
+
+def test_repairs_are_made_where_the_update_lies() -> None:
+    """On a GPU, with second moments on the CPU: on a device that is pretended."""
+    found = os.pathsep.join([str(Path(__file__).parent), str(FOLDER), *sys.path])
+    told = [sys.executable, "-c", ELSEWHERE, "long"]
+    environment = {**os.environ, "PYTHONPATH": found}
+    run = subprocess.run(told, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
 
 
 # The ledger
