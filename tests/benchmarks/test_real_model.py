@@ -23,6 +23,7 @@ sys.path.insert(0, str(FOLDER))
 import evaluate  # noqa: E402
 import frontier  # noqa: E402
 import methods  # noqa: E402
+import pair  # noqa: E402
 import points  # noqa: E402
 import rounding  # noqa: E402
 import sweep  # noqa: E402
@@ -32,6 +33,7 @@ from methods import Site  # noqa: E402
 
 from sage_hub.method.spectra import Spectrum  # noqa: E402
 from sage_hub.rows.encoding import Encoded, batches  # noqa: E402
+from sage_hub.rows.sources import read_proxy  # noqa: E402
 
 OUT, IN, TOKENS = 7, 5, 40
 
@@ -496,6 +498,12 @@ def test_the_benchmark_runs_from_rows_to_tables(
         assert bench.core() == {which: source[which] for which in ("forget", "heldout")}
         assert kept[-1]["retain"] < kept[0]["retain"]
     assert {len(point["forget"]) for point in rows} == {10}
+    pair.lay_out(shop, "GradDiff", "strong", tmp_path / "pair")
+    assert (tmp_path / "pair" / "unlearned").resolve() == shop.source("GradDiff", "strong")
+    laid = {"retain": shop.rows.proxies["retain"], "forget": shop.rows.forget}
+    for name, proxy in {**laid, "heldout": shop.rows.heldout}.items():
+        read = read_proxy(str(tmp_path / "pair" / f"{name}.jsonl"))
+        assert read.row_hashes == proxy.row_hashes
     found = points.gather(tmp_path / "cache", "small")
     (only,) = points.read_sources(found)
     assert [row["gain"] for row in only.points("sage", sage, retain="general")] == [2.0]
