@@ -152,6 +152,22 @@ def test_without_time_nothing_is_begun(tmp_path: Path) -> None:
     assert endings(tmp_path)["device"] == "not begun: no time left"
 
 
+def test_without_a_python_it_makes_one(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python3"
+    making = 'if [ "$2" = venv ]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi'
+    python.write_text(NOTING.format(folder=tmp_path, more=making))
+    python.chmod(0o755)
+    run(tmp_path, PYTHON="", PATH=f"{python.parent}:{os.environ['PATH']}")
+    made, filled, *_ = calls(tmp_path)
+    assert made == ["-m", "venv", str(tmp_path / "state" / "cpu" / "venv")]
+    extras = re.findall(r"\w+", filled[-1])
+    known = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert extras
+    assert all(f"\n{extra} = [" in known for extra in extras)
+    assert endings(tmp_path)["packages"] == "done"
+
+
 def test_a_split_wheel_is_joined(tmp_path: Path) -> None:
     wheels = tmp_path / "wheels"
     wheels.mkdir()
