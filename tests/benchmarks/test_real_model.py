@@ -377,7 +377,8 @@ def test_batches_of_an_epoch_hold_every_row_once() -> None:
 ELSEWHERE = """
 import torch
 from support.pretend_device import NAME, pretending
-from test_real_model import _inputs, _spectrum, methods, rounding
+from test_real_model import ROWS, _inputs, _spectrum, _step, _tiny_model
+from test_real_model import evaluate, methods, rounding, train
 from plan import STAGES
 
 def spectrum(seed):
@@ -397,11 +398,20 @@ with pretending():
         assert methods.bias(found, site.forget) >= 0
     for store in rounding.WAYS.values():
         assert store(delta, moment.to(delta)).device.type == NAME
+
+    model = _tiny_model().requires_grad_(False)
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            own |= {name: tensor.to(NAME) for name, tensor in own.items() if tensor is not None}
+    reference = -torch.tensor(evaluate.losses(model, ROWS))
+    rmu = train.Rmu.of(model, ROWS, seed=0)
+    for loss in (train.npo(reference), train.simnpo, train.ascend, train.grad_diff, rmu):
+        assert loss(model, _step()).device.type == NAME, loss
 """
 
 
-def test_repairs_are_made_where_the_update_lies() -> None:
-    """On a GPU, with second moments on the CPU: on a device that is pretended."""
+def test_repairs_and_losses_are_computed_where_their_model_lies() -> None:
+    """On a GPU, with rows and second moments on the CPU: on a device that is pretended."""
     found = os.pathsep.join([str(Path(__file__).parent), str(FOLDER), *sys.path])
     told = [sys.executable, "-c", ELSEWHERE, "long"]
     environment = {**os.environ, "PYTHONPATH": found}
