@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
     parser.add_argument("--memory", type=float, default=8, metavar="GB", help="the budget")
     parser.add_argument("--only", nargs="+", choices=OPTIONS, default=list(OPTIONS))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; the peer takes its own")
     parser.add_argument("--peer", metavar="PYTHON", help=f"a python that has {PEER}")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "sage-llamas"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
@@ -83,7 +84,8 @@ def main() -> None:
     model = args.model or build(args.folder, args.llama)
     stats = ["stats", str(model.resolve()), "--quiet", "--max-length", str(LENGTH)]
     proxy = [str(args.proxy.resolve())] if args.proxy else []
-    stats += [*(["--retain"] * len(proxy)), *proxy, "--memory", str(args.memory), "--output"]
+    stats += [*(["--retain"] * len(proxy)), *proxy, "--memory", str(args.memory)]
+    stats += ["--device", args.device, "--output"]
     runs: list[Timed] = []
     with tempfile.TemporaryDirectory(dir=args.folder if args.llama else None) as scratch:
         stats.append(f"{scratch}/statistics.safetensors")
@@ -112,7 +114,8 @@ def main() -> None:
             code = "import sys, calibration; calibration.write_rows(*sys.argv[1:])"
             measure([sys.executable, "-c", code, str(model.resolve()), str(tokens), rows, *proxy])
             code = "import sys, calibration; getattr(calibration, sys.argv[1])(*sys.argv[2:])"
-            jobs["forward"] = [sys.executable, "-c", code, "forward", str(model.resolve()), rows]
+            plain = ["forward", str(model.resolve()), rows, args.device]
+            jobs["forward"] = [sys.executable, "-c", code, *plain]
             if args.peer:
                 jobs[PEER] = [args.peer, "-c", code, "hessians", str(model.resolve()), rows]
             measure(jobs["forward"])  # warms the page cache
@@ -120,10 +123,11 @@ def main() -> None:
                 run = timed(job, tokens, jobs[job])
                 print(f"{job}: {run.seconds:.2f} s, {run.peak_mb:.0f} MB", file=sys.stderr)
                 runs.append(run)
-    print(json.dumps(machine(), indent=2))
+    about = machine() | {"device": args.device}
+    print(json.dumps(about, indent=2))
     print_tables(runs, sum(f.stat().st_size for f in model.glob("*.safetensors")) / 1e6)
     if args.json:
-        found = {"machine": machine(), "runs": [asdict(run) for run in runs]}
+        found = {"machine": about, "runs": [asdict(run) for run in runs]}
         args.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
@@ -160,15 +164,18 @@ def read_rows(file: str) -> list[dict[str, Any]]:
     return [dict(zip(names, map(torch.tensor, batch), strict=True)) for batch in batches]
 
 
-def forward(model: str, rows: str) -> None:
-    """Run the decoder of `model` on the rows that `sage-hub stats` takes."""
+def forward(model: str, rows: str, device: str) -> None:
+    """Run the decoder of `model` on `device`, on the rows that `sage-hub stats` takes."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    decoder = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval().get_decoder()
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
+    decoder = whole.get_decoder()
     with torch.inference_mode():
         for batch in read_rows(rows):
-            decoder(**batch, use_cache=False)
+            decoder(**{name: one.to(device) for name, one in batch.items()}, use_cache=False)
+    if device != "cpu":
+        torch.accelerator.synchronize()  # its work is not done when the last call is
 
 
 def load_peer() -> Any:

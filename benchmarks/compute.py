@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--tokens", type=int, default=383)
     parser.add_argument("--rank", type=int)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     stored = open_checkpoint(args.model).architecture.dtype
@@ -42,14 +43,15 @@ def main() -> None:
                 out = Path(scratch, "statistics.safetensors")
                 words = [sys.executable, "-m", "sage_hub", "stats", args.model, "--quiet"]
                 words += ["--max-tokens", str(args.tokens), "--compute-dtype", name]
-                words += ["--output", str(out), *(["--rank", str(args.rank)] * bool(args.rank))]
+                words += ["--device", args.device, "--output", str(out)]
+                words += ["--rank", str(args.rank)] if args.rank else []
                 done = timed(name, args.tokens, words)
                 runs[name].append((done.seconds, done.cpu))
                 out.unlink()
     print(machine())
-    chosen = name_of(compute_type("auto", stored, "cpu"))
-    print(f"stored in {name_of(stored)}; --compute-dtype auto takes {chosen} here")
-    print_row("type", "products, ms", "wall, s", "processor, s", "x float32")
+    chosen = name_of(compute_type("auto", stored, args.device))
+    print(f"stored in {name_of(stored)}; --compute-dtype auto takes {chosen} on {args.device}")
+    print_row("type", "CPU products, ms", "wall, s", "processor, s", "x float32")
     first = statistics.median(wall for wall, _ in runs["float32"])
     for name, own in runs.items():
         wall, cpu = (statistics.median(part) for part in zip(*own, strict=True))

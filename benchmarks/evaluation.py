@@ -62,6 +62,7 @@ def main() -> None:
         default="bfloat16",
         help="of SmolLM2, if no --model is given",
     )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rows", type=int, default=64, metavar="N", help="of each kind")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N")
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
@@ -73,8 +74,10 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
         folder = args.model or write_smollm2(Path(scratch, "smollm2"), args.dtype)
-        found = compare(folder.resolve(), args.rows, args.batch_size, args.repeats)
+        settings = Settings(batch_size=args.batch_size, memory=16, device=args.device)
+        found = compare(folder.resolve(), args.rows, settings, args.repeats)
     about = machine() | {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+    about |= {"device": args.device}
     print(json.dumps(about, indent=2))
     print_tables(found)
     if args.json:
@@ -108,9 +111,10 @@ def make_rows(checkpoint: Checkpoint, count: int) -> dict[str, list[Encoded]]:
     }
 
 
-def compare(folder: Path, count: int, batch_size: int, repeats: int) -> list[dict[str, Any]]:
+def compare(folder: Path, count: int, settings: Settings, repeats: int) -> list[dict[str, Any]]:
     """A line per kind of rows: seconds of each job in each round, and the largest differences."""
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    device = settings.device
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
     checkpoint = open_checkpoint(str(folder))
     tokenizer = load_tokenizer(checkpoint)
 
@@ -118,8 +122,8 @@ def compare(folder: Path, count: int, batch_size: int, repeats: int) -> list[dic
         return HFLM(
             pretrained=plain,
             tokenizer=tokenizer,
-            batch_size=batch_size,
-            device="cpu",
+            batch_size=settings.batch_size,
+            device=device,
             **options,
         )
 
@@ -127,15 +131,15 @@ def compare(folder: Path, count: int, batch_size: int, repeats: int) -> list[dic
     found = []
     with (
         open_weights(checkpoint) as weights,
-        open_blocks(checkpoint, weights, "cpu") as one,
-        open_blocks(checkpoint, weights, "cpu") as other,
+        open_blocks(checkpoint, weights, device) as one,
+        open_blocks(checkpoint, weights, device) as other,
         other.whole(weights) as whole,
     ):
         for kind, rows in make_rows(checkpoint, count).items():
             jobs: dict[str, Callable[[Rows], Scores]] = {
                 "lm-eval": lambda rows: by_lm_eval(lm_eval, rows),
-                "whole": lambda rows: by_sage_hub(whole, weights, rows, batch_size),
-                "blocks": lambda rows: by_sage_hub(one, weights, rows, batch_size),
+                "whole": lambda rows: by_sage_hub(whole, weights, rows, settings),
+                "blocks": lambda rows: by_sage_hub(one, weights, rows, settings),
             }
             given = {job: run(rows) for job, run in jobs.items()}  # and it warms the caches
             given["lm-eval, float32"] = by_lm_eval(exact, rows)
@@ -172,10 +176,9 @@ def by_lm_eval(harness: Any, rows: Rows) -> Scores:
     return found
 
 
-def by_sage_hub(model: BlockModel, weights: Weights, rows: Rows, batch_size: int) -> Scores:
-    """The same by sage-hub, the hidden states of all rows waiting in memory."""
+def by_sage_hub(model: BlockModel, weights: Weights, rows: Rows, settings: Settings) -> Scores:
+    """The same by sage-hub, the hidden states of all rows waiting in memory: a quarter of it."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(batch_size=batch_size, memory=16)  # of which a quarter waits
         found: list[Scored] = score(model, weights, rows, settings, Path(folder))
     return [(float(one.logprobs.sum(dtype="float64")), bool(one.hits.all())) for one in found]
 

@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
     parser.add_argument("--rank", type=int, default=64, metavar="K", help="directions per site")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "sage-pairs"))
+    parser.add_argument("--device", default="cpu", help="of sage-hub: cpu or cuda")
     parser.add_argument("--mergekit", metavar="PYTHON", help="a python that has mergekit")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
     parser.add_argument("--profile", action="store_true", help="only show where the time goes")
@@ -74,13 +75,13 @@ def main() -> None:
         subprocess.run(own(build_statistics, str(pair), args.rank), cwd=HERE, check=True)
     if args.profile:
         for pair in pairs:
-            subprocess.run(own(profile, *sanitize(pair)), cwd=HERE, check=True)
+            subprocess.run(own(profile, *sanitize(pair, args.device)), cwd=HERE, check=True)
             remove_output(pair)
         return
-    runs = list(measure_all(pairs, args.repeats, args.mergekit))
+    runs = list(measure_all(pairs, args.repeats, args.device, args.mergekit))
     print_tables(pairs, runs, args.rank)
     if args.json:
-        asked = {"rank": args.rank, "shard_bytes": SHARD_BYTES}
+        asked = {"rank": args.rank, "shard_bytes": SHARD_BYTES, "device": args.device}
         content = {**asked, "machine": machine(), "runs": [asdict(run) for run in runs]}
         args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -191,7 +192,9 @@ def build_statistics(pair: str, rank: int) -> None:
         journal.remove()
 
 
-def measure_all(pairs: list[Path], repeats: int, mergekit: str | None) -> Iterator[Run]:
+def measure_all(
+    pairs: list[Path], repeats: int, device: str, mergekit: str | None
+) -> Iterator[Run]:
     """Measure every job `repeats` times; in each round another one comes first."""
     imports = {IMPORTS["sage-hub"]: [sys.executable, "-c", "import sage_hub.commands.push"]}
     if mergekit:
@@ -201,7 +204,7 @@ def measure_all(pairs: list[Path], repeats: int, mergekit: str | None) -> Iterat
     for pair in pairs:
         jobs = {
             "copy": own(copy, str(pair)),
-            "sage-hub": [sys.executable, "-m", "sage_hub.cli.main", *sanitize(pair)],
+            "sage-hub": [sys.executable, "-m", "sage_hub.cli.main", *sanitize(pair, device)],
         }
         if mergekit:
             jobs["mergekit"] = merge(mergekit, pair)
@@ -258,11 +261,11 @@ def copy(pair: str) -> None:
             os.fsync(written.fileno())
 
 
-def sanitize(pair: Path) -> list[str]:
+def sanitize(pair: Path, device: str) -> list[str]:
     """The arguments of sage-hub: its defaults, with the statistics that were built."""
     options = ["--output", f"{pair}/output", "--stats", f"{pair}/statistics.safetensors"]
     sides = [f"{pair}/base", f"{pair}/unlearned"]
-    return ["sanitize", *sides, *options, "--gain", "1", "--quiet"]
+    return ["sanitize", *sides, *options, "--gain", "1", "--device", device, "--quiet"]
 
 
 def merge(python: str, pair: Path) -> list[str]:

@@ -27,6 +27,8 @@ os.environ.update(
     # On pico models a second thread only waits for the first, and on a busy machine for long.
     OMP_NUM_THREADS="1",
 )
+if not os.environ.get("SAGE_HUB_TEST_DEVICE", "").startswith("cuda"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested does not depend on the machine
 for _name in ("GITHUB_ACTIONS", "GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY"):
     os.environ.pop(_name, None)  # the tests of a job are not its results
 

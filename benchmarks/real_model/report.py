@@ -2,11 +2,15 @@
 
     python benchmarks/real_model/report.py
 
-Tables go between the marks `<!-- NAME -->` and `<!-- /NAME -->` of docs/results.md.
+Tables go between the marks `<!-- NAME -->` and `<!-- /NAME -->` of docs/results.md. With --cache
+the points of another run, whole or not, are gathered, and its main tables printed:
+
+    python benchmarks/real_model/report.py --cache DIR --size full --results FILE
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Mapping
@@ -21,6 +25,7 @@ from tables import TABLES
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
 FIRST = "cpu"  # the size that most of the page is about
+SHOWN = ("sources", "recovered", "recovered-source")
 
 
 def results_of(size: str) -> Path:
@@ -60,5 +65,29 @@ def _render(results: Mapping[str, Any], page: Path) -> None:
         draw_readme(sources, DOCS / "tradeoff.svg")
 
 
+def main() -> None:
+    """Renew the docs, or show what another run has found so far."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="of a run")
+    parser.add_argument("--size", choices=SIZES, default=FIRST)
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="where its points are gathered"
+    )
+    options = parser.parse_args()
+    if options.cache is None or options.results is None:
+        render()
+        return
+    write(options.cache, options.size, options.results)
+    found = json.loads(options.results.read_text())
+    sources = read_sources(found)
+    for name in SHOWN if sources else ():
+        print(f"{name}\n\n{TABLES[name](found, sources)}\n")
+    print(f"{len(found['points'])} points of {len(sources)} sources")
+
+
 if __name__ == "__main__":
+<<<<<<< HEAD
     render()
+=======
+    main()
+>>>>>>> b6d4594d2a41e21174542277cb9f273751bee6c9

@@ -70,7 +70,8 @@ def rounded(weight: Tensor, moment: Tensor) -> Tensor:
 
 def compensated(weight: Tensor, moment: Tensor) -> Tensor:
     """`weight` (out, in) on the bfloat16 grid, near it where `moment` (in, in) has energy."""
-    damped = moment.double() + DAMPING * moment.diagonal().mean() * torch.eye(len(moment))
+    damped = moment.double().clone()
+    damped.diagonal().add_(DAMPING * moment.diagonal().mean())
     inverse = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).to(weight)
     left, stored = weight.clone(), torch.empty_like(weight)
     for start in range(0, weight.shape[1], COLUMNS):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ sys.path.insert(0, str(FOLDER))
 import evaluate  # noqa: E402
 import frontier  # noqa: E402
 import methods  # noqa: E402
+import pair  # noqa: E402
 import points  # noqa: E402
 import relearning  # noqa: E402
 import rounding  # noqa: E402
@@ -31,6 +34,7 @@ from methods import Site  # noqa: E402
 
 from sage_hub.method.spectra import Spectrum  # noqa: E402
 from sage_hub.rows.encoding import Encoded, batches  # noqa: E402
+from sage_hub.rows.sources import read_proxy  # noqa: E402
 
 OUT, IN, TOKENS = 7, 5, 40
 
@@ -394,6 +398,51 @@ def test_batches_of_an_epoch_hold_every_row_once() -> None:
             assert int(batch.mask[line].sum()) == len(rows[place].ids)
 
 
+ELSEWHERE = """
+import torch
+from support.pretend_device import NAME, pretending
+from test_real_model import ROWS, _inputs, _spectrum, _step, _tiny_model
+from test_real_model import evaluate, methods, rounding, train
+from plan import STAGES
+
+def spectrum(seed):
+    made = _spectrum(_inputs(seed))
+    return methods.Spectrum(made.basis.float(), made.values, made.trace, made.tokens)
+
+site = methods.Site(spectrum(1), spectrum(2), 0.5, "model.layers.1.x")
+moment = methods.moment(site.retain)
+strengths = {one.method: one.strength for stage in STAGES.values() for one in stage}
+assert strengths.keys() <= methods.METHODS.keys()
+with pretending():
+    delta = torch.randn(7, 5).to(NAME)
+    for name, strength in strengths.items():
+        own = {**strength, "rank": 2} if name == "low_rank" else strength
+        found = methods.METHODS[name](delta, site, **own)
+        assert found.device.type == NAME, name
+        assert methods.bias(found, site.forget) >= 0
+    for store in rounding.WAYS.values():
+        assert store(delta, moment.to(delta)).device.type == NAME
+
+    model = _tiny_model().requires_grad_(False)
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            own |= {name: tensor.to(NAME) for name, tensor in own.items() if tensor is not None}
+    reference = -torch.tensor(evaluate.losses(model, ROWS))
+    rmu = train.Rmu.of(model, ROWS, seed=0)
+    for loss in (train.npo(reference), train.simnpo, train.ascend, train.grad_diff, rmu):
+        assert loss(model, _step()).device.type == NAME, loss
+"""
+
+
+def test_repairs_and_losses_are_computed_where_their_model_lies() -> None:
+    """On a GPU, with rows and second moments on the CPU: on a device that is pretended."""
+    found = os.pathsep.join([str(Path(__file__).parent), str(FOLDER), *sys.path])
+    told = [sys.executable, "-c", ELSEWHERE, "long"]
+    environment = {**os.environ, "PYTHONPATH": found}
+    run = subprocess.run(told, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+
+
 # The ledger
 
 
@@ -490,6 +539,12 @@ def test_the_benchmark_runs_from_rows_to_tables(
         assert bench.core() == {which: source[which] for which in ("forget", "heldout")}
         assert kept[-1]["retain"] < kept[0]["retain"]
     assert {len(point["forget"]) for point in rows} == {10}
+    pair.lay_out(shop, "GradDiff", "strong", tmp_path / "pair")
+    assert (tmp_path / "pair" / "unlearned").resolve() == shop.source("GradDiff", "strong")
+    laid = {"retain": shop.rows.proxies["retain"], "forget": shop.rows.forget}
+    for name, proxy in {**laid, "heldout": shop.rows.heldout}.items():
+        read = read_proxy(str(tmp_path / "pair" / f"{name}.jsonl"))
+        assert read.row_hashes == proxy.row_hashes
     found = points.gather(tmp_path / "cache", "small")
     (only,) = points.read_sources(found)
     assert [row["gain"] for row in only.points("sage", sage, retain="general")] == [2.0]

@@ -1,4 +1,9 @@
-"""On a device other than the CPU, one that is pretended (see pretend_device.py)."""
+"""On a device other than the CPU: one that is pretended (see pretend_device.py), or a real one.
+
+    SAGE_HUB_TEST_DEVICE=cuda pytest tests/commands/test_device.py
+
+The variable also shows GPUs to all other tests, which without it do not see them (conftest.py).
+"""
 
 from __future__ import annotations
 
@@ -17,16 +22,22 @@ from support.pico import make_pair, make_rows, proxies, write_rows
 from sage_hub.cli.main import main
 
 TESTS = Path(__file__).parents[1]
+REAL = os.environ.get("SAGE_HUB_TEST_DEVICE")
 
 
 def far_away(numbers: str, *commands: list[str]) -> str:
     """Run commands there; what they say on stdout."""
-    told = [sys.executable, "-m", "support.pretend_device", numbers, *map(json.dumps, commands)]
+    pretended = ["support.pretend_device", numbers, *map(json.dumps, commands)]
+    real = [["sage_hub", *command, "--device", str(REAL)] for command in commands]
     found = os.pathsep.join([str(TESTS), *sys.path])
     environment = {**os.environ, "PYTHONPATH": found}
-    run = subprocess.run(told, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    said = ""
+    for words in real if REAL else [pretended]:
+        told = [sys.executable, "-m", *words]
+        run = subprocess.run(told, capture_output=True, text=True, env=environment)
+        assert run.returncode == 0, run.stderr
+        said += run.stdout
+    return said
 
 
 @pytest.mark.parametrize(
@@ -60,7 +71,7 @@ def test_the_whole_job(tmp_path: Path) -> None:
     for moments, some in (("exact", sets), ("sketch", [*sets[:2], "--gain", "1"])):
         here = tmp_path / moments
         job = ["sanitize", *sides, *some, "-q", "--moments", moments, "--generate-rows", "0"]
-        assert main([*job, "--output", str(here / "near")]) == 0
+        assert main([*job, "--output", str(here / "near"), "--device", "cpu"]) == 0
         there.append([*job, "--output", str(here / "far")])
     far_away("short", *there)
     for moments in ("exact", "sketch"):
@@ -73,7 +84,7 @@ def check_alike(near: Path, far: Path) -> None:
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
     reports = [json.loads((out / "sage" / "report.json").read_text()) for out in (near, far)]
-    assert [report["hardware"]["device"] for report in reports] == ["cpu", "far"]
+    assert [report["hardware"]["device"] for report in reports] == ["cpu", REAL or "far"]
     losses = [
         [one["value"] for one in report["results"] if one["metric"] == "loss"] for report in reports
     ]
@@ -88,5 +99,6 @@ def test_other_commands(pair: Path, tmp_path: Path) -> None:
         "short",
         ["audit", *sides, *sets[:4]],
         ["plan", sides[0]],
-        ["eval", *sides, *sets, "--generate-rows", "2"],
+        # Nothing can be trained where it is only pretended.
+        ["eval", *sides, *sets, "--generate-rows", "2", *(["--robustness"] if REAL else [])],
     )

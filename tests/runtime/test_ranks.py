@@ -89,21 +89,19 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
 
 
-@pytest.mark.parametrize("count", [3, soak(2)])
+@pytest.mark.parametrize("count", [torch.cuda.device_count() or 3, soak(2)])
 def test_several_processes_make_the_release_of_one(count: int, pair: Path, tmp_path: Path) -> None:
     statistics = str(tmp_path / "base.safetensors")
     alone(["stats", *sources(pair)[:1], *sources(pair)[2:4], "--output", statistics, "-q"])
     words = ["sanitize", *sources(pair), "--stats", statistics, "--gain", "match", "--json", "-q"]
-    said = {1: alone([*words, "--output", str(tmp_path / "1")])}
-    said[count] = with_torchrun([*words, "--output", str(tmp_path / str(count))], count)[0]
-    found = {ranks: json.loads(out) for ranks, out in said.items()}  # one object, from the first
-    assert shards(tmp_path / "1") == shards(tmp_path / str(count))
-    manifests = [
-        json.loads((tmp_path / str(ranks) / "sage" / "manifest.json").read_text())
-        for ranks in (1, count)
-    ]
+    folders = tmp_path / "one", tmp_path / "several"
+    said = [alone([*words, "--output", str(folders[0])])]
+    said += [with_torchrun([*words, "--output", str(folders[1])], count)[0]]
+    found = [json.loads(out) for out in said]  # one object, from the first
+    assert shards(folders[0]) == shards(folders[1])
+    manifests = [json.loads((out / "sage" / "manifest.json").read_text()) for out in folders]
     assert manifests[0] == manifests[1]
-    one, several = (found[ranks]["report"]["results"] for ranks in (1, count))
+    one, several = (made["report"]["results"] for made in found)
     same(one, several)
     # Models (the source is the control), the metrics of each set, and fluency.
     assert len(one) == 3 * (4 + 6 + 6 + 1)

@@ -109,14 +109,21 @@ def no_gradients(mode: bool = True) -> Iterator[None]:
         yield
 
 
-if __name__ == "__main__":
+@contextmanager
+def pretending() -> Iterator[None]:
+    """The device is there, from now on; within this, tensors can be made on it."""
     _setup_privateuseone_for_python_backend(NAME)
     torch.set_num_threads(1)
     torch.inference_mode = no_gradients
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor() makes its tensors there, then sends
+    with Pretend():
+        yield
+
+
+if __name__ == "__main__":
     from sage_hub.cli.main import main
     from support.quick import hurry
 
     hurry(setattr)
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor() makes its tensors there, then sends
-    with Pretend():
+    with pretending():
         sys.exit(max(main([*json.loads(one), "--device", NAME]) for one in sys.argv[2:]))

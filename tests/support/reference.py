@@ -54,10 +54,8 @@ def _filter(moment: torch.Tensor, strength: float, energy: float) -> torch.Tenso
     s, v = torch.linalg.eigh(moment)
     s, v = s.flip(0), v.flip(1)
     k = int((s.cumsum(0) < energy * s.sum()).sum()) + 1
-    keep = torch.eye(len(s), dtype=torch.float64)
-    for i in range(k):
-        keep -= strength * s[i] / (s.mean() + strength * s[i]) * torch.outer(v[:, i], v[:, i])
-    return keep
+    g = strength * s[:k] / (s.mean() + strength * s[:k])
+    return torch.eye(len(s), dtype=torch.float64) - v[:, :k] @ torch.diag(g) @ v[:, :k].T
 
 
 def _moments(base: Path, rows: Rows) -> dict[str, torch.Tensor]:
