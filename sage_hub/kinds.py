@@ -124,7 +124,7 @@ DATE = Kind(
 OPTIONS_OF = {
     "push": "data release evaluation record method computation",
     "sanitize": "data release evaluation record method computation",
-    "plan": "data method computation robustness",
+    "plan": "data method computation robustness depth reference",
     "stats": "forget energy rank moments computation",
     "audit": "data -heldout method -gain -target computation",
     "eval": "data evaluation computation",

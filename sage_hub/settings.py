@@ -194,6 +194,7 @@ class Settings:
         SWITCH,
         "evaluate after int8 and int4 rounding and relearning, on other wordings, and by sampling",
     )
+    depth: bool = _evaluation(False, SWITCH, "measure the Unlearning Depth Score, by a --reference")
     lm_eval: str | None = _evaluation(None, text("TASKS"), "run these tasks of lm-eval too: a,b")
     gates: tuple[str, ...] = _record(
         (),
@@ -271,6 +272,7 @@ class Settings:
             reference=self.reference if self.gain_rule == "search" else None,
             generate_rows=0,
             robustness=False,
+            depth=False,
             lm_eval=None,
         )
 

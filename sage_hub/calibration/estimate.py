@@ -44,6 +44,7 @@ _USUAL_RANK, _SHARP_RANK = 1 / 8, 1 / 2
 _BESIDES = 1.6
 # What a search for the gain takes: evaluations of all rows, about, and passes over the weights.
 SEARCHED, SEARCH_PASSES = 7, 3
+DEEP = 4  # models whose states are put into the base: all but it, the reference among them
 ROBUST, _TRAINED = 3, 3  # models whose robustness is measured; passes forward that a step takes
 _PRODUCTS = 4  # of each weight with the directions: see docs/performance.md
 
@@ -101,6 +102,8 @@ class Estimate:
     evaluation_seconds: float  # of four models on as many tokens
     robustness: Robustness
     robustness_seconds: float  # of three of them
+    patched_passes: int  # of the base on each row, from the patched layer on, for `--depth`
+    depth_seconds: float
     written_tokens: int  # at most, by the base where rows are not given
     writing_seconds: float  # and for both models to read them
 
@@ -119,10 +122,12 @@ def estimate(
     rates: Rates,
     written: int = 0,
     robustness: Robustness = Robustness(),
+    deep: int = 0,
 ) -> Estimate:
     """Estimate a run on `model`, whose weights are on "meta", with proxies of `tokens` tokens.
 
-    The model writes `written` tokens of rows that are not given; `robustness` is none unless asked.
+    The model writes `written` tokens of rows that are not given; `robustness` is none unless asked,
+    and neither are the `deep` tokens of rows whose hidden states are put from model to model.
     """
     sites, blocks = find_sites(model), cut(model)
     per_token, size = _flops_per_token(model, blocks), weight_bytes(model)
@@ -138,6 +143,8 @@ def estimate(
         return _BESIDES * tokens * per_token / rates.forward
 
     searched = 2 * min(tokens, SEARCH_TOKENS)
+    layers = model.config.get_text_config().num_hidden_layers
+    patched = DEEP * layers if deep else 0
     in_float32 = rates.forward / rates.moments
     return Estimate(
         parameters=sum(p.numel() for p in model.parameters()),
@@ -163,6 +170,9 @@ def estimate(
             + _TRAINED * run(robustness.trained) * in_float32
             + _BESIDES * robustness.sampled * per_token / rates.generation
         ),
+        patched_passes=patched,
+        # Half of the layers lie behind a patch, on average; and each model has its own states.
+        depth_seconds=run(deep) * (patched / 2 + DEEP + 1),
         written_tokens=written,
         writing_seconds=bool(written) * (3 * size / rates.hashing)
         + _BESIDES * written * per_token / rates.generation

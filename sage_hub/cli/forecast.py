@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from sage_hub.calibration.estimate import ROBUST, SEARCHED, Estimate
 from sage_hub.cli.terminal import Part
+from sage_hub.evaluation.depth import ROWS
 from sage_hub.record.tables import Table
 from sage_hub.runtime.progress import in_bytes, in_time
 
@@ -47,6 +48,11 @@ def forecast_text(found: Estimate) -> Iterator[Part]:
         yield (
             f"Robustness of {ROBUST} models, each taught at most {found.robustness.trained} tokens "
             f"and sampling {found.robustness.sampled}: {in_time(found.robustness_seconds)}"
+        )
+    if found.patched_passes:
+        yield (
+            f"Unlearning depth, with {found.patched_passes} passes of the base over at most "
+            f"{ROWS} forget rows, from the patched layer on: {_duration(found.depth_seconds)}"
         )
     if found.written_tokens:
         yield f"The base writes rows, as none are given: {in_time(found.writing_seconds)}"

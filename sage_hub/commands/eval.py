@@ -14,6 +14,7 @@ from sage_hub.commands.inputs import read_proxies
 from sage_hub.errors import UsageError
 from sage_hub.evaluation import harness
 from sage_hub.evaluation.answers import check_place, write_answers
+from sage_hub.evaluation.depth import check_depth
 from sage_hub.evaluation.evaluate import Study, evaluate
 from sage_hub.evaluation.look import Candidate
 from sage_hub.record.manifest import make_report
@@ -57,6 +58,7 @@ def evaluate_models(
     reader = first.reading_with(settings.tokenizer, others)
     settings = settle(settings, reader, run.ranks)
     check_rows(proxies, reader, settings, *others)
+    check_depth(proxies, settings, *others)
     study = Study(
         proxies,
         tokens_of=reader,

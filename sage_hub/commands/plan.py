@@ -8,6 +8,7 @@ from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
 from sage_hub.commands.here import settle
 from sage_hub.commands.inputs import Supply
 from sage_hub.commands.rows import GUARD_ROWS, RETAIN_ROWS, SPARE
+from sage_hub.evaluation import depth
 from sage_hub.evaluation.relearning import RECOVERING, trained_tokens
 from sage_hub.evaluation.robustness import BITS
 from sage_hub.evaluation.suites import ANSWERS, SAMPLED_ROWS, SAMPLES
@@ -40,6 +41,7 @@ def forecast(base: str, settings: Settings) -> Estimate:
         settings,
         written=rows * (QUESTION_TOKENS + ANSWER.max_new_tokens),
         robustness=_robustness(settings, longest),
+        deep=min(settings.max_tokens, depth.ROWS * longest) if settings.depth else 0,
         tokens=settings.max_tokens,
         longest=longest,
         rates=probe(model.dtype, settings.device),

@@ -28,6 +28,7 @@ from sage_hub.errors import (
     about,
 )
 from sage_hub.evaluation import harness
+from sage_hub.evaluation.depth import check_depth
 from sage_hub.publish.announce import check_announcement
 from sage_hub.publish.folder import check_disk, check_output
 from sage_hub.publish.target import Publication, check_target, target_warnings
@@ -135,6 +136,7 @@ def _checks(
     yield from (partial(data.read_set, which) for which in settings.sets)
     yield data.compare_sets
     yield lambda: data.check_rows(plan, job.reference)
+    yield lambda: check_depth(data.proxies, settings, plan.base, *filter(None, [job.reference]))
     yield data.read_gates
     yield about("card_template", "--card-template")(
         lambda: card.find_template(settings.card_template)

@@ -19,6 +19,7 @@ from sage_hub.evaluation.comparison import (
     result_of,
     retain_recovered,
 )
+from sage_hub.evaluation.depth import depth_metric, unlearning_depth
 from sage_hub.evaluation.fluency import fluency
 from sage_hub.evaluation.look import Candidate, Look
 from sage_hub.evaluation.membership import ATTACKS
@@ -110,6 +111,14 @@ def evaluate(
         reader = models[study.origin].side
         said = {name: v["forget"] for (name, how), v in seen.items() if not how and "forget" in v}
         estimates |= fluency(reader, said, study.tokens_of, settings, scratch, run)
+    forget = next((one for one in sets if one.forgotten), None)
+    if forget and "reference" in models and not settings.depth:
+        absent.append({"what": "unlearning depth on forget", "reason": "--depth was not given"})
+    elif forget and settings.depth:
+        there = {name: one for name, one in models.items() if (name, None) in seen}
+        tokens_of, origin = study.tokens_of, study.origin
+        deep, why = unlearning_depth(there, origin, forget, tokens_of, settings, scratch, run)
+        estimates, absent = estimates | deep, absent + why
     not_run += [*absent, *not_finite(estimates)]
     estimates = {key: found for key, found in estimates.items() if math.isfinite(found.value)}
     data = {one.name: _described(one, proxies[one.name], calibrated) for one in sets}
@@ -165,6 +174,10 @@ def expected_names(
             metrics |= {"privleak"} if "unseen" in proxies else set()
         if which == "forget" and "unseen" in proxies:
             metrics |= ATTACKS.keys()
+        if which == "forget" and settings.depth:
+            metric = depth_metric(proxy.rows)
+            yield from (f"{name}.forget.{metric}" for name in {*models} - {"base", "reference"})
+            yield f"forget.{metric}"
         for metric in metrics:
             yield from (f"{name}.{which}.{metric}" for name in models)
             yield f"{which}.{metric}"

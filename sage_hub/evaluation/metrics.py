@@ -214,6 +214,8 @@ DERIVED: Mapping[str, Direction] = {
     "privleak": "near zero",
     **dict.fromkeys(("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus"), "not stated"),
     "fluency": "lower",
+    "uds": "higher",
+    "uds_answer": "higher",
     "relearning_recovery": "lower",
 }
 

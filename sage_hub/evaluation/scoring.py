@@ -126,7 +126,7 @@ def score_each(
                             [rows[place].ids[rows[place].answer_start :] for place in groups[line]]
                             for line in batch.rows
                         ]
-                        made = _scored(model, batch, states, wanted, attacked=attacked)
+                        made = score_states(model, batch, states, wanted, attacked=attacked)
                         for line, scored in zip(batch.rows, made, strict=True):
                             found[which] |= dict(zip(groups[line], scored, strict=True))
                     else:
@@ -142,7 +142,7 @@ def score_each(
     ]
 
 
-def _scored(
+def score_states(
     model: BlockModel,
     batch: Batch,
     states: Tensor,

@@ -79,7 +79,7 @@ def _parse_row(record: Record, where: str) -> tuple[str, Row]:
     for columns in (present, record):  # the second to say which one is empty
         for form, (needed, parse) in FORMS.items():
             if needed <= columns.keys():
-                row = parse(present, where)
+                row = replace(parse(present, where), entity=str(present.get("entity", "")))
                 alone = bool(row.perturbed) and row.paraphrased is None
                 # Probability is then relative to the wrong answers.
                 return f"{form} and perturbed_answer alone" if alone else form, row

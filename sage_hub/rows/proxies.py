@@ -34,6 +34,7 @@ class Row:
     chat: str = field(default="", repr=False)
     # Turns that are shown before all of it, as examples; other rows, so no part of what it is.
     shots: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    entity: str = field(default="", repr=False)  # the part of the answer that says what had to go
     place: str = field(
         default="", repr=False, compare=False
     )  # "row 4", or "row 4 (line 6)" of its file
@@ -94,7 +95,7 @@ class Proxy:
     def fingerprint(self) -> str:
         """A SHA-256 over the rows, whatever their order."""
         hashes = sorted(
-            hashlib.sha256(f"{row!r}{row.chat}{row.shots or ''}".encode()).hexdigest()
+            hashlib.sha256(f"{row!r}{row.chat}{row.shots or ''}{row.entity}".encode()).hexdigest()
             for row in self.rows
         )
         return hashlib.sha256("".join(hashes).encode()).hexdigest()

@@ -118,6 +118,23 @@ def test_training_is_three_passes_forward_in_float32(tmp_path: Path) -> None:
     assert estimate(model, Settings(), **given).robustness_seconds == 0
 
 
+def test_depth_takes_a_pass_for_each_model_and_layer(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", str(pair / "base"), "--forget", str(pair / "forget.jsonl"), "--gain", "1"]
+    for depth in ([], ["--depth"]):
+        assert main([*words, *depth]) == 0
+        line = "Unlearning depth, with 8 passes of the base over at most 40 forget rows"
+        assert (line in capsys.readouterr().out) == bool(depth)
+    make_config(num_hidden_layers=6).save_pretrained(tmp_path)
+    model = Checkpoint(open_files(str(tmp_path)), {}).empty_model()
+    given = {"tokens": 100, "longest": 10, "rates": ONE}
+    found, none = (estimate(model, Settings(), deep=deep, **given) for deep in (300, 0))
+    # Every model as it is, and four times half of six layers, six times.
+    assert found.depth_seconds == pytest.approx((5 + 4 * 3) * 1.6 * found.modes[0].forward * 3)
+    assert (found.patched_passes, none.patched_passes, none.depth_seconds) == (24, 0, 0)
+
+
 @pytest.mark.parametrize("forget", [False, True], ids=["retain", "retain and forget"])
 def test_the_disk_of_a_calibration_is_what_it_takes_at_its_end(
     forget: bool, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

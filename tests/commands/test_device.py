@@ -17,7 +17,8 @@ import pytest
 import torch
 from support.architectures import check_release, make_model, make_sides, move, single
 from support.checkpoints import load_weights
-from support.pico import make_pair, make_rows, proxies, write_rows
+from support.pico import make_pair, make_rows, proxies, update, write_rows
+from transformers import LlamaForCausalLM
 
 from sage_hub.cli.main import main
 
@@ -76,6 +77,28 @@ def test_the_whole_job(tmp_path: Path) -> None:
     far_away("short", *there)
     for moments in ("exact", "sketch"):
         check_alike(tmp_path / moments / "near", tmp_path / moments / "far")
+
+
+def test_states_of_one_model_are_put_into_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_pair(tmp_path, dtype=torch.float32)
+    shorten(tmp_path)
+    reference = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    update(reference, seed=2, size=0.1)
+    reference.save_pretrained(tmp_path / "reference")
+    job = ["eval", str(tmp_path / "base"), str(tmp_path / "unlearned"), "--depth", "--json", "-q"]
+    job += ["--forget", str(tmp_path / "forget.jsonl"), "--generate-rows", "0"]
+    job += ["--reference", str(tmp_path / "reference")]
+    assert main([*job, "--device", "cpu"]) == 0
+    reports = [json.loads(said) for said in (capsys.readouterr().out, far_away("short", job))]
+    assert [report["hardware"]["device"] for report in reports] == ["cpu", "far"]
+    near, far = (
+        next(one["value"] for one in report["results"] if one["metric"] == "uds_answer")
+        for report in reports
+    )
+    assert 0 < near < 1
+    assert far == pytest.approx(near, abs=1e-4)
 
 
 def check_alike(near: Path, far: Path) -> None:

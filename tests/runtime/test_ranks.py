@@ -22,9 +22,10 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from support.architectures import make_model
 from support.loopback_hub import LoopbackHub
-from support.pico import make_rows, make_tokenizer, write_rows
+from support.pico import make_rows, make_tokenizer, update, write_rows
 from support.processes import PROCESSES, run_hurried
 from support.soak import soak
+from transformers import LlamaForCausalLM
 
 from sage_hub.cli.main import main
 from sage_hub.publish.folder import work_folder
@@ -118,10 +119,14 @@ def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
 def test_several_processes_evaluate_what_one_does(pair: Path) -> None:
     models = [str(pair / "base"), str(pair / "unlearned")]
     words = ["eval", *models, "--forget", str(pair / "forget.jsonl"), "--generate-rows", "5"]
-    words += ["--robustness", "--json"]
+    reference = LlamaForCausalLM.from_pretrained(pair / "base")
+    update(reference, seed=2, size=0.1)
+    reference.save_pretrained(pair / "reference")
+    words += ["--robustness", "--json", "--depth", "--reference", str(pair / "reference")]
     one, two = (json.loads(out)["results"] for out in (alone(words), together(words, 2)))
     kinds = {(result["metric"], result["condition"]) for result in one}
     assert {("rougeL_recall", None), ("probability", "int4"), ("probability", "relearned")} <= kinds
+    assert ("uds_answer", None) in kinds
     same(one, two)
 
 
