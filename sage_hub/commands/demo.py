@@ -32,7 +32,9 @@ def run(
     show: Callable[[Job], object],
     progress: Progress,
 ) -> tuple[Release, list[str]]:
-    """Train, unlearn and sanitize in `folder`; return the release and the commands to repeat it.
+    """Train, unlearn and sanitize in `folder`; return the release and what to type next.
+
+    That is the command that shows it, then those that repeat it.
 
     The plan is shown by `show`. Raises TargetError if the folder holds something and `force` is
     not set.
@@ -84,6 +86,7 @@ def _commands(
     both = [path(files.base), path(files.unlearned)]
     assert target.folder is not None
     return [
+        shlex.join(["sage-hub", "review", path(target.folder)]),
         shlex.join(["sage-hub", "push", *both, "--to", path(target.folder), *words, *settings]),
         shlex.join(["sage-hub", "audit", *both, *words[:4]]),
     ]
