@@ -86,6 +86,18 @@ def test_it_shows_what_the_record_and_the_answers_hold(
     assert main(["verify", str(release), "--quiet"]) == 0  # nothing came into it
 
 
+def test_what_speaks_against_a_release_is_read_first(release: Path) -> None:
+    path = release / "sage" / "report.json"
+    report = json.loads(path.read_text())
+    report["gates"][0]["passed"] = False
+    path.write_text(json.dumps(report))
+    assert main(["review", str(release), "--no-open"]) == 0
+    first, *others = content(release.with_name("out.review.html"))["verdict"]
+    assert first["text"].startswith("1 of 1 gates is not met")
+    assert first["tone"] == "bad"
+    assert "bad" not in {remark["tone"] for remark in others}
+
+
 def test_without_answers_it_says_how_to_make_them(
     release: Path, pair: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
