@@ -62,8 +62,8 @@ def _plan_lines(job: Job) -> Iterator[tuple[str, str]]:
         yield "gate", gate.text
     yield (
         "settings",
-        f"λ={strength:g} ρ={energy:g} rank={settings.rank or 'any'} "
-        f"γ={_gain(settings)} on {settings.device} in {_computing(job)}",
+        f"strength λ={strength:g}, energy ρ={energy:g}, rank {settings.rank or 'any'}, "
+        f"gain γ={_gain(settings)}; on {settings.device} in {_computing(job)}",
     )
     yield (
         "needs",

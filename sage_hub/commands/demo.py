@@ -20,6 +20,8 @@ from sage_hub.runtime.progress import Progress
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings, as_words
 
+METHODS = {"npo": "NPO (negative preference optimization)", "ga": "gradient ascent"}
+
 
 def run(
     folder: Path,
@@ -47,7 +49,7 @@ def run(
             )
         for name in ("base", "unlearned", "release"):
             shutil.rmtree(folder / name, ignore_errors=True)
-    progress.note(f"Training a small model and unlearning with {method.upper()} in {folder} …")
+    progress.note(f"Training a small model, then unlearning by {METHODS[method]}, in {folder} …")
     files = _build(folder, model=model, method=method, seed=seed, quiet=progress.quiet)
     sets = {
         "retain": str(files.retain),
