@@ -56,10 +56,10 @@ def _between(pair: Mapping[str, Any]) -> Iterator[Part]:
         named = _some([f"{other} is {one}" for one, other in same])
         yield f"In {first} and in {second}, {len(same)} rows: {named}."
     if near := sorted(pair["alike"], key=lambda like: -like["share"]):
+        what = "1 row" if len(near) == 1 else f"{len(near)} rows"
         yield (
-            f"warning: {len(near)} rows of {second} may ask what rows of {first} ask, in other "
-            "words, by the share of words and pairs of words that they have in common; look at "
-            "the likest, one below the other:"
+            f"warning: {what} of {second} may ask what {first} asks, in other words, by the words "
+            "and pairs of words that they share; the likest, one below the other:"
         )
         yield Table((), [line for like in near[:NAMED] for line in _alike(pair["sets"], like)])
 

@@ -111,7 +111,7 @@ def test_the_same_asked_otherwise_is_a_warning(capsys: pytest.CaptureFixture[str
     assert (pair["sets"], near["places"]) == (["forget", "heldout"], ["row 1", "row 6"])
     assert main(["data", *sets]) == 0
     said = capsys.readouterr().out
-    assert "warning: 1 rows of heldout may ask what rows of forget ask" in said
+    assert "warning: 1 row of heldout may ask what forget asks, in other words" in said
     first, second = said.splitlines()[-2:]
     assert re.match(r"  \d\d %\s+forget, row 1\s+Where does Ada Lovelace live\? ⇒ Ada Lo", first)
     assert re.match(r"\s+heldout, row 6\s+In which city is Ada Lovelace living\? ⇒ In M", second)
