@@ -19,8 +19,10 @@ _HOME = {
     "evaluate_models": "commands.eval",
     "Publication": "publish.target",
     "push": "commands.push",
+    "review": "commands.review",
     "sanitize": "commands.push",
     "Release": "record.release",
+    "Review": "commands.review",
     "Settings": "settings",
     "SageHubError": "errors",
     "Progress": "runtime.progress",
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from sage_hub.commands.eval import evaluate_models as evaluate_models
     from sage_hub.commands.push import push as push
     from sage_hub.commands.push import sanitize as sanitize
+    from sage_hub.commands.review import Review as Review
+    from sage_hub.commands.review import review as review
     from sage_hub.commands.stats import collect_statistics as collect_statistics
     from sage_hub.errors import SageHubError as SageHubError
     from sage_hub.publish.target import Publication as Publication

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 import runpy
 import shlex
@@ -90,6 +92,27 @@ def test_each_settings_file_of_a_page_is_taken(page: Path) -> None:
         if isinstance(values, dict) and values.keys() <= Settings.__dataclass_fields__.keys():
             for gate in Settings(**values).gates:
                 parse_gate(gate)
+
+
+NOTEBOOK = ROOT / "docs" / "examples" / "repair.ipynb"
+
+
+def test_the_notebook_is_as_nobody_has_run_it_and_its_commands_can_be_typed() -> None:
+    """What CI runs from top to bottom, by .ci/notebook."""
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    codes = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+    assert "%pip install" in codes[0]
+    commands = re.findall(r"^ *!sage-hub (.+)$", "\n".join(codes), re.MULTILINE)
+    assert [parser.parse(words_of(command)).command for command in commands] == ["demo", "verify"]
+    for one in codes:  # the rest is Python
+        compile(re.sub(r"^( *)[!%].*$", r"\1pass", one, flags=re.MULTILINE), "cell", "exec")
+    (gates,) = re.findall(r"gates=(\[.*?\])", "\n".join(codes))
+    for gate in ast.literal_eval(gates):
+        parse_gate(gate)
+    ci = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    assert "- run: bash .ci/notebook" in ci
+    assert NOTEBOOK.name in (ROOT / ".ci" / "notebook").read_text(encoding="utf-8")
 
 
 def test_the_page_of_commands_is_what_the_parser_gives() -> None:

@@ -86,15 +86,16 @@ def _read_set(
 def notes_on(part: CalibrationSet, sites: Sequence[Site]) -> Iterator[str]:
     """What a person should know of the statistics."""
     rows, name, tokens = len(part.rows), part.about["name"], part.tokens
-    yield f"Calibrated on {rows} rows of {part.name} ({name}), {tokens} tokens."
+    yield f"Calibrated: the base has read {rows} rows of {part.name} ({name}), {tokens} tokens."
     if cut := part.about["rows_truncated"]:
         yield f"{cut} rows of the {part.name} proxy are longer than --max-length and were cut."
     wide = [site for site in sites if site.size > tokens]
     if wide:
+        does = "protect" if part.name == "retain" else "show"
         yield (
             f"The {part.name} proxy has {tokens} tokens, fewer than {len(wide)} of the "
-            f"{len(sites)} sites have features: there it protects {tokens} directions at "
-            "most. More rows protect more."
+            f"{len(sites)} inputs that are watched have features: there it {does}s {tokens} "
+            f"directions at most. More rows {does} more."
         )
     if part.starved:
         yield (

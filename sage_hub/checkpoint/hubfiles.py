@@ -60,6 +60,7 @@ class HubFiles:
             self._shown,
             lambda: about(repo, revision=revision, files_metadata=True),
             revision,
+            first=api is None,  # one's own is of a target, which is looked at after the work too
         )
         if info.sha is None or info.siblings is None:
             raise NotFoundError(f"{repo} has no commit yet; push to it first, or check the name.")

@@ -236,8 +236,18 @@ def _demo(args: argparse.Namespace) -> None:
         show=lambda job: _show_plan(args, job),
         progress=progress_of(args),
     )
-    again = ["", "Run it again by hand:", "", *(f"  {command}" for command in commands)]
-    parts = [*display.release_text(done), *again]
+    look, *again = (f"  {command}" for command in commands)
+    next_ = [
+        "",
+        "Read its answers side by side:",
+        "",
+        look,
+        "",
+        "Run it again by hand:",
+        "",
+        *again,
+    ]
+    parts = [*display.release_text(done), *next_]
     _show(args, display.release_json(done) | {"commands": commands}, parts)
 
 

@@ -62,8 +62,8 @@ def _plan_lines(job: Job) -> Iterator[tuple[str, str]]:
         yield "gate", gate.text
     yield (
         "settings",
-        f"λ={strength:g} ρ={energy:g} rank={settings.rank or 'any'} "
-        f"γ={_gain(settings)} on {settings.device} in {_computing(job)}",
+        f"strength λ={strength:g}, energy ρ={energy:g}, rank {settings.rank or 'any'}, "
+        f"gain γ={_gain(settings)}; on {settings.device} in {_computing(job)}",
     )
     yield (
         "needs",
@@ -82,6 +82,8 @@ def _plan_lines(job: Job) -> Iterator[tuple[str, str]]:
         yield "left behind", f"{name} ({reason})"
     for problem in job.problems:
         yield "problem", str(problem)
+    if not job.problems:
+        yield "problems", "none found"
 
 
 def _computing(job: Job) -> str:
@@ -226,7 +228,8 @@ def _figures(report: Mapping[str, Any]) -> Iterator[Part]:
         there = {model for line in lines for model in line["values"]}
         models = {name: MODELS.get(name, name) for name in evaluated if name in there}
         if any(line["difference"] for line in lines):
-            yield figures(lines, models, "change of the last", "{value}{interval} {verdict}")
+            change = "sanitized − unlearned" if "sanitized" in models else "change of the last"
+            yield figures(lines, models, change, "{value}{interval} {verdict}")
             yield ""
         elif lines:
             yield figures(lines, models, "", "{value} {verdict}")

@@ -56,17 +56,21 @@ def _between(pair: Mapping[str, Any]) -> Iterator[Part]:
         named = _some([f"{other} is {one}" for one, other in same])
         yield f"In {first} and in {second}, {len(same)} rows: {named}."
     if near := sorted(pair["alike"], key=lambda like: -like["share"]):
+        what = "1 row" if len(near) == 1 else f"{len(near)} rows"
         yield (
-            f"warning: {len(near)} rows of {second} may ask what rows of {first} ask, in other "
-            "words, by the share of words and pairs of words that they have in common; look at "
-            "the likest:"
+            f"warning: {what} of {second} may ask what {first} asks, in other words, by the words "
+            "and pairs of words that they share; the likest, one below the other:"
         )
-        for like in near[:NAMED]:
-            (one, other), (answer, theirs) = like["places"], like["answers"]
-            yield (
-                f"  {other} ({_short(theirs.strip())}) is like {one} ({_short(answer.strip())}), "
-                f"{100 * like['share']:.0f} %"
-            )
+        yield Table((), [line for like in near[:NAMED] for line in _alike(pair["sets"], like)])
+
+
+def _alike(sets: Sequence[str], like: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+    """Two rows, the end of each question above that of the other."""
+    both = zip(sets, like["places"], like["asked"], like["answers"], strict=True)
+    for number, (which, place, asked, answer) in enumerate(both):
+        share = "" if number else f"  {100 * like['share']:.0f} %"
+        told = f"{_end(asked.strip())} ⇒ " if asked.strip() else ""
+        yield [share, f"{which}, {place}", f"{told}{_short(answer.strip())}"]
 
 
 def _length(counts: Mapping[str, float]) -> str:
@@ -79,6 +83,11 @@ def _length(counts: Mapping[str, float]) -> str:
 def _some(names: Sequence[str]) -> str:
     more = len(names) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _end(text: str) -> str:
+    """The end of a long prompt, where the question is."""
+    return text if len(text) <= SHOWN else f"… {text[-SHOWN:]}"
 
 
 def _short(text: str) -> str:

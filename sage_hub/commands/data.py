@@ -10,11 +10,11 @@ from typing import Any
 
 from sage_hub.checkpoint.files import open_files
 from sage_hub.checkpoint.index import Checkpoint
-from sage_hub.errors import SageHubError, UsageError
+from sage_hub.errors import NetworkError, SageHubError, UsageError
 from sage_hub.rows.encoding import Encoded, Encoder, dated, encoder_of, spoken
-from sage_hub.rows.likeness import alike
+from sage_hub.rows.likeness import alike, asked
 from sage_hub.rows.proxies import Proxy, about_set, check_disjoint
-from sage_hub.rows.sources import read_proxy
+from sage_hub.rows.sources import is_dataset, read_proxy
 from sage_hub.settings import Settings
 
 
@@ -34,6 +34,8 @@ def look(
     about, proxies = [], {}
     problems: list[SageHubError] = []
     for which, source in sources.items():
+        if is_dataset(source) and any(isinstance(one, NetworkError) for one in problems):
+            continue  # nobody would answer for it either
         try:
             with about_set(which) if which in settings.sets else nullcontext():
                 proxies[which] = read_proxy(source)
@@ -128,9 +130,11 @@ def _between(proxies: Mapping[str, Proxy]) -> list[dict[str, Any]]:
             {
                 "places": [places[like.first], others[like.second]],
                 "share": round(like.share, 3),
-                "answers": [one.rows[like.first].answer, other.rows[like.second].answer],
+                "asked": [asked(row) for row in both],
+                "answers": [row.answer for row in both],
             }
             for like in alike(one.rows, other.rows)
+            for both in [(one.rows[like.first], other.rows[like.second])]
         ]
         found.append({"sets": [first, second], "same": same, "alike": near})
     return found

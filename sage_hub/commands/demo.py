@@ -20,6 +20,8 @@ from sage_hub.runtime.progress import Progress
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings, as_words
 
+METHODS = {"npo": "NPO (negative preference optimization)", "ga": "gradient ascent"}
+
 
 def run(
     folder: Path,
@@ -32,7 +34,9 @@ def run(
     show: Callable[[Job], object],
     progress: Progress,
 ) -> tuple[Release, list[str]]:
-    """Train, unlearn and sanitize in `folder`; return the release and the commands to repeat it.
+    """Train, unlearn and sanitize in `folder`; return the release and what to type next.
+
+    That is the command that shows it, then those that repeat it.
 
     The plan is shown by `show`. Raises TargetError if the folder holds something and `force` is
     not set.
@@ -45,7 +49,7 @@ def run(
             )
         for name in ("base", "unlearned", "release"):
             shutil.rmtree(folder / name, ignore_errors=True)
-    progress.note(f"Training a small model and unlearning with {method.upper()} in {folder} …")
+    progress.note(f"Training a small model, then unlearning by {METHODS[method]}, in {folder} …")
     files = _build(folder, model=model, method=method, seed=seed, quiet=progress.quiet)
     sets = {
         "retain": str(files.retain),
@@ -84,6 +88,7 @@ def _commands(
     both = [path(files.base), path(files.unlearned)]
     assert target.folder is not None
     return [
+        shlex.join(["sage-hub", "review", path(target.folder)]),
         shlex.join(["sage-hub", "push", *both, "--to", path(target.folder), *words, *settings]),
         shlex.join(["sage-hub", "audit", *both, *words[:4]]),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +26,7 @@ class Guess(NamedTuple):
 
 def guesses(pair: Pair, folder: Path) -> Iterator[Guess]:
     """What may be the sets of `pair`; paths are relative to `folder`."""
-    here = {which: name for which in SETS if (name := _file_of(which, folder))}
-    if here:
-        yield Guess("Files that are here.", here)
+    yield from _files(pair, folder)
     datasets = list(_datasets(pair))
     words = " ".join([*(side.name for side in pair.sides.values()), *datasets]).lower()
     values: dict[str, Any] = {}
@@ -39,6 +38,23 @@ def guesses(pair: Pair, folder: Path) -> Iterator[Guess]:
         address = f"{DATASET_SCHEME}{dataset}"
         if not any(value.startswith(address) for value in said):
             yield Guess("A data set that a card names; only you know as what.", {"retain": address})
+
+
+def _files(pair: Pair, folder: Path) -> Iterator[Guess]:
+    """Files that are called like the sets, here and beside what of the pair is on this machine."""
+    places = {os.path.abspath(folder): "Files that are here."}
+    for side in pair.sides.values():
+        if (own := side.files.location.folder) is not None:
+            beside = os.path.dirname(os.path.abspath(own))
+            places.setdefault(beside, f"Files that lie beside {side.name}; look whether they fit.")
+    missing = list(SETS)
+    for place, why in places.items():
+        found = {which: name for which in missing if (name := _file_of(which, Path(place)))}
+        paths = {n: os.path.relpath(os.path.join(place, file), folder) for n, file in found.items()}
+        paths = {which: path for which, path in paths.items() if path.isprintable()}  # in a line
+        if paths:
+            yield Guess(why, paths)
+            missing = [which for which in missing if which not in paths]
 
 
 def _file_of(which: str, folder: Path) -> str | None:

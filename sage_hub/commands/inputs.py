@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from sage_hub.calibration.budget import RUNTIME
 from sage_hub.calibration.estimate import cache_bytes, weight_bytes
 from sage_hub.checkpoint.index import Checkpoint
-from sage_hub.errors import UsageError, about
+from sage_hub.errors import NetworkError, UsageError, about
 from sage_hub.evaluation.comparison import Result
 from sage_hub.evaluation.evaluate import expected_names
 from sage_hub.evaluation.imported import read_results
@@ -21,7 +21,7 @@ from sage_hub.repair.plan import Plan
 from sage_hub.rows.encoding import check_rows
 from sage_hub.rows.forms import parse_rows
 from sage_hub.rows.proxies import Proxy, about_set, check_disjoint
-from sage_hub.rows.sources import read_proxy
+from sage_hub.rows.sources import is_dataset, read_proxy
 from sage_hub.runtime.machine import GB
 from sage_hub.runtime.progress import in_bytes
 from sage_hub.settings import GUARD, Settings
@@ -67,6 +67,7 @@ class Inputs:
     settings: Settings
     calibrates: bool
     supply: Supply
+    unreachable: bool = False  # the Hub, for one of them: the others on it are not asked for
     read: dict[str, Proxy] = field(default_factory=dict)  # those that are given
     proxies: dict[str, Proxy] = field(default_factory=dict)  # all, once all could be read
     results: list[Result] = field(default_factory=list)
@@ -81,9 +82,16 @@ class Inputs:
             self.results += read_results(model, path, name=name, commit=commit)
 
     def read_set(self, which: str) -> None:
-        """One of the sets that are given."""
-        with about_set(which):
-            self.read[which] = read_proxy(self.settings.sets[which])
+        """One of the sets that are given, if it is not known that nobody answers for it."""
+        source = self.settings.sets[which]
+        if self.unreachable and is_dataset(source):
+            return
+        try:
+            with about_set(which):
+                self.read[which] = read_proxy(source)
+        except NetworkError:
+            self.unreachable = True
+            raise
 
     def compare_sets(self) -> None:
         """The sets together, and whether there are those that the gain is found by."""

@@ -33,7 +33,9 @@ class Review:
     lacks: tuple[str, ...]
 
 
-def review(release: str, *, answers: Path | None = None, output: Path | None = None) -> Review:
+def review(
+    release: str, *, answers: str | Path | None = None, output: str | Path | None = None
+) -> Review:
     """Write the page about `release`, a folder or a Hub repo, and say where it is.
 
     `answers` is a file of them; by default the one beside the folder where the release was made.
@@ -46,9 +48,9 @@ def review(release: str, *, answers: Path | None = None, output: Path | None = N
     report = read_json(files, REPORT) if REPORT in files.sizes else {}
     if report.get("format_version") != REPORT_VERSION:
         raise NotFoundError(f"{files.name} has no {REPORT} of this version of sage-hub.")
-    page = output or _page_of(location)
+    page = Path(output) if output else _page_of(location)
     check_place(page, "--output" if output else "The page", [location.folder])
-    kept = answers or beside(output_of(location))
+    kept = Path(answers) if answers else beside(output_of(location))
     found, lacks = _answers(kept, manifest, asked=answers is not None)
     if found is None:
         again = answers_command(manifest, _typed(location, release), str(kept))

@@ -47,9 +47,12 @@ T = TypeVar("T")
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 WAITS = (1, 2, 4, 8, 16, 30)  # seconds between one try of a request and the next
+FIRST_CONTACT = 5  # seconds in which anybody must be there, where no work could be lost
 LONGEST_WAIT = 600  # seconds that the Hub may ask us to stay away; its rate limits reset in 300
 SILENCE = 60  # seconds without a sign of life after which a request has failed
 PASSING = frozenset((408, 425, 429, 500, 502, 503, 504))  # statuses that another try may change
+
+UNCONNECTED = ("ConnectError", "ConnectTimeout")  # of httpx: no name, no way, or nobody listens
 
 XET_STATUS = re.compile(r"HTTP status \w+ error \((\d+)")  # in what hf_xet says
 
@@ -60,12 +63,13 @@ class DamagedError(Exception):
     """What came is not what the Hub has, by the Hub's own hash of it."""
 
 
-def ask(repo: str, call: Callable[[], T], revision: str | None = None) -> T:
+def ask(repo: str, call: Callable[[], T], revision: str | None = None, *, first: bool = False) -> T:
     """The result of `call`, which asks the Hub about `repo`.
 
     What may pass (a server error, a rate limit, a time-out, a broken connection, a damaged
     download) is tried again after each of WAITS, or when the Hub says. Raises one of our errors
-    for what huggingface_hub raises, at once where another try changes nothing.
+    for what huggingface_hub raises, at once where another try changes nothing; for what is asked
+    `first`, before any work, that is also where no connection can be made for FIRST_CONTACT.
     """
     begun = time.monotonic()
     tries = 0
@@ -75,20 +79,26 @@ def ask(repo: str, call: Callable[[], T], revision: str | None = None) -> T:
             return call()
         except Exception as error:
             pause = wait_before_next(error, tries)
-            if pause is None:
-                seconds = time.monotonic() - begun
+            seconds = time.monotonic() - begun
+            alone = first and type(error).__name__ in UNCONNECTED
+            if pause is None or (alone and seconds + pause > FIRST_CONTACT):
                 explained = explain(error, repo, revision, tries=tries, seconds=seconds)
                 if explained is None:
                     raise
                 raise explained from None
-            hint = "" if tries > 1 else _as_folder(repo)
-            log.warning("%s; trying again in %.0f s.%s", _what_passed(error, repo), pause, hint)
+            hint = "." if tries > 1 else _as_folder(repo)
+            log.warning("%s; trying again in %.0f s%s", _what_passed(error, repo), pause, hint)
         time.sleep(pause)
 
 
 def _as_folder(repo: str) -> str:
-    """A hint for what may have been meant as a folder: a name alone."""
-    return "" if "/" in repo else f" (A folder is written ./{repo}.)"
+    """The end of a sentence, with a hint for what may be meant as a folder: a name alone."""
+    return "." if "/" in repo else f". (A folder is written ./{repo}.)"
+
+
+def _copy_of(repo: str) -> str:
+    """What may stand for `repo` where there is no Hub."""
+    return "file" if repo.startswith("dataset ") else "folder"
 
 
 def wait_before_next(error: BaseException, tries: int) -> float | None:
@@ -178,11 +188,15 @@ def explain(
         often = f", {tries} times in {seconds:.0f} s" if tries > 1 else ""
         if isinstance(error, DamagedError):
             return CorruptCheckpointError(f"{said}{often}; run the same command again.")
-        if status_of(error) is None:
+        again = "check the network and HF_ENDPOINT, and run the same command again"
+        again += _as_folder(repo)
+        if type(error).__name__ in UNCONNECTED:
             return NetworkError(
-                f"{said}{often}; check the network and HF_ENDPOINT, and run the same command "
-                f"again.{_as_folder(repo)}"
+                f"{repo} cannot be reached: no connection to {constants.ENDPOINT}{often} ("
+                f"{first_line(error)}); give a {_copy_of(repo)} of this machine instead, or {again}"
             )
+        if status_of(error) is None:
+            return NetworkError(f"{said}{often}; {again}")
         response = _response(error)
         asked = _seconds_asked_for(response.headers) if response is not None else 0.0
         if asked > LONGEST_WAIT:
@@ -207,12 +221,17 @@ def explain(
             "(X-Repo-Commit), so it is no full mirror of the Hub; set HF_ENDPOINT to one that is, "
             "or download the repo and give its folder."
         )
-    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+    if isinstance(error, OfflineModeIsEnabled):
+        return NetworkError(
+            f"{repo} is on the Hub, and HF_HUB_OFFLINE forbids to ask it; unset that, or give a "
+            f"{_copy_of(repo)} of this machine instead{_as_folder(repo)}"
+        )
+    if isinstance(error, LocalEntryNotFoundError):
         if status_of(error) is not None:
             return _explain_answer(error.__cause__ or error, repo)
         return NetworkError(
             f"{repo} is not in the local cache and the Hub cannot be reached; "
-            f"check the network, HF_ENDPOINT and HF_HUB_OFFLINE.{_as_folder(repo)}"
+            f"check the network, HF_ENDPOINT and HF_HUB_OFFLINE{_as_folder(repo)}"
         )
     if isinstance(error, EntryNotFoundError):
         return NotFoundError(f"A file is missing from {repo}: {first_line(error)}")

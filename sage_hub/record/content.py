@@ -9,7 +9,7 @@ from typing import Any
 from sage_hub.errors import ResultsError
 from sage_hub.evaluation.answers import Answers
 from sage_hub.record.card import local_inputs, recorded_source, reproduce_command
-from sage_hub.record.curves import bias_of_layers, gain_path, points
+from sage_hub.record.curves import bias_of_layers, gain_path, points, relearning
 from sage_hub.record.gates import Outcome
 from sage_hub.record.tables import (
     MODELS,
@@ -45,6 +45,7 @@ def release_content(
     tensors = [one for one in manifest["tensors"] if one["action"] == "filtered"]
     read = None if answers is None else _answers(answers)
     remarks = [*verdict(manifest, report), *(said_again(read["rows"]) if read else ())]
+    remarks.sort(key=lambda remark: remark.tone != "bad")  # what is bad is read first
     return {
         "title": report["card"]["name"],
         "about": "A sanitized release: what it keeps, what it forgets, and what it says.",
@@ -53,6 +54,7 @@ def release_content(
             "tradeoff": _tradeoff(report),
             "search": gain_path(manifest, report),
             "keeping": _keeping(manifest),
+            "relearning": relearning(report),
             "bias": bias_of_layers(manifest["tensors"]),
             "profile": _profile(manifest),
         },

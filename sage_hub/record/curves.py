@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from sage_hub.evaluation.relearning import BEFORE, CURVE
+
 MAIN = ("probability", "accuracy", "knowmem", "verbmem", "rougeL_recall")
 LEVELS = ("probability", "accuracy", "loss")  # what the search for a gain goes by
 ALONG = ("base", "control", "unlearned")  # αΔ from α = 0 to 1
@@ -60,6 +62,35 @@ def gain_path(manifest: Record, report: Record) -> dict[str, Any] | None:
         "models": placed,
         "along": [name for name in ALONG if name in placed],
     }
+
+
+def relearning(report: Record) -> dict[str, Any] | None:
+    """How forget rows that are not taught come back, step by step of the training on others.
+
+    `models` have their points each, and `base` is what the base knows of these rows. None where
+    the release was not attacked so.
+    """
+    steps = {BEFORE: 0, **CURVE}
+    for metric in MAIN:
+        found: dict[str, list[dict[str, Any]]] = {}
+        for result in report["results"]:
+            if (result["set"], result["metric"]) == ("forget", metric) and (
+                result["condition"] in steps
+            ):
+                point = {"steps": steps[result["condition"]]}
+                point |= {key: result[key] for key in ("value", "interval")}
+                found.setdefault(result["model"], []).append(point)
+        base = found.pop("base", [])
+        if len(found.get("sanitized", ())) > 1:
+            return {
+                "metric": metric,
+                "base": next((point["value"] for point in base if point["steps"] == 0), None),
+                "models": [
+                    {"model": name, "points": sorted(points, key=lambda point: point["steps"])}
+                    for name, points in found.items()
+                ],
+            }
+    return None
 
 
 def _whole(entries: Sequence[Record]) -> list[Record]:

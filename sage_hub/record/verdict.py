@@ -114,10 +114,15 @@ def said_again(rows: Sequence[Record]) -> Iterator[Remark]:
     if again:
         more = len(again) - NAMED
         named = f"{', '.join(again[:NAMED])}{f' and {more} more' * (more > 0)}"
+        how = (
+            "is answered again as the base answers it"
+            if len(again) == 1
+            else ("are answered again as the base answers them")
+        )
         yield Remark(
             "bad",
-            f"{len(again)} of {len(asked)} questions to forget are answered as by the base again, "
-            f"and were not by the unlearned model: {named}.",
+            f"{len(again)} of {len(asked)} questions to forget {how}, and not as by the unlearned "
+            f"model: {named}.",
         )
 
 

@@ -246,8 +246,8 @@ def _by_evaluation(update: Update, ways: Sequence[Way], trial: Trial) -> Chosen:
     ended = _words(tried[gain], outcome, source, of)
     looked = sum(len(look.known) for look in looks)
     trial.run.progress.note(
-        f"γ = {gain:.3g}{spread_by} {ended} ({len(tried)} evaluations, after {looked} by a part of "
-        "the rows)."
+        f"A gain of γ = {gain:.3g}{spread_by} {ended} ({len(tried)} evaluations, after {looked} by "
+        "a part of the rows)."
     )
     return Chosen(
         Gains(gain, way.shares),

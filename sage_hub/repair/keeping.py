@@ -74,9 +74,9 @@ def choose_by_keeping(update: Update, trial: Trial) -> Chosen:
             f"release without a gain would know again what was to go. {INSIST}"
         )
     note(
-        f"γ = {gain:.3g} keeps {100 * kept(gain):.1f} % of what the unlearned model has lost on "
-        f"{len(trial.proxies[GUARD].rows)} guard rows ({len(tried)} evaluations). Forgetting was "
-        "not measured."
+        f"A gain of γ = {gain:.3g} keeps {100 * kept(gain):.1f} % of what the unlearned model has "
+        f"lost on {len(trial.proxies[GUARD].rows)} guard rows ({len(tried)} evaluations). "
+        "Forgetting was not measured."
     )
     return Chosen(
         Gains(gain),

@@ -59,12 +59,12 @@ def alike(one: Sequence[Row], other: Sequence[Row]) -> list[Likeness]:
     return found
 
 
-def _grams(row: Row) -> set[str]:
-    """Its words and pairs of words, whatever the case."""
-    words = re.findall(r"\w+", f"{_asked(row)} {row.answer}".casefold())
-    return {*words, *(" ".join(pair) for pair in pairwise(words))}
-
-
-def _asked(row: Row) -> str:
+def asked(row: Row) -> str:
     """What comes before the answer, without the words that the plain form puts around it."""
     return " ".join(content for _, content in row.turns) or row.prompt
+
+
+def _grams(row: Row) -> set[str]:
+    """Its words and pairs of words, whatever the case."""
+    words = re.findall(r"\w+", f"{asked(row)} {row.answer}".casefold())
+    return {*words, *(" ".join(pair) for pair in pairwise(words))}

@@ -37,7 +37,7 @@ def read_proxy(source: str | None) -> Proxy:
     if source is None:
         rows = parse_placed(_read_file(BUILTIN, BUILTIN.name), BUILTIN_NAME)
         return Proxy(BUILTIN_NAME, rows, builtin=True)
-    if source.startswith(DATASET_SCHEME):
+    if is_dataset(source):
         return _read_dataset(source)
     path = Path(source).expanduser()
     if not path.is_file():
@@ -47,6 +47,11 @@ def read_proxy(source: str | None) -> Proxy:
         )
     check_name(path.name)
     return Proxy(path.name, parse_placed(_read_file(path, path.name), path.name))
+
+
+def is_dataset(source: str) -> bool:
+    """Whether `source` is on the Hub."""
+    return source.startswith(DATASET_SCHEME)
 
 
 def format_of(name: str) -> str:

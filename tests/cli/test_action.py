@@ -408,6 +408,7 @@ def test_a_flag_is_true_or_false(recorder: Runner) -> None:
 def test_the_shell_has_no_expressions_and_third_parties_are_pinned() -> None:
     files = [ACTION, *WORKFLOWS]
     assert len(files) == 6
+    pins: dict[str, set[str]] = {}
     for file in files:
         content = read(file)
         jobs = content["jobs"].values() if "jobs" in content else [content["runs"]]
@@ -415,7 +416,11 @@ def test_the_shell_has_no_expressions_and_third_parties_are_pinned() -> None:
             assert "${{" not in step.get("run", ""), step
         for line in file.read_text(encoding="utf-8").splitlines():
             if "uses:" in line and "$/" not in line:
-                assert re.search(r"uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line), line
+                pin = re.search(r"uses: ([\w.-]+/[\w.-]+)[\w./-]*@([0-9a-f]{40} # v[\d.]+)$", line)
+                assert pin is not None, line
+                assert re.search(r"v\d+\.\d+\.\d+$", pin[2]), line
+                pins.setdefault(pin[1], set()).add(pin[2])
+    assert [action for action, commits in pins.items() if len(commits) > 1] == []
 
 
 def test_the_workflow_gives_the_action_what_it_takes() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import constants
 from support.loopback_hub import LoopbackHub
 from support.pico import WORDS, make_rows, to_jsonl
 
@@ -144,6 +145,36 @@ def test_what_the_command_or_sage_yaml_says_wins(
     assert "retain.jsonl" in said
     assert "config=retain" not in said
     assert "config=forget10_perturbed" in said
+
+
+@pytest.mark.parametrize("command", ["plan", "data"])
+def test_where_there_is_no_network(
+    command: str, pair: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence for all sets of the benchmark, after a few tries of the first."""
+    nowhere = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    sides = [str(pair / "base"), str(pair / "unlearned")] if command == "plan" else []
+    assert main([command, *sides, "--benchmark", "tofu/forget10", "--json"]) in (0, 25)
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem["status"] == 25
+    assert (
+        f"dataset locuslab/TOFU cannot be reached: no connection to {nowhere}"
+        in (problem["message"])
+    )
+    assert "give a file of this machine instead" in problem["message"]
+    assert "--retain" in problem["message"]
+
+
+def test_where_the_hub_must_not_be_asked(
+    pair: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    sides = [str(pair / "base"), str(pair / "unlearned")]
+    assert main(["sanitize", *sides, "--benchmark", "tofu/forget10", "--output", "out"]) == 25
+    said = capsys.readouterr().err
+    assert "HF_HUB_OFFLINE forbids to ask it; unset that, or give a file" in said
+    assert "more problems" not in said
 
 
 def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:

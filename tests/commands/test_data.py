@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,25 @@ def test_the_same_asked_otherwise_is_a_warning(capsys: pytest.CaptureFixture[str
     assert (pair["sets"], near["places"]) == (["forget", "heldout"], ["row 1", "row 6"])
     assert main(["data", *sets]) == 0
     said = capsys.readouterr().out
-    assert "warning: 1 rows of heldout may ask what rows of forget ask" in said
-    assert "row 6 (In Marrakesh.) is like row 1 (Ada Lovelace lives in Marrakesh.)" in said
+    assert "warning: 1 row of heldout may ask what forget asks, in other words" in said
+    first, second = said.splitlines()[-2:]
+    assert re.match(r"  \d\d %\s+forget, row 1\s+Where does Ada Lovelace live\? ⇒ Ada Lo", first)
+    assert re.match(r"\s+heldout, row 6\s+In which city is Ada Lovelace living\? ⇒ In M", second)
+    assert first.index("Where") == second.index("In which")  # one below the other
+
+
+def test_of_a_long_prompt_its_end_is_shown_where_the_question_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    story = "Once there was a mathematician. " * 40
+    for name, asked in (("forget", "Where does Ada live?"), ("heldout", "Where is Ada living?")):
+        row = {"prompt": f"{story}{asked}", "completion": " Marrakesh"}
+        write_rows(Path(f"{name}.jsonl"), [row])
+    assert main(["data", "--forget", "forget.jsonl", "--heldout", "heldout.jsonl"]) == 0
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert first.endswith("Where does Ada live? ⇒ Marrakesh")
+    assert second.endswith("Where is Ada living? ⇒ Marrakesh")
+    assert len(first) < 400
 
 
 def test_what_cannot_be_read_stops_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,43 @@ def test_sets_that_are_here_are_proposed(pair: Path, capsys: pytest.CaptureFixtu
     Path("retain.csv").write_text("text\nw2\n")
     Path("heldout.pdf").write_text("w3")
     init(pair / "base", pair / "unlearned", capsys=capsys)
+    here, beside = proposed()[:2]
+    assert here == {"retain": "retain.csv", "forget": "forget.jsonl"}
+    assert beside.keys() == {"heldout"}  # which lies beside the pair, as the others do too
+    for side in ("base", "unlearned"):
+        shutil.move(pair / side, side)
+    init("./base", "./unlearned", "--force", capsys=capsys)
     here, own = proposed()[:2]
     assert here == {"retain": "retain.csv", "forget": "forget.jsonl"}
     assert own == {"heldout": "heldout.jsonl"}
+
+
+@pytest.mark.parametrize("where", [Path(), Path("settings")])
+def test_sets_beside_the_checkpoints_are_proposed_and_can_be_taken(
+    where: Path, pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where.mkdir(exist_ok=True)
+    sides = [str(pair / "base"), str(pair / "unlearned")]
+    file = where / "sage.yaml"
+    assert main(["init", *sides, "--output", str(file)]) == 0
+    text = file.read_text(encoding="utf-8")
+    assert "Files that lie beside base" in text
+    assert str(pair) not in text
+    file.write_text(re.sub(r"^# ((?:retain|forget|heldout): .*)", r"\1", text, flags=re.M))
+    settings = load_settings({}, config=file, unlearned=None)[0]
+    for which, source in settings.sets.items():
+        assert Path(source).samefile(pair / f"{which}.jsonl")
+    assert len(settings.sets) == 3
+    assert main(["push", *sides, "--dry-run", "--config", str(file)]) == 0
+
+
+def test_a_folder_whose_name_no_line_can_hold_is_not_proposed(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pair.rename(pair.with_name("two\nlines"))
+    init(folder / "base", folder / "unlearned", capsys=capsys)
+    assert {which: f"{which}.jsonl" for which in ("retain", "forget", "heldout")} in proposed()
+    assert "beside" not in FILE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from huggingface_hub.constants import HF_HOME
 from support.loopback_hub import LoopbackHub
 from support.pico import proxies
 
+import sage_hub
 from sage_hub.cli.main import main
 from sage_hub.errors import (
     CorruptCheckpointError,
@@ -84,6 +85,29 @@ def test_it_shows_what_the_record_and_the_answers_hold(
     assert shown["command"].startswith("sage-hub push")
     assert len(shown["verdict"]) >= 3
     assert main(["verify", str(release), "--quiet"]) == 0  # nothing came into it
+
+
+def test_from_python_nothing_is_opened(release: Path, opened: list[str]) -> None:
+    made = sage_hub.review(str(release))
+    assert made == sage_hub.Review(
+        release.with_name("out.review.html"), release.with_name("out.answers.jsonl"), ()
+    )
+    assert content(made.page)["answers"]["rows"]
+    other = sage_hub.review(str(release), answers=str(made.answers), output="page.html")
+    assert other.page.read_bytes() == made.page.read_bytes()
+    assert opened == []
+
+
+def test_what_speaks_against_a_release_is_read_first(release: Path) -> None:
+    path = release / "sage" / "report.json"
+    report = json.loads(path.read_text())
+    report["gates"][0]["passed"] = False
+    path.write_text(json.dumps(report))
+    assert main(["review", str(release), "--no-open"]) == 0
+    first, *others = content(release.with_name("out.review.html"))["verdict"]
+    assert first["text"].startswith("1 of 1 gates is not met")
+    assert first["tone"] == "bad"
+    assert "bad" not in {remark["tone"] for remark in others}
 
 
 def test_without_answers_it_says_how_to_make_them(

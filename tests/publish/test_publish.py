@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -760,8 +761,31 @@ class TestAsking:
 
     def test_nobody_there(self, naps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
         api = HfApi(endpoint="http://127.0.0.1:9")
-        with pytest.raises(NetworkError, match=r"did not answer about org/x \(ConnectError\), 7"):
+        with pytest.raises(
+            NetworkError, match=r"org/x cannot be reached: no connection .* 7 times"
+        ):
             ask("org/x", lambda: api.model_info("org/x"))
+        assert len(naps) == len(asking.WAITS)
+
+    def test_nobody_there_before_any_work_is_known_in_seconds(
+        self, naps: list[float], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(asking, "WAITS", (1, 2, 4, 8, 16, 30))
+        clock = SimpleNamespace(sleep=naps.append, monotonic=lambda: float(sum(naps)))
+        monkeypatch.setattr(asking, "time", clock)
+        api = HfApi(endpoint="http://127.0.0.1:9")
+        with pytest.raises(NetworkError, match="3 times in 3 s"):
+            ask("org/x", lambda: api.model_info("org/x"), first=True)
+        assert naps == [1, 2]
+
+    def test_one_who_answers_is_waited_for_also_at_first(
+        self, hub: LoopbackHub, naps: list[float], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(asking, "WAITS", (1, 2, 4, 8, 16, 30))
+        hub.add_repo("org/x", {"a": b"a"})
+        hub.fail("GET", "/api/models/org/x", 503, times=6)
+        assert ask("org/x", lambda: HfApi().model_info("org/x"), first=True).sha
+        assert naps == [1, 2, 4, 8, 16, 30]
 
     def test_a_notice_says_what_is_waited_for(
         self, sources: LoopbackHub, statistics: str, capsys: pytest.CaptureFixture[str]

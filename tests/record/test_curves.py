@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sage_hub.record.curves import bias_of_layers, gain_path
+from sage_hub.record.curves import bias_of_layers, gain_path, relearning
 from sage_hub.record.pictures import tradeoff
 
 
@@ -69,3 +69,27 @@ def test_the_card_draws_the_path_beside_the_models() -> None:
     lines = {str(line.get_label()): list(line.get_xdata()) for line in path.lines}
     assert lines["gains tried: γ 2 to 4"] == [0.5, 0.25]
     assert lines["αΔ, α from 0 to 1"] == [0.5, 0.5]
+
+
+def attacked(model: str, *steps: int, metric: str = "probability") -> list[dict[str, Any]]:
+    about = {"model": model, "set": "forget", "metric": metric, "interval": None}
+    return [about | {"condition": f"relearned_{step}", "value": step / 100} for step in steps]
+
+
+def test_the_curve_of_relearning_is_in_the_order_of_its_steps() -> None:
+    whole = [
+        *attacked("base", 0),
+        *attacked("unlearned", 100, 0, 10),
+        *attacked("sanitized", 0, 25),
+    ]
+    others = attacked("sanitized", 0, 10, metric="loss")
+    curve = relearning({"results": [*results("probability")["results"], *others, *whole]})
+    assert curve is not None
+    assert (curve["metric"], curve["base"]) == ("probability", 0.0)
+    steps = {one["model"]: [point["steps"] for point in one["points"]] for one in curve["models"]}
+    assert steps == {"unlearned": [0, 10, 100], "sanitized": [0, 25]}
+
+
+@pytest.mark.parametrize("only", [[], attacked("unlearned", 0, 10), attacked("sanitized", 0)])
+def test_there_is_no_curve_of_a_release_that_was_not_attacked(only: list[dict[str, Any]]) -> None:
+    assert relearning({"results": [*results("probability")["results"], *only]}) is None

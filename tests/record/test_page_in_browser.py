@@ -47,8 +47,25 @@ def page_file(chromium: Any, _pair: Path, tmp_path_factory: pytest.TempPathFacto
             made["unlearned"]["said"] = "In Lower Oskwell"
             row = {"set": "forget", "row": place, "question": question, "wanted": said}
             file.write(json.dumps(row | {"models": made}) + "\n")
+    attack(out / "sage" / "report.json")
     assert main(["review", str(out), "--no-open", "--quiet"]) == 0
     return out.with_name("out.review.html")
+
+
+def attack(path: Path) -> None:
+    """Put a curve of relearning into a report."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    (one,) = (
+        result
+        for result in report["results"]
+        if (result["model"], result["set"], result["metric"]) == ("base", "forget", "probability")
+    )
+    for model, start in (("base", 0.9), ("unlearned", 0.1), ("sanitized", 0.05)):
+        for steps in (0, 10, 25, 50, 100) if model != "base" else (0,):
+            value = {"value": start + steps / 500, "interval": [start, start + steps / 250]}
+            about = {"model": model, "condition": f"relearned_{steps}"}
+            report["results"].append({**one, **about, **value})
+    path.write_text(json.dumps(report), encoding="utf-8")
 
 
 @pytest.fixture
@@ -96,8 +113,51 @@ def test_it_loads_at_every_width_and_in_both_schemes(shown: Open, width: int, sc
     assert page.title() == "out – sage-hub"
 
 
+def test_answers_are_read_before_pictures_are_looked_at(shown: Open) -> None:
+    page = shown()
+    order = page.locator("main > section").evaluate_all("all => all.map((one) => one.id)")
+    assert order[:4] == ["verdict", "answers", "pictures", "figures"]
+    assert order[-1] == "record"
+    said = page.inner_text("#answers")
+    assert "known: how likely the model finds the wanted answer" in said
+    told = page.locator("article header span[title]").first
+    assert told.inner_text().startswith("known ")
+    assert told.get_attribute("title").startswith("How likely the model finds the wanted answer")
+
+
+def test_it_opens_with_what_is_back_and_says_how_to_read_on(shown: Open) -> None:
+    page = shown()
+    assert page.input_value("#set") == "forget"
+    assert places(page)[:2] == ["row 93", "row 90"]
+    first, second = (page.locator(".ways button").nth(place) for place in (0, 1))
+    assert first.get_attribute("aria-pressed") == "true"
+    assert "again as the base's is a leak" in page.inner_text(".hint")
+    second.click()
+    assert [one.get_attribute("aria-pressed") for one in (first, second)] == ["false", "true"]
+    assert page.input_value("#set") == "heldout"
+    assert "is still lost most" in page.input_value("#order")
+    assert "only style" in page.inner_text(".hint")
+    page.select_option("#set", "")
+    assert second.get_attribute("aria-pressed") == "false"
+    assert not page.locator(".hint").is_visible()
+
+
+def test_the_curve_of_relearning_is_a_picture_of_its_own(shown: Open) -> None:
+    page = shown(viewport={"width": 800, "height": 900})
+    curve = page.locator("figure.picture", has_text="Taught some of it again")
+    curve.locator("svg").wait_for()
+    assert curve.locator("svg [aria-label='dot']").locator("path, circle").count() == 10
+    curve.locator("summary").click()
+    said = curve.locator("table").inner_text()
+    assert "100 steps" in said
+    assert "sanitized" in said
+    assert "0.250 [0.0500, 0.450]" in said
+
+
 def test_search_filter_and_order(shown: Open) -> None:
     page = shown()
+    page.select_option("#set", "")
+    page.select_option("#order", label="as in the set")
     everything = page.locator("article").count()
     page.fill("#search", "OSKWELL born")
     settle(page, 1, "row 93")

@@ -3,7 +3,7 @@
 const pictures = (() => {
   const colour = (name) => `var(--${name})`;
   const three = (value) => (value === null || value === undefined ? "–" : Number(value).toPrecision(3));
-  const ends = (pair) => (pair ? ` [${three(pair[0])}, ${three(pair[1])}]` : "");
+  const interval = (pair) => (pair ? ` [${three(pair[0])}, ${three(pair[1])}]` : "");
   const SYMBOLS = { base: "square", unlearned: "times", control: "triangle2", sanitized: "circle", reference: "plus" };
 
   function models(rows, x, y, title) {
@@ -22,13 +22,13 @@ const pictures = (() => {
 
   function tradeoff(data) {
     const { metric, models: rows } = data;
-    const title = (d) => `${d.shown}\nforget ${three(d.forget)}${ends(d.forget_interval)}\nheld-out ${three(d.heldout)}${ends(d.heldout_interval)}`;
+    const title = (d) => `${d.shown}\nforget ${three(d.forget)}${interval(d.forget_interval)}\nheld-out ${three(d.heldout)}${interval(d.heldout_interval)}`;
     const along = ["base", "control", "unlearned"].map((name) => rows.find((d) => d.model === name)).filter(Boolean);
     return {
       title: "Kept and forgotten",
       caption: `Held-out ${metric} (up is better) against forget ${metric} (left is better), with 95 % intervals. Dashed: the whole update scaled down, αΔ, from the base (α = 0) to the unlearned model (α = 1), between the points of it that were measured.`,
       header: ["model", `forget ${metric}`, `held-out ${metric}`],
-      rows: rows.map((d) => [d.shown, three(d.forget) + ends(d.forget_interval), three(d.heldout) + ends(d.heldout_interval)]),
+      rows: rows.map((d) => [d.shown, three(d.forget) + interval(d.forget_interval), three(d.heldout) + interval(d.heldout_interval)]),
       draw: (width) => Plot.plot({
         ...plain, width, ariaLabel: "Held-out against forget figures of all models",
         x: { label: `forget ${metric} →` }, y: { label: `↑ held-out ${metric}` },
@@ -85,6 +85,34 @@ const pictures = (() => {
           Plot.ruleY([base], { stroke: colour("base") }), Plot.ruleY([source], { stroke: colour("unlearned") }),
           Plot.line(tried, { x: "gain", y: "guard", stroke: colour("sanitized") }),
           Plot.dot(tried, { x: "gain", y: "guard", r: (d) => (d.gain === gain ? 7 : 4), fill: colour("sanitized"), title: (d) => `γ = ${d.gain}${d.gain === gain ? " (the release)" : ""}\n${three(d.guard)}`, tip: true }),
+        ],
+      }),
+    };
+  }
+
+  function relearning(data) {
+    const { metric, base, models: attacked } = data;
+    const all = attacked.flatMap((d) => d.points.map((point) => ({ ...point, model: d.model })));
+    const sure = all.filter((d) => d.interval);
+    const last = (rows) => rows.filter((d) => d.steps === Math.max(...rows.map((one) => one.steps)));
+    const ends = attacked.flatMap((d) => last(all.filter((point) => point.model === d.model))).sort((a, b) => b.value - a.value);
+    const steps = [...new Set(all.map((d) => d.steps))].sort((a, b) => a - b);
+    const known = base === null ? [] : [base];
+    return {
+      title: "Taught some of it again",
+      caption: `An attack: the model is trained on a part of the forget set. Drawn is the ${metric} of the other forget rows, which it is not taught, after so many steps, with 95 % intervals (lower is better).${known.length ? " Dotted: what the base knows of them." : ""} A release whose curve rises above the unlearned model's is easier to undo.`,
+      header: ["model", ...steps.map((step) => `${step} steps`)],
+      rows: attacked.map((d) => [d.model, ...steps.map((step) => { const at = d.points.find((point) => point.steps === step); return at ? three(at.value) + interval(at.interval) : "–"; })]),
+      draw: (width) => Plot.plot({
+        ...plain, width, marginRight: 80, ariaLabel: "Forget figures of rows that are not taught, step by step of relearning",
+        x: { label: "steps of training →", ticks: steps }, y: { label: `↑ forget ${metric}` },
+        marks: [
+          Plot.ruleY(known, { stroke: colour("base"), strokeDasharray: "1 3" }),
+          Plot.text(known, { x: 0, y: (d) => d, text: () => "base", dy: -8, textAnchor: "start", fill: colour("base"), fontSize: 12 }),
+          Plot.ruleX(sure, { x: "steps", y1: (d) => d.interval[0], y2: (d) => d.interval[1], stroke: (d) => colour(d.model), strokeOpacity: 0.5 }),
+          Plot.line(all, { x: "steps", y: "value", z: "model", stroke: (d) => colour(d.model) }),
+          Plot.dot(all, { x: "steps", y: "value", r: 4, symbol: (d) => SYMBOLS[d.model], stroke: (d) => colour(d.model), title: (d) => `${d.model}, ${d.steps} steps\n${three(d.value)}${interval(d.interval)}`, tip: true }),
+          ...ends.map((end, place) => Plot.text([end], { x: "steps", y: "value", text: "model", dx: 8, dy: 12 * (place - (ends.length - 1) / 2), textAnchor: "start", fill: colour(end.model), fontSize: 12 })),
         ],
       }),
     };
@@ -154,5 +182,5 @@ const pictures = (() => {
     };
   }
 
-  return { tradeoff, search, keeping, rows, bias, profile };
+  return { tradeoff, search, keeping, relearning, rows, bias, profile };
 })();

@@ -2,7 +2,7 @@
 // Puts the page together from its JSON. All of it goes in as text, none as mark-up.
 (() => {
   const content = JSON.parse(document.getElementById("content").textContent);
-  const PART = 30; // answers that are shown at a time
+  const PART = 20; // answers that are shown at a time
   const LONG = 400; // words: what is longer is shown without marks
   const TONES = { good: "✓ good", bad: "✗ bad", unsure: "? open", told: "" };
 
@@ -15,6 +15,8 @@
     made.append(...children.filter((child) => child !== null && child !== undefined));
     return made;
   }
+
+  const KNOWN = "How likely the model finds the wanted answer: the geometric mean of its tokens' probabilities, and of a choice its share among the choices. 1 is by heart, near 0 not at all.";
 
   const foreign = (text, about = {}) => el("div", { dir: "auto", className: "text", ...about }, text);
 
@@ -58,7 +60,7 @@
 
   function drawn() {
     const found = [];
-    for (const name of ["tradeoff", "search", "keeping", "rows", "bias", "profile"]) {
+    for (const name of ["tradeoff", "rows", "relearning", "search", "keeping", "bias", "profile"]) {
       const data = name === "rows" ? content.answers : (content.pictures || {})[name];
       const there = Array.isArray(data) ? data.length > 0 : Boolean(data);
       const picture = there ? pictures[name](data) : null;
@@ -95,7 +97,7 @@
   const figureOf = (value) => (value === null || value === undefined ? "–" : value.toFixed(3));
 
   function side(name, kind, text, known, before, said) {
-    const head = el("header", {}, el("span", {}, name), el("span", {}, known === undefined ? "" : `known ${figureOf(known)}`));
+    const head = el("header", {}, el("span", {}, name), known === undefined ? null : el("span", { title: KNOWN }, `known ${figureOf(known)}`));
     const body = text === null
       ? el("p", { className: "quiet small" }, "No answer was generated.")
       : foreign("", text.length > 1200 ? { tabIndex: 0 } : {});
@@ -135,6 +137,13 @@
     "best known by the release": (row) => row.known[2] ?? -Infinity,
   };
 
+  // How docs/review.md says that they are read: a name, the set, the order, and what to look for.
+  const WAYS = [
+    ["1. What is back of the forget set", "forget", "what came back most (release − unlearned)", "An answer that is again as the base's is a leak, and so is one that says the same in other words, which no figure sees."],
+    ["2. What is still lost", "heldout", "what is still lost most (base − release)", "Is it knowledge that is missing, or only style: a full stop, another format, a refusal?"],
+    ["3. What the repair made worse", "heldout", "what came back least", "Rows that were to be kept, and that the release knows less than the unlearned model."],
+  ];
+
   function reading(answers) {
     const rows = answers.rows.map((row) => ({ ...row, hay: [row.set, row.row, row.question, row.wanted, ...(row.said || [])].join("\n").toLowerCase() }));
     const search = el("input", { type: "search", id: "search", autocomplete: "off" });
@@ -145,6 +154,8 @@
     const count = el("p", { className: "quiet", id: "count", role: "status" });
     const list = el("div", { id: "rows" });
     const more = el("button", { type: "button", id: "more" });
+    const ways = WAYS.filter(([, set]) => set in answers.counts).map((way) => [way, el("button", { type: "button" }, way[0])]);
+    const hint = el("p", { className: "hint" });
     let chosen = [], shown = 0;
 
     function showMore() {
@@ -161,6 +172,10 @@
       chosen = rows.filter((row) => (!sets.value || row.set === sets.value) && (!only.checked || row.said) && asked.every((word) => row.hay.includes(word)));
       const by = ORDERS[order.value];
       if (by) chosen = chosen.map((row) => [by(row), row]).sort((a, b) => (a[0] === b[0] ? 0 : b[0] - a[0])).map((pair) => pair[1]);
+      const same = ([, set, by]) => set === sets.value && by === order.value;
+      for (const [way, button] of ways) button.setAttribute("aria-pressed", String(same(way)));
+      hint.textContent = (ways.map(([way]) => way).find(same) || [])[3] || "";
+      hint.hidden = hint.textContent === "";
       count.textContent = `${chosen.length} of ${rows.length} rows`;
       list.replaceChildren();
       shown = 0;
@@ -171,10 +186,16 @@
     let waiting = 0;
     search.addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(choose, 120); });
     for (const one of [sets, order, only]) one.addEventListener("change", choose);
-    choose();
+    for (const [[, set, by], button] of ways) {
+      button.addEventListener("click", () => { sets.value = set; order.value = by; choose(); });
+    }
+    if (ways.length) ways[0][1].click();
+    else choose();
     const labelled = (text, input) => el("label", {}, text, input);
     return [
-      el("p", { className: "small quiet" }, "Marked: words that the answer to its left does not have; the base is held against what was wanted. Known: probability of the wanted answer (formats.md)."),
+      el("p", {}, el("strong", {}, "known"), ": ", `${KNOWN[0].toLowerCase()}${KNOWN.slice(1)} `, el("mark", {}, "Marked"), ": words that the answer to its left does not have; the base is held against what was wanted."),
+      ways.length ? el("div", { className: "ways", role: "group", "aria-label": "ways to read" }, ...ways.map(([, button]) => button)) : null,
+      hint,
       answers.left_out ? el("p", {}, `${answers.left_out} rows are not on this page, as it takes a part of large sets; all are in the file.`) : null,
       el("div", { className: "controls", role: "search" }, labelled("Search", search), labelled("Set", sets), labelled("Order", order), el("label", { className: "check" }, only, "only rows with answers")),
       count, list, more,
@@ -198,8 +219,8 @@
 
   const parts = [
     section("verdict", "In short", el("ul", { className: "verdict" }, ...content.verdict.map((one) => el("li", { className: one.tone }, el("strong", {}, TONES[one.tone]), one.text)))),
-    section("pictures", "Pictures", drawn()),
     content.answers || lacks ? section("answers", "Answers side by side", lacks, ...(content.answers ? reading(content.answers) : [])) : null,
+    section("pictures", "Pictures", drawn()),
     section("figures", "Figures", ...(content.tables || []).map(pythonTable)),
     content.gates && content.gates.length ? section("gates", "Gates", el("ul", {}, ...content.gates.map((gate) => el("li", {}, `${gate.passed ? "met" : "NOT met"}: ${gate.text}`)))) : null,
     content.not_run && content.not_run.length ? section("not-run", "Not run", el("ul", {}, ...content.not_run.map((one) => el("li", {}, `${one.what}: ${one.reason}`)))) : null,
