@@ -17,10 +17,22 @@ from sage_hub.checkpoint.tensorfile import DTYPES, dtype_name, raw_bytes
 from sage_hub.errors import TargetError, note_kept
 from sage_hub.method.spectra import Spectrum
 
+BLOCKS = "blocks.jsonl"
+
 
 def journal_of(path: Path) -> Path:
     """The folder beside the statistics file `path` in which its journal is kept."""
     return path.with_name(f".{path.name}.partial")
+
+
+def begun(path: Path) -> tuple[Any, Any]:
+    """The day and the key of the calibration into `path` that was stopped; None without one."""
+    try:
+        with (journal_of(path) / BLOCKS).open("rb") as file:
+            head = json.loads(file.readline())
+        return head["day"], head["key"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, None
 
 
 class Journal:
@@ -28,14 +40,14 @@ class Journal:
 
     One file holds the numbers, another a line of JSON for each finished block, which is written
     once the numbers are on the disk. What is not of a finished block, or was begun under another
-    `key`, is dropped when it is opened. A context manager; it raises TargetError if another run
-    has the folder.
+    `key`, is dropped when it is opened; `day` is the date of its prompts, where they have one. A
+    context manager; it raises TargetError if another run has the folder.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(self, folder: Path, key: str, day: str | None = None) -> None:
         self.folder = folder
         self.notes: list[dict[str, Any]] = []  # of each finished block, what was said of it
-        self._key = key
+        self._head = _line({"key": key, "day": day})
         self._entries: dict[str, dict[str, Any]] = {}
         self._open_block: dict[str, dict[str, Any]] = {}
 
@@ -50,7 +62,7 @@ class Journal:
                 "another output."
             ) from None
         self._data = (self.folder / "spectra").open("a+b")
-        self._index = (self.folder / "blocks.jsonl").open("a+b")
+        self._index = (self.folder / BLOCKS).open("a+b")
         self.keep(len(self._recalled()))
         return self
 
@@ -68,10 +80,12 @@ class Journal:
 
     def keep(self, blocks: int) -> None:
         """Drop all but the first `blocks`."""
-        lines, head = self._recalled()[:blocks], _line({"key": self._key})
-        self._index.truncate(len(head) + sum(len(_line(line)) for line in lines) if lines else 0)
+        lines = self._recalled()[:blocks]
+        self._index.truncate(
+            len(self._head) + sum(len(_line(line)) for line in lines) if lines else 0
+        )
         if not lines:
-            self._index.write(head)
+            self._index.write(self._head)
             self._index.flush()
         self._data.truncate(lines[-1]["end"] if lines else 0)
         self._entries = {name: one for line in lines for name, one in line["entries"].items()}
@@ -128,7 +142,7 @@ class Journal:
         self._index.seek(0)
         lines = self._index.read().split(b"\n")[:-1]
         found: list[dict[str, Any]] = []
-        if not lines or lines[0] != _line({"key": self._key}).strip():
+        if not lines or lines[0] != self._head.strip():
             return found
         for line in lines[1:]:
             try:

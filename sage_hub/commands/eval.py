@@ -17,7 +17,7 @@ from sage_hub.evaluation.answers import check_place, write_answers
 from sage_hub.evaluation.evaluate import Study, evaluate
 from sage_hub.evaluation.look import Candidate
 from sage_hub.record.manifest import make_report
-from sage_hub.rows.encoding import check_rows
+from sage_hub.rows.encoding import check_rows, describe_prompts
 from sage_hub.runtime.progress import Clock
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
@@ -71,4 +71,8 @@ def evaluate_models(
     if (path := run.answers) is not None:
         run.ranks.once(lambda: write_answers(path, found.seen))
     report = make_report(found, settings, clock.laps, control=None, card={})
-    return {"models": {name: side.commit for name, side in sides.items()}, **report}
+    about = {
+        "models": {name: side.commit for name, side in sides.items()},
+        "prompts": describe_prompts(reader, settings),
+    }
+    return about | report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from sage_hub.checkpoint.location import Location
 from sage_hub.commands.inputs import Supply
 from sage_hub.errors import SageHubError
 from sage_hub.evaluation.comparison import Result
+from sage_hub.kinds import DATE
 from sage_hub.publish.target import Publication
 from sage_hub.record.gates import Gate
 from sage_hub.record.manifest import describe_source
@@ -51,6 +52,7 @@ class Job:
     gates: tuple[Gate, ...] = ()
     results: tuple[Result, ...] = ()  # made elsewhere, for the same record
     reference: Checkpoint | None = None  # a model that never saw the forget set
+    of_today: bool = False  # prompts have a date, and it is the clock's: nobody gave one
     publication: Publication = field(default_factory=Publication)  # if the target is on the Hub
     force: bool = False
     run: Run = field(default_factory=Run)
@@ -88,13 +90,26 @@ class Job:
                 "sources": self.sources,
                 "tokenizer": self.fingerprints["tokenizer"],
                 "beside the weights": {name: unlearned.sha256(name) for name in beside},
-                "proxies": {which: proxy.row_hashes for which, proxy in self.proxies.items()},
+                # In their order, as which of them fit into `max_tokens` depends on it.
+                "proxies": {w: [p.fingerprint, p.row_hashes] for w, p in self.proxies.items()},
                 "reference": self.reference.fingerprint() if self.reference else None,
                 "statistics": self.statistics.sha256() if self.statistics else None,
                 "settings": self.settings.describe(),
                 "versions": versions(),
             }
         )
+
+    def on_day(self, day: Any) -> Job:
+        """The same with the date `day` in its prompts, if theirs is that of the clock."""
+        if not self.of_today or not DATE.fits(day) or day == self.settings.date:
+            return self
+        return replace(self, settings=replace(self.settings, date=day))
+
+    def has_made(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether this job, begun today or on the day that the manifest has, makes that release."""
+        settings = manifest.get("settings")
+        day = settings.get("date") if isinstance(settings, Mapping) else None
+        return bool(self.on_day(day).fingerprint == manifest.get("fingerprint"))
 
     @contextmanager
     def calibrated(self, path: Path, *, forget: bool = False) -> Iterator[Statistics]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sage_hub.calibration.calibrate import calibrate
+from sage_hub.calibration.calibrate import calibrate, on_day_begun
 from sage_hub.calibration.statistics import REPO_FILE, Origin, is_whole, open_statistics
 from sage_hub.checkpoint.hubfiles import HubFiles
 from sage_hub.checkpoint.index import open_checkpoint
@@ -58,7 +58,8 @@ def collect_statistics(
     once = run.ranks.once
     checkpoint = open_checkpoint(model, pickled=settings.pickled_weights, dequantize=True)
     checkpoint = checkpoint.reading_with(settings.tokenizer)
-    settings = settle(settings, checkpoint, run.ranks)
+    checkpoint.tokenizer_fingerprint()  # so that a change of it is noticed
+    given, settings = settings.date, settle(settings, checkpoint, run.ranks)
     if to is not None:
         check_target(to, publication, force=force, mark=REPO_FILE)
     with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
@@ -71,6 +72,8 @@ def collect_statistics(
         for proxies in files.values():
             check_rows(proxies, checkpoint, settings)
         weights = once(lambda: checkpoint.fingerprint(run.progress))
+        if given is None and settings.date is not None:
+            settings = on_day_begun(checkpoint, files, settings, weights, run)
         calibrate(checkpoint, files, settings, weights=weights, run=run)
         if retain:
             return {"statistics": [_describe(_origin(made), made) for made in files]}

@@ -5,6 +5,7 @@ stopped:
 
     lock                      held by the run; the system releases it when the run dies
     fingerprint               of all that the parts are made from
+    day                       the date of its prompts, where they have one
     statistics.safetensors    a finished part
     downloads/                shards of the sources, with --low-disk
     shards/SHARD.json         what was done with a shard that is finished
@@ -36,7 +37,7 @@ from sage_hub.repair.plan import Plan
 from sage_hub.runtime.progress import Progress
 from sage_hub.runtime.run import Run
 
-LOCK = "lock"
+LOCK, DAY, FINGERPRINT = "lock", "day", "fingerprint"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Work:
     output: Path
     fingerprint: str  # of all that the release is made from
     keeps: bool = True  # all finished shards, until the end
+    day: str | None = None  # the date of its prompts, where they have one
 
     @property
     def folder(self) -> Path:
@@ -114,8 +116,8 @@ class Work:
     def open(self, progress: Progress) -> None:
         """Take over what an earlier run of this fingerprint left, and nothing else."""
         self._put_back()
-        path = self.folder / "fingerprint"
-        earlier = path.read_text(encoding="utf-8") if path.is_file() else None
+        path = self.folder / FINGERPRINT
+        earlier = _read(path)
         if earlier != self.fingerprint:
             if self.has_parts:
                 progress.note(
@@ -124,12 +126,13 @@ class Work:
                 )
             self.clear()
         self.release.mkdir(exist_ok=True)
+        _write_atomically(self.folder / DAY, self.day or "")
         _write_atomically(path, self.fingerprint)
 
     def clear(self) -> None:
         """Remove everything but the lock."""
         # The mark goes first, so that half of the parts is never taken for all of them.
-        (self.folder / "fingerprint").unlink(missing_ok=True)
+        (self.folder / FINGERPRINT).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -161,6 +164,16 @@ def work_folder(output: Path) -> Path:
     """Where `output` is made: beside it, on the same disk, so that a rename is enough."""
     output = output.resolve()
     return output.with_name(f".{output.name}.partial")
+
+
+def begun(output: Path) -> tuple[str | None, str | None]:
+    """The day on which a run began `output`, if that matters, and its fingerprint."""
+    folder = work_folder(output)
+    return _read(folder / DAY), _read(folder / FINGERPRINT)
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 @contextmanager
