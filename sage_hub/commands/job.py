@@ -28,7 +28,7 @@ from sage_hub.repair.plan import Plan
 from sage_hub.rows.proxies import Proxy
 from sage_hub.runtime.run import Run
 from sage_hub.runtime.versions import versions
-from sage_hub.settings import Settings
+from sage_hub.settings import MODELS, Settings
 
 
 def output_of(target: Location) -> Path:
@@ -79,6 +79,25 @@ class Job:
         return {
             name: describe_source(side, self.fingerprints[name]) for name, side in sides.items()
         }
+
+    @property
+    def local(self) -> dict[str, set[Path]]:
+        """What is on this machine alone, as the record names it -> where it lies.
+
+        Of two places under one name no record, and so no rebuild, can tell which is meant.
+        """
+        own, described = self.settings, self.settings.describe()
+        sides = (self.plan.base, self.plan.unlearned)
+        named = [(f"./{s.name}", s.files.location.folder) for s in sides if s.commit is None]
+        named += [(Path(s).name, Path(s)) for s in own.sets.values() if "://" not in s]
+        models = {name: described[name] or "" for name in MODELS}
+        named += [(m, Path(getattr(own, n))) for n, m in models.items() if m.startswith("./")]
+        if self.statistics is not None and self.statistics.name.endswith(".safetensors"):
+            named.append((self.statistics.name, self.statistics.path()))
+        found: dict[str, set[Path]] = {}
+        for name, place in named:
+            found.setdefault(name, set()).add((place or Path()).expanduser().resolve())
+        return found
 
     @cached_property
     def fingerprint(self) -> str:

@@ -219,6 +219,40 @@ def test_eval_says_which_date_and_template_it_used(
     assert len(prompts["chat_template"]) == len(prompts["tokenizer_fingerprint"]) == 64
 
 
+# What lies on this machine alone
+
+
+def test_the_plan_says_what_making_it_again_will_need(
+    hub: LoopbackHub, dated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same that `verify --rebuild` and the card ask for in the end."""
+    (dated / "sets").mkdir()
+    write_rows(dated / "sets" / "heldout.jsonl", make_rows(4, seed=4))
+    own = words("--heldout", "sets/heldout.jsonl", "--reference", "./base", "--output", "out")
+    assert main([*own, "--dry-run", "--json"]) == 0
+    out, said = capsys.readouterr()
+    local = ["./base", "./unlearned", "retain.jsonl", "heldout.jsonl"]
+    assert json.loads(out)["local"] == local
+    assert f"folder that holds {', '.join(local)}: the record has their names alone" in said
+    assert "not even there" not in said
+    assert main([*own, "-q"]) == 0
+    assert f"In a folder that holds {', '.join(f'`{n}`' for n in local)}" in (
+        Path("out/README.md").read_text()
+    )
+    write_rows(dated / "sets" / "retain.jsonl", make_rows(4, seed=6))
+    clash = words("--heldout", "sets/retain.jsonl", "--output", "other", "--dry-run")
+    assert main(clash) == 0
+    assert "as 2 of these are called retain.jsonl; rename one" in capsys.readouterr().err
+    for side in ("base", "unlearned"):
+        hub.add_repo(f"org/{side}", dated / side)
+    hub.add_repo("org/rows", {"retain.jsonl": to_jsonl(make_rows(8, seed=0))}, "dataset")
+    on_hub = ["push", "org/base", "org/unlearned", "--dry-run"]
+    assert main([*on_hub, "--retain", "hf://datasets/org/rows/retain.jsonl", "--json"]) == 0
+    out, said = capsys.readouterr()
+    assert json.loads(out)["local"] == []
+    assert "made again" not in said
+
+
 # What changes under its name
 
 
