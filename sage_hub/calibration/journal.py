@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from sage_hub.checkpoint.tensorfile import DTYPES, dtype_name, raw_bytes
-from sage_hub.errors import TargetError, note_kept
+from sage_hub.errors import note_kept
 from sage_hub.method.spectra import Spectrum
+from sage_hub.runtime.places import alone_in
 
 BLOCKS = "blocks.jsonl"
 
@@ -53,14 +53,12 @@ class Journal:
 
     def __enter__(self) -> Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / "lock")
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise TargetError(
-                f"Another run calibrates into {self.folder} at this moment; wait for it, or choose "
-                "another output."
-            ) from None
+        self._alone = alone_in(
+            self.folder,
+            "lock",
+            f"Another run calibrates into {self.folder} at this moment; wait for it, or choose "
+            "another output.",
+        )
         self._data = (self.folder / "spectra").open("a+b")
         self._index = (self.folder / BLOCKS).open("a+b")
         self.keep(len(self._recalled()))
@@ -73,7 +71,7 @@ class Journal:
             note_kept(error, "finished blocks of the calibration", self.folder)
         if not self._entries:  # a block without sites is soon run again
             self.remove()
-        self._lock.release()
+        self._alone.__exit__(kind, error, trace)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

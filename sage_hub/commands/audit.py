@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from sage_hub.repair.effect import check_changes, check_filters
 from sage_hub.repair.matching import make_plan
 from sage_hub.repair.update import Filter, Update
 from sage_hub.rows.encoding import check_rows
+from sage_hub.runtime.places import scratch
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
 
@@ -55,8 +55,8 @@ def audit(
     job = with_given_statistics(job)
     how = Filter(*settings.sharpness, settings.rank)
     with (
-        tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch,
-        job.calibrated(Path(scratch) / "statistics.safetensors", forget=True) as opened,
+        scratch() as folder,
+        job.calibrated(folder / "statistics.safetensors", forget=True) as opened,
     ):
         update = Update(plan.observed(opened.site_of), opened, how, settings.device)
         names = {"base": plan.base.name, "unlearned": plan.unlearned.name}

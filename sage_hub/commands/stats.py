@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from sage_hub.record.card import statistics_card
 from sage_hub.rows.encoding import check_rows
 from sage_hub.rows.proxies import Proxy
 from sage_hub.rows.sources import DATASET_SCHEME
+from sage_hub.runtime.places import scratch
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
 
@@ -62,9 +62,9 @@ def collect_statistics(
     given, settings = settings.date, settle(settings, checkpoint, run.ranks)
     if to is not None:
         check_target(to, publication, force=force, mark=REPO_FILE)
-    with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
+    with scratch() as folder:
         # All ranks read what the first one writes.
-        file = once(lambda: Path(scratch, REPO_FILE)) if output is None else Path(output)
+        file = once(lambda: folder / REPO_FILE) if output is None else Path(output)
         if retain:
             files = _files(retain, file, settings)
         else:

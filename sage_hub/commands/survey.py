@@ -35,7 +35,7 @@ from sage_hub.publish.target import Publication, check_target, target_warnings
 from sage_hub.record import card
 from sage_hub.record.manifest import check_record
 from sage_hub.record.metadata import metadata_warnings
-from sage_hub.repair.beside import bring, path_warnings
+from sage_hub.repair.beside import bring, check_cases, path_warnings
 from sage_hub.repair.effect import check_filters, no_update
 from sage_hub.repair.matching import make_plan
 from sage_hub.repair.plan import Plan
@@ -121,6 +121,7 @@ def _checks(
     """
     plan, settings, ready = job.plan, job.settings, job.statistics
     yield lambda: check_filters(plan, settings)
+    yield lambda: check_cases(plan.unlearned)
     yield lambda: _check_target(job, pair)
     yield lambda: _check_ranks(job)
     yield lambda: check_save(job)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from sage_hub.errors import NotFoundError, UsageError, VerificationError
 from sage_hub.evaluation.written import NAME
 from sage_hub.publish.verify import Verification, read_manifest, verify
 from sage_hub.record import card
+from sage_hub.runtime.places import scratch
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
 
@@ -68,11 +68,11 @@ def _rebuild(release: str, run: Run) -> list[str]:
     written = any(about["name"] == NAME for about in manifest["statistics"]["data"].values())
     if written:
         run.progress.note(f"{WRITTEN[0].upper()}{WRITTEN[1:]}.")
-    with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
+    with scratch() as folder:
         made = sanitize(
             base,
             unlearned,
-            Path(scratch) / "rebuilt",
+            folder / "rebuilt",
             settings=settings,
             statistics=manifest["statistics"].get("file"),
             run=run,

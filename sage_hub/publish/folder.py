@@ -20,12 +20,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from sage_hub.calibration.journal import journal_of
@@ -34,6 +33,7 @@ from sage_hub.errors import DiskSpaceError, SageHubError, TargetError, note_kept
 from sage_hub.evaluation.answers import beside, check_ours
 from sage_hub.record.manifest import MANIFEST
 from sage_hub.repair.plan import Plan
+from sage_hub.runtime.places import alone_in
 from sage_hub.runtime.progress import Progress
 from sage_hub.runtime.run import Run
 
@@ -136,7 +136,7 @@ class Work:
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != LOCK:
+            elif not path.name.startswith(LOCK):
                 path.unlink()
 
     def remove(self) -> None:
@@ -203,19 +203,16 @@ def working_on(work: Work, *, force: bool, run: Run) -> Iterator[None]:
         work.remove()
 
 
-def _locked(work: Work, *, force: bool) -> FileLock:
+def _locked(work: Work, *, force: bool) -> AbstractContextManager[object]:
     """The lock of the work folder, taken. Raises TargetError if another run has it."""
     check_output(work.output, force=force)
     work.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work.folder / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise TargetError(
-            f"Another run is writing {work.output} at this moment; wait for it, or choose another "
-            "output."
-        ) from None
-    return lock
+    return alone_in(
+        work.folder,
+        LOCK,
+        f"Another run is writing {work.output} at this moment; wait for it, or choose another "
+        "output.",
+    )
 
 
 def _write_atomically(path: Path, text: str) -> None:
@@ -285,6 +282,6 @@ def check_disk(
         free = shutil.disk_usage(path).free
         if size > free:
             raise DiskSpaceError(
-                f"The run needs {size / 1e9:.1f} GB at {path}, where {free / 1e9:.1f} GB are "
-                "free; free some, set --output or HF_HOME to a larger disk, or see --low-disk."
+                f"The run needs {size / 1e9:.1f} GB at {path}, where {free / 1e9:.1f} GB are free; "
+                "free some, set --output, HF_HOME or TMPDIR to a larger disk, or see --low-disk."
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -25,6 +24,7 @@ from sage_hub.record.sums import SUMS, is_edited, is_of_record
 from sage_hub.repair.plan import Plan
 from sage_hub.repair.update import Update
 from sage_hub.repair.write import ShardRecord, write_shards
+from sage_hub.runtime.places import scratch
 from sage_hub.runtime.progress import Progress
 from sage_hub.runtime.run import Run
 
@@ -134,8 +134,7 @@ def published(upload: Upload, work: Work, terms: Terms, run: Run) -> Release | N
         return None
     if work.output.exists():
         shutil.rmtree(work.output)
-    with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
-        folder = Path(scratch)
+    with scratch() as folder:
         for name in filter(is_of_record, files.sizes):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(files.path(name), folder / name)
