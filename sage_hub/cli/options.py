@@ -266,6 +266,11 @@ OPTIONS: Mapping[str, Sequence[Option]] = {
             *("push sanitize", "--record", "DIR"),
             "leave a copy of the card and the record (sage/) in this folder too",
         ),
+        _option(
+            *("push sanitize card", "--sign", "COMMAND"),
+            "sign SHA256SUMS with this command, which gets that name behind its words and leaves "
+            "SHA256SUMS.asc or the like beside it: 'gpg --armor --detach-sign'",
+        ),
     ),
     **dict.fromkeys(("evaluation", "record", "method", "computation"), ()),  # settings alone
     "this run": (

@@ -221,7 +221,7 @@ def _evaluate(job: Job, plan: Plan, work: Work, control: Control, study: Study) 
 
 
 def _terms(job: Job) -> Terms:
-    return Terms(job.gates, job.results, job.settings.card_template)
+    return Terms(job.gates, job.results, job.settings.card_template, job.run.sign)
 
 
 def _conclude(job: Job, folder: Path, manifest: Any, report: Any) -> Release:

@@ -35,6 +35,7 @@ from sage_hub.publish.target import Publication, check_target, target_warnings
 from sage_hub.record import card
 from sage_hub.record.manifest import check_record
 from sage_hub.record.metadata import metadata_warnings
+from sage_hub.record.signing import check_signer
 from sage_hub.repair.beside import bring, check_cases, path_warnings
 from sage_hub.repair.effect import check_filters, no_update
 from sage_hub.repair.matching import make_plan
@@ -125,6 +126,7 @@ def _checks(
     yield lambda: _check_target(job, pair)
     yield lambda: _check_ranks(job)
     yield lambda: check_save(job)
+    yield lambda: check_signer(job.run.sign)
     yield lambda: check_disk(
         plan,
         job.output,

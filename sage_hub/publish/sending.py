@@ -20,7 +20,7 @@ from sage_hub.publish.upload import Upload
 from sage_hub.publish.verify import manifest_of, verify, verify_files
 from sage_hub.record.manifest import MANIFEST, REPORT, leave_record, read_record
 from sage_hub.record.release import Release, Terms, stop_at_gates
-from sage_hub.record.sums import SUMS, is_edited, is_of_record
+from sage_hub.record.sums import SUMS, is_edited, is_of_record, signatures_in
 from sage_hub.repair.plan import Plan
 from sage_hub.repair.update import Update
 from sage_hub.repair.write import ShardRecord, write_shards
@@ -159,6 +159,6 @@ def published(upload: Upload, work: Work, terms: Terms, run: Run) -> Release | N
 
 
 def _said(folder: Path) -> dict[str, bytes]:
-    """Card, report and results of benchmarks, which say all that `terms` can change."""
-    paths = [folder / CARD, folder / REPORT]
+    """Card, report and signatures, which are all that `terms` can change."""
+    paths = [folder / CARD, folder / REPORT, *signatures_in(folder)]
     return {path.name: path.read_bytes() for path in paths if path.is_file()}

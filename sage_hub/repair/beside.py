@@ -99,7 +99,7 @@ def _folded(name: str) -> str:
 
 def why_left(name: str) -> str:
     """Why a file that is not known to belong to a model stays behind."""
-    if name.startswith("sage/") or name == "SHA256SUMS":
+    if name.startswith("sage/") or name.startswith("SHA256SUMS"):
         return RECORD
     if stays_here(name):
         return ANSWERS
