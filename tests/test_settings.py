@@ -23,7 +23,8 @@ from support.loopback_hub import LoopbackHub
 
 import sage_hub
 from sage_hub.cli.config import load_settings
-from sage_hub.cli.parser import COMMANDS, make_parser
+from sage_hub.cli.given import settings_of
+from sage_hub.cli.parser import COMMANDS, make_parser, parse
 from sage_hub.commands.here import on_device
 from sage_hub.errors import NotFoundError, UsageError
 from sage_hub.kinds import SWITCH, Setting
@@ -374,6 +375,60 @@ def test_a_command_has_the_options_that_are_declared(command: str) -> None:
         may_be_turned_off = SETTINGS[name].kind is SWITCH and not SETTINGS[name].default
         assert taken[name].option_strings == [option, off][: 1 + may_be_turned_off]
         assert taken[name].default == argparse.SUPPRESS
+
+
+@pytest.mark.parametrize(
+    "file, typed, chat_template, template, system",
+    [
+        ("chat_template: false", "", False, None, None),
+        ("chat_template: false", "--chat-template", True, None, None),
+        ("chat_template: false", "--chat-template rag", True, "rag", None),
+        ("chat_template: false", "--chat-template --system-prompt hi", True, None, "hi"),
+        ("template: rag\nsystem_prompt: hi", "", True, "rag", "hi"),
+        ("template: rag\nsystem_prompt: hi", "--chat-template", True, "rag", "hi"),
+        ("template: rag\nsystem_prompt: hi", "--chat-template tools", True, "tools", "hi"),
+        ("template: rag\nsystem_prompt: hi", "--no-chat-template", False, None, None),
+        ("", "--no-chat-template --chat-template", True, None, None),
+    ],
+)
+def test_the_command_line_reaches_all_three_states_of_a_chat_template(
+    file: str, typed: str, chat_template: bool, template: str | None, system: str | None
+) -> None:
+    """None, that which there is, and one by name: whatever sage.yaml says."""
+    Path("sage.yaml").write_text(file)
+    args = parse(["push", "org/base", "org/unlearned", *typed.split(), "-q"])
+    settings = settings_of(args, "org/base", None)
+    found = settings.chat_template, settings.template, settings.system_prompt
+    assert found == (chat_template, template, system)
+
+
+@pytest.mark.parametrize(
+    "typed, why",
+    [
+        ("--no-chat-template --system-prompt hi", "there is to be none"),
+        ("--chat-template rag --no-chat-template", "--no-chat-template takes none"),
+    ],
+)
+def test_what_is_typed_must_not_contradict_itself(typed: str, why: str) -> None:
+    args = parse(["push", "org/base", "org/unlearned", *typed.split()])
+    with pytest.raises(UsageError, match=why):
+        settings_of(args, "org/base", None)
+
+
+def test_a_model_is_not_taken_for_the_name_of_a_template() -> None:
+    with pytest.raises(UsageError, match="name of a template; put org/base before it"):
+        parse(["push", "--chat-template", "org/base", "org/unlearned"])
+
+
+@pytest.mark.parametrize("name", [n for n, s in SETTINGS.items() if s.kind is SWITCH])
+@pytest.mark.parametrize("value", [True, False])
+def test_every_switch_can_be_put_either_way_whatever_the_file_says(name: str, value: bool) -> None:
+    Path("sage.yaml").write_text(f"{name}: {str(not value).lower()}")
+    word = f"--{'' if value else 'no-'}{name.replace('_', '-')}"
+    settings = settings_of(
+        parse(["push", "org/base", "org/unlearned", word, "-q"]), "org/base", None
+    )
+    assert getattr(settings, name) is value
 
 
 def test_the_page_and_the_schema_are_what_the_declarations_give() -> None:

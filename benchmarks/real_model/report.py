@@ -86,8 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-<<<<<<< HEAD
-    render()
-=======
     main()
->>>>>>> b6d4594d2a41e21174542277cb9f273751bee6c9

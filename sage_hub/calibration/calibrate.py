@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from sage_hub.calibration.cache import link, statistics_key
-from sage_hub.calibration.journal import Journal, journal_of
+from sage_hub.calibration.journal import Journal, begun, journal_of
 from sage_hub.calibration.observe import Sight, View, watching
 from sage_hub.calibration.sets import CalibrationSet, notes_on, origin_of, plan_sets
 from sage_hub.calibration.statistics import is_whole, stored_energy, write_statistics
 from sage_hub.checkpoint.files import digest
 from sage_hub.checkpoint.index import Checkpoint
+from sage_hub.kinds import DATE
 from sage_hub.method.moments import Moment, SecondMoment, SketchedMoment, sketch_width
 from sage_hub.method.spectra import Spectrum, spectrum
 from sage_hub.model.blocks import Block, BlockModel, open_blocks
@@ -93,10 +94,9 @@ def _calibrate(
         sets, room = plan_sets(checkpoint, files, settings, model, sites)
         folder = next(iter(files)).parent
         hidden = [stack.enter_context(Spill(folder, room / len(sets))) for _ in sets]
-        keys = [statistics_key(checkpoint, own, settings, weights) for own in files.values()]
-        key = digest({"files": keys, "processes": ranks.count})
+        key = _journal_key(checkpoint, files, settings, weights, ranks)
         journals = {
-            path: stack.enter_context(Journal(journal_of(path), key))
+            path: stack.enter_context(Journal(journal_of(path), key, settings.date))
             for path in files
             if ranks.first
         }
@@ -123,7 +123,7 @@ def _calibrate(
             bar.set_postfix_str(f"{rows / (bar.format_dict['elapsed'] or 1):.3g} row/s")
             for path, journal in journals.items() if number >= done else ():
                 journal.finish_block({part.name: part.starved for part in within[path]})
-        checkpoint.files.check_unchanged()
+        checkpoint.check_unchanged()
         for path, journal in journals.items():
             origin = origin_of(checkpoint, weights, within[path], settings)
             write_statistics(path, origin, sites, journal)
@@ -133,6 +133,33 @@ def _calibrate(
     for part in sets:
         for sentence in notes_on(part, sites):
             note(sentence)
+
+
+def on_day_begun(
+    checkpoint: Checkpoint,
+    files: Mapping[Path, Mapping[str, Proxy]],
+    settings: Settings,
+    weights: str,
+    run: Run,
+) -> Settings:
+    """`settings` with the date of the run that has begun the same on another day, if one has."""
+    day, key = run.ranks.once(lambda: begun(next(iter(files))))
+    then = replace(settings, date=day) if DATE.fits(day) else settings
+    if then == settings or _journal_key(checkpoint, files, then, weights, run.ranks) != key:
+        return settings
+    run.progress.note(f"The prompts have the date {day}, as those of the run that began this.")
+    return then
+
+
+def _journal_key(
+    checkpoint: Checkpoint,
+    files: Mapping[Path, Mapping[str, Proxy]],
+    settings: Settings,
+    weights: str,
+    ranks: Ranks,
+) -> str:
+    keys = [statistics_key(checkpoint, own, settings, weights) for own in files.values()]
+    return digest({"files": keys, "processes": ranks.count})
 
 
 def _go_on(journals: Mapping[Path, Journal], sets: Sequence[CalibrationSet]) -> int:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from sage_hub.checkpoint.tensorfile import DTYPES, dtype_name, raw_bytes
-from sage_hub.errors import TargetError, note_kept
+from sage_hub.errors import note_kept
 from sage_hub.method.spectra import Spectrum
+from sage_hub.runtime.places import alone_in
+
+BLOCKS = "blocks.jsonl"
 
 
 def journal_of(path: Path) -> Path:
@@ -23,34 +25,42 @@ def journal_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def begun(path: Path) -> tuple[Any, Any]:
+    """The day and the key of the calibration into `path` that was stopped; None without one."""
+    try:
+        with (journal_of(path) / BLOCKS).open("rb") as file:
+            head = json.loads(file.readline())
+        return head["day"], head["key"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, None
+
+
 class Journal:
     """Spectra by name, block by block, in a folder that outlives a run that is stopped.
 
     One file holds the numbers, another a line of JSON for each finished block, which is written
     once the numbers are on the disk. What is not of a finished block, or was begun under another
-    `key`, is dropped when it is opened. A context manager; it raises TargetError if another run
-    has the folder.
+    `key`, is dropped when it is opened; `day` is the date of its prompts, where they have one. A
+    context manager; it raises TargetError if another run has the folder.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(self, folder: Path, key: str, day: str | None = None) -> None:
         self.folder = folder
         self.notes: list[dict[str, Any]] = []  # of each finished block, what was said of it
-        self._key = key
+        self._head = _line({"key": key, "day": day})
         self._entries: dict[str, dict[str, Any]] = {}
         self._open_block: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / "lock")
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise TargetError(
-                f"Another run calibrates into {self.folder} at this moment; wait for it, or choose "
-                "another output."
-            ) from None
+        self._alone = alone_in(
+            self.folder,
+            "lock",
+            f"Another run calibrates into {self.folder} at this moment; wait for it, or choose "
+            "another output.",
+        )
         self._data = (self.folder / "spectra").open("a+b")
-        self._index = (self.folder / "blocks.jsonl").open("a+b")
+        self._index = (self.folder / BLOCKS).open("a+b")
         self.keep(len(self._recalled()))
         return self
 
@@ -61,17 +71,19 @@ class Journal:
             note_kept(error, "finished blocks of the calibration", self.folder)
         if not self._entries:  # a block without sites is soon run again
             self.remove()
-        self._lock.release()
+        self._alone.__exit__(kind, error, trace)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
     def keep(self, blocks: int) -> None:
         """Drop all but the first `blocks`."""
-        lines, head = self._recalled()[:blocks], _line({"key": self._key})
-        self._index.truncate(len(head) + sum(len(_line(line)) for line in lines) if lines else 0)
+        lines = self._recalled()[:blocks]
+        self._index.truncate(
+            len(self._head) + sum(len(_line(line)) for line in lines) if lines else 0
+        )
         if not lines:
-            self._index.write(head)
+            self._index.write(self._head)
             self._index.flush()
         self._data.truncate(lines[-1]["end"] if lines else 0)
         self._entries = {name: one for line in lines for name, one in line["entries"].items()}
@@ -128,7 +140,7 @@ class Journal:
         self._index.seek(0)
         lines = self._index.read().split(b"\n")[:-1]
         found: list[dict[str, Any]] = []
-        if not lines or lines[0] != _line({"key": self._key}).strip():
+        if not lines or lines[0] != self._head.strip():
             return found
         for line in lines[1:]:
             try:

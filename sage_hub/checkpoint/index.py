@@ -27,7 +27,6 @@ from sage_hub.checkpoint.tensorfile import (
     RowReader,
     TensorInfo,
     check_names,
-    file_sha256,
 )
 from sage_hub.errors import (
     ArchitectureError,
@@ -188,7 +187,12 @@ class Checkpoint:
     def tokenizer_fingerprint(self) -> str:
         """A SHA-256 over the tokenizer's files."""
         names = self.tokenizer_files
-        return digest({name: file_sha256(self.read_from.path(name)) for name in names})
+        return digest({name: self.read_from.sha256(name) for name in names})
+
+    def check_unchanged(self) -> None:
+        """Raise CorruptCheckpointError if a file, or one of its tokenizer, is not what it was."""
+        self.files.check_unchanged()
+        self.read_from.check_unchanged()
 
     def tokenizer_folder(self) -> Path:
         """A local folder with the tokenizer, and the config beside it. Raises NotFoundError."""

@@ -119,7 +119,7 @@ def _eval(args: argparse.Namespace) -> None:
 def _card(args: argparse.Namespace) -> None:
     from sage_hub.commands.card import rewrite
 
-    written = str(rewrite(args.release, getattr(args, "card_template", None)))
+    written = str(rewrite(args.release, getattr(args, "card_template", None), args.sign))
     _show(args, {"card": written}, [written])
 
 

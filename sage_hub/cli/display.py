@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from sage_hub.calibration.budget import Budget
@@ -80,10 +81,24 @@ def _plan_lines(job: Job) -> Iterator[tuple[str, str]]:
     yield "comes along", ", ".join(plan.carried) or "nothing beside the weights"
     for name, reason in plan.left_behind.items():
         yield "left behind", f"{name} ({reason})"
+    yield from _made_again(job.local)
     for problem in job.problems:
         yield "problem", str(problem)
     if not job.problems:
         yield "problems", "none found"
+
+
+def _made_again(local: Mapping[str, Collection[Path]]) -> Iterator[tuple[str, str]]:
+    """What `verify --rebuild` and the card's command will need, where that is no more than here."""
+    if local:
+        yield (
+            "made again",
+            "by `verify --rebuild` and the card's command only in a folder that holds "
+            f"{', '.join(local)}: the record has their names alone",
+        )
+    for name, places in local.items():
+        if len(places) > 1:
+            yield "", f"and not even there, as {len(places)} of these are called {name}; rename one"
 
 
 def _computing(job: Job) -> str:
@@ -143,6 +158,7 @@ def plan_json(job: Job) -> dict[str, Any]:
         "memory": None if job.memory is None else job.memory.describe(),
         "problems": [{"status": p.status, "message": str(p)} for p in job.problems],
         "warnings": list(job.warnings),
+        "local": list(job.local),
     }
 
 

@@ -47,6 +47,7 @@ def how_of(args: argparse.Namespace) -> Any:
         own.get("ranks", ALONE),
         stats_cache=own.get("stats_cache"),
         record=own.get("record"),
+        sign=own.get("sign"),
         save_retain=own.get("save_retain"),
         answers=own.get("answers"),
     )

@@ -30,6 +30,8 @@ from sage_hub.errors import (
     printable,
 )
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the only place where an error becomes a sentence and a status."""
@@ -182,13 +184,18 @@ def _explain_machine(error: BaseException) -> SageHubError | None:
     """A full disk or memory, which any line of ours or of a library may run into."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskSpaceError(
-            "The disk is full; nothing was published. Free some space, or set --output or "
-            "HF_HOME to a larger disk."
+            "The disk is full; nothing was published. Free some space, or set --output, "
+            "HF_HOME or TMPDIR to a larger disk."
         )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return OutOfMemoryError(
             "Memory ran out; lower --memory to what this machine has free, or --batch-size or "
             "--max-length."
+        )
+    if isinstance(error, OSError) and error.filename is None and error.errno in NO_LOCKS:
+        return UsageError(
+            f"A file system here knows no locks ({error.strerror}), which the Hub's client needs "
+            "for what it keeps; set HF_HOME to a folder of a disk of this machine."
         )
     if isinstance(error, OSError) and error.filename is not None:
         return SageHubError(f"{error.filename}: {error.strerror}.")

@@ -33,8 +33,12 @@ def add_options(command: argparse.ArgumentParser, name: str) -> None:
 def _of(setting: Setting) -> Option:
     """A setting as an option; an absent one stays absent, so that sage.yaml can speak."""
     how: dict[str, Any] = {"dest": setting.name, "default": argparse.SUPPRESS, "help": setting.help}
-    if setting.kind is SWITCH and setting.default:
-        how |= {"action": "store_false", "help": f"don't {setting.help}"}
+    if setting.name == "chat_template":  # in three states, of two settings
+        how |= {"action": _NoTemplate, "nargs": 0, "help": f"don't {setting.help}"}
+    elif setting.name == "template":
+        said = "; without NAME that which it has, also where sage.yaml says chat_template: false"
+        how |= {"action": _Template, "nargs": "?", "metavar": setting.kind.metavar}
+        how["help"] = f"{setting.help} (default: {setting.default_words}){said}"
     elif setting.kind is SWITCH:  # what sage.yaml turns on can be turned off with --no-…
         how["action"] = argparse.BooleanOptionalAction
     else:
@@ -90,6 +94,31 @@ class _Once(argparse.Action):
         if hasattr(namespace, self.dest):
             raise argparse.ArgumentError(self, "must be given once; put all rows into one file")
         setattr(namespace, self.dest, values)
+
+
+class _Template(argparse.Action):
+    """`--chat-template [NAME]`: rows go into a chat template, whatever sage.yaml says."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if values is not None:
+            if "/" in values:  # what stands behind an option that may have a value, or none
+                wrong = f"takes the name of a template; put {values} before it"
+                raise argparse.ArgumentError(self, wrong)
+            namespace.template = values
+        namespace.chat_template = True
+
+
+class _NoTemplate(argparse.Action):
+    """`--no-chat-template`: rows are plain, whatever template or system prompt sage.yaml names."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        namespace.chat_template = False
+        for name in ("template", "system_prompt"):
+            setattr(namespace, name, getattr(namespace, name, None))
 
 
 def _option(commands: str, names: str, metavar: str, help: str, **how: Any) -> Option:
@@ -236,6 +265,11 @@ OPTIONS: Mapping[str, Sequence[Option]] = {
         _option(
             *("push sanitize", "--record", "DIR"),
             "leave a copy of the card and the record (sage/) in this folder too",
+        ),
+        _option(
+            *("push sanitize card", "--sign", "COMMAND"),
+            "sign SHA256SUMS with this command, which gets that name behind its words and leaves "
+            "SHA256SUMS.asc or the like beside it: 'gpg --armor --detach-sign'",
         ),
     ),
     **dict.fromkeys(("evaluation", "record", "method", "computation"), ()),  # settings alone

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ from sage_hub.checkpoint.pair import open_pair
 from sage_hub.commands.here import settle
 from sage_hub.commands.inputs import general_texts, read_proxies
 from sage_hub.commands.job import Job
-from sage_hub.commands.survey import check_given_statistics
+from sage_hub.commands.survey import with_given_statistics
 from sage_hub.repair.bias import summarize
 from sage_hub.repair.effect import check_changes, check_filters
 from sage_hub.repair.matching import make_plan
 from sage_hub.repair.update import Filter, Update
 from sage_hub.rows.encoding import check_rows
+from sage_hub.runtime.places import scratch
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
 
@@ -39,7 +39,8 @@ def audit(
     pair = open_pair(base, unlearned, pickled=settings.pickled_weights)
     first = pair.base.reading_with(settings.tokenizer, [pair.unlearned])
     plan = make_plan(replace(pair, base=first))
-    settings = settle(settings, first, run.ranks)
+    given, settings = settings.date, settle(settings, first, run.ranks)
+    of_today = given is None and settings.date is not None
     if plan.problems:
         raise plan.problems[0]
     check_filters(plan, settings)
@@ -50,14 +51,14 @@ def audit(
         "base": plan.base.fingerprint(run.progress),
         "tokenizer": plan.base.tokenizer_fingerprint(),
     }
-    job = Job(plan, settings, proxies, fingerprints, ready, run=run)
-    check_given_statistics(job)
+    job = Job(plan, settings, proxies, fingerprints, ready, of_today=of_today, run=run)
+    job = with_given_statistics(job)
     how = Filter(*settings.sharpness, settings.rank)
     with (
-        tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch,
-        job.calibrated(Path(scratch) / "statistics.safetensors", forget=True) as opened,
+        scratch() as folder,
+        job.calibrated(folder / "statistics.safetensors", forget=True) as opened,
     ):
         update = Update(plan.observed(opened.site_of), opened, how, settings.device)
         names = {"base": plan.base.name, "unlearned": plan.unlearned.name}
         audit = summarize(update.measure(run), opened.outputs)
-        return {**names, "settings": settings.describe(), **audit}
+        return {**names, "settings": job.settings.describe(), **audit}

@@ -7,12 +7,13 @@ from pathlib import Path
 from sage_hub.errors import NotFoundError
 from sage_hub.record.manifest import MANIFEST, REPORT, REPORT_VERSION, read_record
 from sage_hub.record.release import write_record
+from sage_hub.record.signing import check_signer
 
 
-def rewrite(folder: Path, template: str | None = None) -> Path:
+def rewrite(folder: Path, template: str | None = None, sign: str | None = None) -> Path:
     """Write the card in the release `folder` again, from its record, and its sums; the card's path.
 
-    Raises NotFoundError if there is no record of this version.
+    The command `sign` signs these. Raises NotFoundError if there is no record of this version.
     """
     manifest, report = (read_record(folder / name) for name in (MANIFEST, REPORT))
     if not manifest or report.get("format_version") != REPORT_VERSION:
@@ -20,5 +21,6 @@ def rewrite(folder: Path, template: str | None = None) -> Path:
             f"{folder} holds no record of this version of sage-hub ({MANIFEST}, "
             f"{REPORT}); give the folder of a release."
         )
-    write_record(folder, manifest, report, template)
+    check_signer(sign)
+    write_record(folder, manifest, report, template, sign)
     return folder / "README.md"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sage_hub.checkpoint.index import Checkpoint, open_checkpoint
@@ -18,7 +16,8 @@ from sage_hub.evaluation.depth import check_depth
 from sage_hub.evaluation.evaluate import Study, evaluate
 from sage_hub.evaluation.look import Candidate
 from sage_hub.record.manifest import make_report
-from sage_hub.rows.encoding import check_rows
+from sage_hub.rows.encoding import check_rows, describe_prompts
+from sage_hub.runtime.places import scratch
 from sage_hub.runtime.progress import Clock
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
@@ -67,10 +66,14 @@ def evaluate_models(
         origin=models[0],
     )
     clock = Clock()
-    with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
-        found = evaluate(candidates, study, settings, Path(scratch), run)
+    with scratch() as folder:
+        found = evaluate(candidates, study, settings, folder, run)
     clock.lap("evaluate")
     if (path := run.answers) is not None:
         run.ranks.once(lambda: write_answers(path, found.seen))
     report = make_report(found, settings, clock.laps, control=None, card={})
-    return {"models": {name: side.commit for name, side in sides.items()}, **report}
+    about = {
+        "models": {name: side.commit for name, side in sides.items()},
+        "prompts": describe_prompts(reader, settings),
+    }
+    return about | report

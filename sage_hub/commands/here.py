@@ -37,4 +37,5 @@ def settle(settings: Settings, base: Checkpoint, ranks: Ranks) -> Settings:
     settings = on_device(settings)
     stored = base.architecture.dtype
     chosen = ranks.once(lambda: compute_type(settings.compute_dtype, stored, settings.device))
-    return dated(base, replace(settings, compute_dtype=name_of(chosen)))
+    day = ranks.once(lambda: dated(base, settings).date)  # at midnight, too
+    return replace(settings, compute_dtype=name_of(chosen), date=day)

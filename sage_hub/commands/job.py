@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from sage_hub.checkpoint.location import Location
 from sage_hub.commands.inputs import Supply
 from sage_hub.errors import SageHubError
 from sage_hub.evaluation.comparison import Result
+from sage_hub.kinds import DATE
 from sage_hub.publish.target import Publication
 from sage_hub.record.gates import Gate
 from sage_hub.record.manifest import describe_source
@@ -27,7 +28,7 @@ from sage_hub.repair.plan import Plan
 from sage_hub.rows.proxies import Proxy
 from sage_hub.runtime.run import Run
 from sage_hub.runtime.versions import versions
-from sage_hub.settings import Settings
+from sage_hub.settings import MODELS, Settings
 
 
 def output_of(target: Location) -> Path:
@@ -51,6 +52,7 @@ class Job:
     gates: tuple[Gate, ...] = ()
     results: tuple[Result, ...] = ()  # made elsewhere, for the same record
     reference: Checkpoint | None = None  # a model that never saw the forget set
+    of_today: bool = False  # prompts have a date, and it is the clock's: nobody gave one
     publication: Publication = field(default_factory=Publication)  # if the target is on the Hub
     force: bool = False
     run: Run = field(default_factory=Run)
@@ -78,6 +80,25 @@ class Job:
             name: describe_source(side, self.fingerprints[name]) for name, side in sides.items()
         }
 
+    @property
+    def local(self) -> dict[str, set[Path]]:
+        """What is on this machine alone, as the record names it -> where it lies.
+
+        Of two places under one name no record, and so no rebuild, can tell which is meant.
+        """
+        own, described = self.settings, self.settings.describe()
+        sides = (self.plan.base, self.plan.unlearned)
+        named = [(f"./{s.name}", s.files.location.folder) for s in sides if s.commit is None]
+        named += [(Path(s).name, Path(s)) for s in own.sets.values() if "://" not in s]
+        models = {name: described[name] or "" for name in MODELS}
+        named += [(m, Path(getattr(own, n))) for n, m in models.items() if m.startswith("./")]
+        if self.statistics is not None and self.statistics.name.endswith(".safetensors"):
+            named.append((self.statistics.name, self.statistics.path()))
+        found: dict[str, set[Path]] = {}
+        for name, place in named:
+            found.setdefault(name, set()).add((place or Path()).expanduser().resolve())
+        return found
+
     @cached_property
     def fingerprint(self) -> str:
         """A SHA-256 over all that the release is made from: the same for the same release."""
@@ -88,13 +109,26 @@ class Job:
                 "sources": self.sources,
                 "tokenizer": self.fingerprints["tokenizer"],
                 "beside the weights": {name: unlearned.sha256(name) for name in beside},
-                "proxies": {which: proxy.row_hashes for which, proxy in self.proxies.items()},
+                # In their order, as which of them fit into `max_tokens` depends on it.
+                "proxies": {w: [p.fingerprint, p.row_hashes] for w, p in self.proxies.items()},
                 "reference": self.reference.fingerprint() if self.reference else None,
                 "statistics": self.statistics.sha256() if self.statistics else None,
                 "settings": self.settings.describe(),
                 "versions": versions(),
             }
         )
+
+    def on_day(self, day: Any) -> Job:
+        """The same with the date `day` in its prompts, if theirs is that of the clock."""
+        if not self.of_today or not DATE.fits(day) or day == self.settings.date:
+            return self
+        return replace(self, settings=replace(self.settings, date=day))
+
+    def has_made(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether this job, begun today or on the day that the manifest has, makes that release."""
+        settings = manifest.get("settings")
+        day = settings.get("date") if isinstance(settings, Mapping) else None
+        return bool(self.on_day(day).fingerprint == manifest.get("fingerprint"))
 
     @contextmanager
     def calibrated(self, path: Path, *, forget: bool = False) -> Iterator[Statistics]:

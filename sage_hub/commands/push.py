@@ -19,7 +19,7 @@ from sage_hub.evaluation.evaluate import Evaluation, Study, evaluate
 from sage_hub.evaluation.look import Candidate
 from sage_hub.model.weights import part_of_the_way
 from sage_hub.publish.announce import announced
-from sage_hub.publish.folder import Work, working_on
+from sage_hub.publish.folder import Work, begun, working_on
 from sage_hub.publish.opened import open_as_user
 from sage_hub.publish.sending import commit_release, finished, is_published, make_shards, published
 from sage_hub.publish.target import Publication
@@ -89,13 +89,29 @@ def release(job: Job) -> Release:
     A release that an earlier run has finished is not made again, and one that it has published is
     not published again. What an earlier run of the same inputs has begun is finished.
     """
+    job = _as_begun(job)
     fingerprint = job.run.ranks.once(lambda: job.fingerprint)
-    work = Work(job.output.resolve(), fingerprint, keeps=job.keeps_output)
+    work = Work(job.output.resolve(), fingerprint, job.keeps_output, job.settings.date)
     with working_on(work, force=job.force, run=job.run):
         if job.target.folder is None:
             return _announced(job, _to_hub(job, work))
         made = _finished(job, work) or _make(job, work)
     return stop_at_gates(made)
+
+
+def _as_begun(job: Job) -> Job:
+    """The job on the day of the run that has begun it, whose date its prompts have."""
+
+    def begun_on() -> str | None:
+        day, fingerprint = begun(job.output)
+        return day if day and job.on_day(day).fingerprint == fingerprint else None
+
+    found = job.on_day(job.run.ranks.once(begun_on)) if job.of_today else job
+    if found is not job:
+        job.run.progress.note(
+            f"The prompts have the date {found.settings.date}, as those of the run that began this."
+        )
+    return found
 
 
 def _to_hub(job: Job, work: Work) -> Release:
@@ -106,7 +122,7 @@ def _to_hub(job: Job, work: Work) -> Release:
     ranks, terms = job.run.ranks, _terms(job)
 
     def ours(files: Any) -> bool:
-        return is_published(files, work.fingerprint)
+        return is_published(files, job.has_made)
 
     to, how = job.target.repo, job.publication
     opened = ranks.at_first(lambda: Upload(to, how, ours, force=job.force))
@@ -205,7 +221,7 @@ def _evaluate(job: Job, plan: Plan, work: Work, control: Control, study: Study) 
 
 
 def _terms(job: Job) -> Terms:
-    return Terms(job.gates, job.results, job.settings.card_template)
+    return Terms(job.gates, job.results, job.settings.card_template, job.run.sign)
 
 
 def _conclude(job: Job, folder: Path, manifest: Any, report: Any) -> Release:
@@ -218,7 +234,7 @@ def _finished(job: Job, work: Work) -> Release | None:
     """The release that an earlier run has finished, with the results and gates of this one."""
 
     def look() -> Release | None:
-        found = finished(work, job.run.progress)
+        found = finished(work, job.has_made, job.run.progress)
         return _conclude(job, work.output, *found) if found else None
 
     return job.run.ranks.once(look)

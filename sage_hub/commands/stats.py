@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sage_hub.calibration.calibrate import calibrate
+from sage_hub.calibration.calibrate import calibrate, on_day_begun
 from sage_hub.calibration.statistics import REPO_FILE, Origin, is_whole, open_statistics
 from sage_hub.checkpoint.hubfiles import HubFiles
 from sage_hub.checkpoint.index import open_checkpoint
@@ -23,6 +22,7 @@ from sage_hub.record.card import statistics_card
 from sage_hub.rows.encoding import check_rows
 from sage_hub.rows.proxies import Proxy
 from sage_hub.rows.sources import DATASET_SCHEME
+from sage_hub.runtime.places import scratch
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
 
@@ -58,12 +58,13 @@ def collect_statistics(
     once = run.ranks.once
     checkpoint = open_checkpoint(model, pickled=settings.pickled_weights, dequantize=True)
     checkpoint = checkpoint.reading_with(settings.tokenizer)
-    settings = settle(settings, checkpoint, run.ranks)
+    checkpoint.tokenizer_fingerprint()  # so that a change of it is noticed
+    given, settings = settings.date, settle(settings, checkpoint, run.ranks)
     if to is not None:
         check_target(to, publication, force=force, mark=REPO_FILE)
-    with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
+    with scratch() as folder:
         # All ranks read what the first one writes.
-        file = once(lambda: Path(scratch, REPO_FILE)) if output is None else Path(output)
+        file = once(lambda: folder / REPO_FILE) if output is None else Path(output)
         if retain:
             files = _files(retain, file, settings)
         else:
@@ -71,6 +72,8 @@ def collect_statistics(
         for proxies in files.values():
             check_rows(proxies, checkpoint, settings)
         weights = once(lambda: checkpoint.fingerprint(run.progress))
+        if given is None and settings.date is not None:
+            settings = on_day_begun(checkpoint, files, settings, weights, run)
         calibrate(checkpoint, files, settings, weights=weights, run=run)
         if retain:
             return {"statistics": [_describe(_origin(made), made) for made in files]}

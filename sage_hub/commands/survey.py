@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -35,7 +36,8 @@ from sage_hub.publish.target import Publication, check_target, target_warnings
 from sage_hub.record import card
 from sage_hub.record.manifest import check_record
 from sage_hub.record.metadata import metadata_warnings
-from sage_hub.repair.beside import bring, path_warnings
+from sage_hub.record.signing import check_signer
+from sage_hub.repair.beside import bring, check_cases, path_warnings
 from sage_hub.repair.effect import check_filters, no_update
 from sage_hub.repair.matching import make_plan
 from sage_hub.repair.plan import Plan
@@ -45,7 +47,7 @@ from sage_hub.rows.sources import at_commit
 from sage_hub.runtime.machine import GB, machine_memory
 from sage_hub.runtime.progress import SILENT, Progress, in_bytes
 from sage_hub.runtime.run import Run
-from sage_hub.settings import Settings
+from sage_hub.settings import OF_PROMPTS, Settings
 
 
 def survey(
@@ -71,7 +73,7 @@ def survey(
     others = [pair.unlearned, *([reference] if reference else [])]
     pair = replace(pair, base=pair.base.reading_with(settings.tokenizer, others))
     settings = _pinned(settings, pair.base, reference)
-    settings = settle(settings, pair.base, run.ranks)
+    given, settings = settings.date, settle(settings, pair.base, run.ranks)
     title = f"Sanitize {pair.unlearned.name} with sage-hub"
     publication = replace(publication, message=publication.message or title)
     plan = bring(make_plan(pair).stored_as(settings.stored_dtype), settings.carry)
@@ -90,6 +92,7 @@ def survey(
         target,
         memory,
         reference=reference,
+        of_today=given is None and settings.date is not None,
         publication=publication,
         force=force,
         run=run,
@@ -120,9 +123,11 @@ def _checks(
     """
     plan, settings, ready = job.plan, job.settings, job.statistics
     yield lambda: check_filters(plan, settings)
+    yield lambda: check_cases(plan.unlearned)
     yield lambda: _check_target(job, pair)
     yield lambda: _check_ranks(job)
     yield lambda: check_save(job)
+    yield lambda: check_signer(job.run.sign)
     yield lambda: check_disk(
         plan,
         job.output,
@@ -165,8 +170,7 @@ def check_weights(job: Job) -> Job:
     job = replace(
         job, plan=replace(job.plan, equal=equal), fingerprints={**job.fingerprints, **found}
     )
-    check_given_statistics(job)
-    return job
+    return with_given_statistics(job)
 
 
 def choose_target(to: str | None, pair: Pair) -> Location:
@@ -252,13 +256,14 @@ def _failures(checks: Iterable[Callable[[], object]]) -> Iterator[SageHubError]:
             yield error
 
 
-def check_given_statistics(job: Job) -> None:
-    """Raise StatisticsError or OverlapError if ready statistics don't belong to `job`.
+def with_given_statistics(job: Job) -> Job:
+    """The job with the date of its ready statistics, if it has some and nobody gave a date.
 
-    That they are of other rows than the job's proxies is no error, and is said.
+    Raises StatisticsError or OverlapError if they don't belong to it. That they were made of other
+    rows or prompts than the job's is no error, and is said.
     """
     if job.statistics is None:
-        return
+        return job
     with open_statistics(job.statistics.path()) as statistics:
         check_belongs(
             statistics,
@@ -275,12 +280,14 @@ def check_given_statistics(job: Job) -> None:
             )
         data = statistics.origin.data
         seen = data["retain"]
-        computed = statistics.origin.settings.get("compute_dtype", job.settings.compute_dtype)
-    if computed != job.settings.compute_dtype:
-        job.run.progress.note(
-            f"The statistics were made in {computed}; this run computes in "
-            f"{job.settings.compute_dtype}."
-        )
+        made_with = statistics.origin.settings
+    job = replace(job.on_day(made_with.get("date")), of_today=False)
+    for name in ("compute_dtype", "chat_template", *OF_PROMPTS):
+        theirs, ours = made_with.get(name), getattr(job.settings, name)
+        if theirs != ours:
+            job.run.progress.note(
+                f"The statistics were made with {name} {_said(theirs)}; this run has {_said(ours)}."
+            )
     for which in data.keys() & job.proxies.keys():
         if data[which]["fingerprint"] != job.proxies[which].fingerprint:
             job.run.progress.note(
@@ -289,6 +296,11 @@ def check_given_statistics(job: Job) -> None:
             )
     others = {which: proxy.hashes for which, proxy in job.proxies.items() if which != "retain"}
     check_disjoint({"retain": Hashes(seen["name"], seen["row_hashes"]), **others})
+    return job
+
+
+def _said(value: object) -> str:
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _warnings(job: Job) -> Iterator[str]:

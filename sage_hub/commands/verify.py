@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sage_hub.commands.here import on_device
 from sage_hub.commands.push import sanitize
@@ -12,6 +13,7 @@ from sage_hub.errors import NotFoundError, UsageError, VerificationError
 from sage_hub.evaluation.written import NAME
 from sage_hub.publish.verify import Verification, read_manifest, verify
 from sage_hub.record import card
+from sage_hub.runtime.places import scratch
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
 
@@ -66,11 +68,11 @@ def _rebuild(release: str, run: Run) -> list[str]:
     written = any(about["name"] == NAME for about in manifest["statistics"]["data"].values())
     if written:
         run.progress.note(f"{WRITTEN[0].upper()}{WRITTEN[1:]}.")
-    with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
+    with scratch() as folder:
         made = sanitize(
             base,
             unlearned,
-            Path(scratch) / "rebuilt",
+            folder / "rebuilt",
             settings=settings,
             statistics=manifest["statistics"].get("file"),
             run=run,
@@ -87,6 +89,25 @@ def _rebuild(release: str, run: Run) -> list[str]:
         differences.append(f"it was made on {device}, and here on {settings.device}")
     if differences and written:
         differences.append(WRITTEN)
+    if differences:
+        differences += _moved(manifest, made.manifest)
     if differences and changed:
         differences += [f"{lib} was {v} and is {ours.get(lib)}" for lib, v in changed.items()]
     return differences
+
+
+def _moved(manifest: Mapping[str, Any], made: Mapping[str, Any]) -> Iterator[str]:
+    """What a release was made from and has changed under its name, each in one sentence."""
+    for side, source in manifest["sources"].items():
+        if made["sources"][side]["fingerprint"] != source["fingerprint"]:
+            yield f"the {side} model, {source['name']}, has other weights or another config now"
+    before, now = (about.get("prompts") or {} for about in (manifest, made))
+    if before.get("tokenizer_fingerprint") != now.get("tokenizer_fingerprint"):
+        template = before.get("chat_template") != now.get("chat_template")
+        yield f"the tokenizer has other files now{', and another chat template' * template}"
+    if before.get("date") != now.get("date"):
+        yield f"prompts had the date {before.get('date')}, and have {now.get('date')} now"
+    rows = made["statistics"]["data"]
+    for which, about in manifest["statistics"]["data"].items():
+        if rows.get(which, {}).get("fingerprint") != about["fingerprint"]:
+            yield f"the {which} rows of {about['name']} are others now"

@@ -5,6 +5,7 @@ stopped:
 
     lock                      held by the run; the system releases it when the run dies
     fingerprint               of all that the parts are made from
+    day                       the date of its prompts, where they have one
     statistics.safetensors    a finished part
     downloads/                shards of the sources, with --low-disk
     shards/SHARD.json         what was done with a shard that is finished
@@ -19,12 +20,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from sage_hub.calibration.journal import journal_of
@@ -33,10 +33,11 @@ from sage_hub.errors import DiskSpaceError, SageHubError, TargetError, note_kept
 from sage_hub.evaluation.answers import beside, check_ours
 from sage_hub.record.manifest import MANIFEST
 from sage_hub.repair.plan import Plan
+from sage_hub.runtime.places import alone_in
 from sage_hub.runtime.progress import Progress
 from sage_hub.runtime.run import Run
 
-LOCK = "lock"
+LOCK, DAY, FINGERPRINT = "lock", "day", "fingerprint"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Work:
     output: Path
     fingerprint: str  # of all that the release is made from
     keeps: bool = True  # all finished shards, until the end
+    day: str | None = None  # the date of its prompts, where they have one
 
     @property
     def folder(self) -> Path:
@@ -114,8 +116,8 @@ class Work:
     def open(self, progress: Progress) -> None:
         """Take over what an earlier run of this fingerprint left, and nothing else."""
         self._put_back()
-        path = self.folder / "fingerprint"
-        earlier = path.read_text(encoding="utf-8") if path.is_file() else None
+        path = self.folder / FINGERPRINT
+        earlier = _read(path)
         if earlier != self.fingerprint:
             if self.has_parts:
                 progress.note(
@@ -124,16 +126,17 @@ class Work:
                 )
             self.clear()
         self.release.mkdir(exist_ok=True)
+        _write_atomically(self.folder / DAY, self.day or "")
         _write_atomically(path, self.fingerprint)
 
     def clear(self) -> None:
         """Remove everything but the lock."""
         # The mark goes first, so that half of the parts is never taken for all of them.
-        (self.folder / "fingerprint").unlink(missing_ok=True)
+        (self.folder / FINGERPRINT).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != LOCK:
+            elif not path.name.startswith(LOCK):
                 path.unlink()
 
     def remove(self) -> None:
@@ -163,6 +166,16 @@ def work_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
 
+def begun(output: Path) -> tuple[str | None, str | None]:
+    """The day on which a run began `output`, if that matters, and its fingerprint."""
+    folder = work_folder(output)
+    return _read(folder / DAY), _read(folder / FINGERPRINT)
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
 @contextmanager
 def working_on(work: Work, *, force: bool, run: Run) -> Iterator[None]:
     """Within it the work folder is this run's alone; its first rank takes care of it.
@@ -190,19 +203,16 @@ def working_on(work: Work, *, force: bool, run: Run) -> Iterator[None]:
         work.remove()
 
 
-def _locked(work: Work, *, force: bool) -> FileLock:
+def _locked(work: Work, *, force: bool) -> AbstractContextManager[object]:
     """The lock of the work folder, taken. Raises TargetError if another run has it."""
     check_output(work.output, force=force)
     work.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work.folder / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise TargetError(
-            f"Another run is writing {work.output} at this moment; wait for it, or choose another "
-            "output."
-        ) from None
-    return lock
+    return alone_in(
+        work.folder,
+        LOCK,
+        f"Another run is writing {work.output} at this moment; wait for it, or choose another "
+        "output.",
+    )
 
 
 def _write_atomically(path: Path, text: str) -> None:
@@ -272,6 +282,6 @@ def check_disk(
         free = shutil.disk_usage(path).free
         if size > free:
             raise DiskSpaceError(
-                f"The run needs {size / 1e9:.1f} GB at {path}, where {free / 1e9:.1f} GB are "
-                "free; free some, set --output or HF_HOME to a larger disk, or see --low-disk."
+                f"The run needs {size / 1e9:.1f} GB at {path}, where {free / 1e9:.1f} GB are free; "
+                "free some, set --output, HF_HOME or TMPDIR to a larger disk, or see --low-disk."
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,16 +20,18 @@ from sage_hub.publish.upload import Upload
 from sage_hub.publish.verify import manifest_of, verify, verify_files
 from sage_hub.record.manifest import MANIFEST, REPORT, leave_record, read_record
 from sage_hub.record.release import Release, Terms, stop_at_gates
-from sage_hub.record.sums import SUMS, is_edited, is_of_record
+from sage_hub.record.sums import SUMS, is_edited, is_of_record, signatures_in
 from sage_hub.repair.plan import Plan
 from sage_hub.repair.update import Update
 from sage_hub.repair.write import ShardRecord, write_shards
+from sage_hub.runtime.places import scratch
 from sage_hub.runtime.progress import Progress
 from sage_hub.runtime.run import Run
 
 CARD = "README.md"
 EDITED = " (the card had been edited by hand; what it said is in the commit before)"
 Record = tuple[dict[str, Any], dict[str, Any]]  # manifest and report
+Ours = Callable[[Mapping[str, Any]], bool]  # whether a manifest is that of the very release
 
 
 def make_shards(
@@ -100,12 +102,12 @@ def commit_release(upload: Upload, folder: Path, plan: Plan) -> str:
     return upload.commit()
 
 
-def finished(work: Work, progress: Progress) -> Record | None:
+def finished(work: Work, ours: Ours, progress: Progress) -> Record | None:
     """The record of the release in the output folder if it is this very one and whole."""
     if not (work.output / MANIFEST).is_file():
         return None
     manifest, report = (read_record(work.output / name) for name in (MANIFEST, REPORT))
-    if manifest.get("fingerprint") != work.fingerprint or not report:
+    if not report or not ours(manifest):
         return None
     if not verify(str(work.output), progress).whole:
         return None
@@ -113,11 +115,11 @@ def finished(work: Work, progress: Progress) -> Record | None:
     return manifest, report
 
 
-def is_published(files: HubFiles, fingerprint: str) -> bool:
-    """Whether the repo holds the release of this fingerprint, whole."""
+def is_published(files: HubFiles, ours: Ours) -> bool:
+    """Whether the repo holds this very release, whole."""
     if MANIFEST not in files.sizes or REPORT not in files.sizes:
         return False
-    return manifest_of(files).get("fingerprint") == fingerprint and verify_files(files).whole
+    return ours(manifest_of(files)) and verify_files(files).whole
 
 
 def published(upload: Upload, work: Work, terms: Terms, run: Run) -> Release | None:
@@ -132,8 +134,7 @@ def published(upload: Upload, work: Work, terms: Terms, run: Run) -> Release | N
         return None
     if work.output.exists():
         shutil.rmtree(work.output)
-    with tempfile.TemporaryDirectory(prefix="sage-hub-") as scratch:
-        folder = Path(scratch)
+    with scratch() as folder:
         for name in filter(is_of_record, files.sizes):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(files.path(name), folder / name)
@@ -158,6 +159,6 @@ def published(upload: Upload, work: Work, terms: Terms, run: Run) -> Release | N
 
 
 def _said(folder: Path) -> dict[str, bytes]:
-    """Card, report and results of benchmarks, which say all that `terms` can change."""
-    paths = [folder / CARD, folder / REPORT]
+    """Card, report and signatures, which are all that `terms` can change."""
+    paths = [folder / CARD, folder / REPORT, *signatures_in(folder)]
     return {path.name: path.read_bytes() for path in paths if path.is_file()}

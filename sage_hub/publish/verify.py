@@ -9,10 +9,10 @@ from typing import Any
 from sage_hub.checkpoint.files import Files, open_files, read_json
 from sage_hub.errors import CorruptCheckpointError, NotFoundError
 from sage_hub.record.manifest import MANIFEST
-from sage_hub.record.sums import SUMS, is_of_record, read_sums
+from sage_hub.record.sums import SUMS, is_of_record, read_sums, signs
 from sage_hub.runtime.progress import SILENT, Progress
 
-NEVER_SIGNED = (SUMS, ".gitattributes")  # the sums themselves, and what the Hub adds
+OF_THE_HUB = ".gitattributes"  # which it adds
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ def verify_files(files: Files, progress: Progress = SILENT) -> Verification:
     }
     broken = dict(_differences(stated, found, "the manifest"))
     known = {name for name in files.sizes if is_of_release(name, manifest)}
-    strange = files.sizes.keys() - known - {*NEVER_SIGNED}
+    strange = files.sizes.keys() - known - {OF_THE_HUB}
+    uncovered = {name for name in known - sums.keys() if sums and not signs(name)}
     differences = {
-        **{name: f"{name} is not in {SUMS}" for name in known - sums.keys() if sums},
+        **{name: f"{name} is not in {SUMS}" for name in uncovered},
         **dict(_differences(sums, found, SUMS)),
         **{name: f"{name} is not in the manifest" for name in strange},
         **broken,
     }
-    differences.pop(SUMS, None)
     return Verification(
         files.name,
         files.commit,

@@ -187,6 +187,8 @@ def leave_record(release: Path, folder: Path | None) -> None:
     if folder is None or folder.resolve() == release.resolve():
         return
     shutil.copytree(release / "sage", folder / "sage", dirs_exist_ok=True)
-    for name in ("README.md", "SHA256SUMS"):
-        if (release / name).is_file():
-            shutil.copyfile(release / name, folder / name)
+    for gone in folder.glob("SHA256SUMS.*"):  # signatures of other sums
+        gone.unlink()
+    for path in (release / "README.md", *release.glob("SHA256SUMS*")):
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)

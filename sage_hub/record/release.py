@@ -12,7 +12,8 @@ from sage_hub.evaluation.comparison import Result
 from sage_hub.record.card import write_card
 from sage_hub.record.gates import Gate, Outcome, facts_of
 from sage_hub.record.manifest import REPORT, read_record, with_results, write_json
-from sage_hub.record.sums import is_edited, write_sums
+from sage_hub.record.signing import sign
+from sage_hub.record.sums import is_edited, signatures_in, write_sums
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Terms:
     gates: Sequence[Gate] = ()
     results: Sequence[Result] = ()  # made elsewhere
     card_template: str | None = None
+    sign: str | None = None  # a command that signs the sums
 
     def outcomes(
         self, manifest: Mapping[str, Any], report: Mapping[str, Any]
@@ -56,8 +58,9 @@ class Terms:
         full["gates"] = self.outcomes(manifest, full)
         same = full == read_record(folder / REPORT)
         # A report with another sum: a run was stopped between the two.
-        if not same or is_edited(folder, REPORT) or self.card_template is not None:
-            write_record(folder, manifest, full, self.card_template)
+        unsigned = self.sign is not None and not signatures_in(folder)
+        if not same or unsigned or is_edited(folder, REPORT) or self.card_template is not None:
+            write_record(folder, manifest, full, self.card_template, self.sign)
         return full
 
 
@@ -66,8 +69,11 @@ def write_record(
     manifest: Mapping[str, Any],
     report: Mapping[str, Any],
     template: str | None = None,
+    signer: str | None = None,
 ) -> None:
     """Write what is said of a release: its card, its report, and last the sums of all of it.
+
+    `signer` is a command that signs these.
 
     Raises UsageError for a link in `folder`: what is written there would come to lie elsewhere.
     """
@@ -79,6 +85,8 @@ def write_record(
     write_card(folder, manifest, report, template)
     write_json(folder / REPORT, report)
     write_sums(folder, manifest)
+    if signer is not None:
+        sign(folder, signer)
 
 
 def stop_at_gates(release: Release) -> Release:

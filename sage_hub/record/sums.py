@@ -13,9 +13,10 @@ from sage_hub.checkpoint.tensorfile import file_sha256
 from sage_hub.record.manifest import MANIFEST, REPORT
 
 SUMS = "SHA256SUMS"
+SIGNATURE = f"{SUMS}.*"
 # What a person may edit, holds times, or shows figures: the manifest, which is the same for the
 # same inputs, cannot state their hashes. The sums do.
-RECORD = ("README.md", REPORT, MANIFEST, "sage/*.png", SUMS)
+RECORD = ("README.md", REPORT, MANIFEST, "sage/*.png", SUMS, SIGNATURE)
 LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *](.+)")
 ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}  # in a name; a backslash before its line says so
 
@@ -25,11 +26,23 @@ def is_of_record(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in RECORD)
 
 
+def signs(name: str) -> bool:
+    """Whether the file `name` is the sums, or a signature of them, which they cannot cover."""
+    return name == SUMS or fnmatch(name, SIGNATURE)
+
+
+def signatures_in(folder: Path) -> list[Path]:
+    """The signatures of the sums in `folder`."""
+    return sorted(folder.glob(SIGNATURE))
+
+
 def write_sums(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the sums of the release in `folder`.
+    """Write the sums of the release in `folder`, where no signature of others stays.
 
     What the manifest covers may not be there: it was sent, or is copied by the Hub.
     """
+    for signature in signatures_in(folder):
+        signature.unlink()
     record = [name for name in LocalFiles(folder).sizes if is_of_record(name) and name != SUMS]
     sums = manifest["files"] | {name: file_sha256(folder / name) for name in record}
     text = "".join(_line(name, sha256) for name, sha256 in sorted(sums.items()))

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,7 +21,7 @@ from sage_hub.checkpoint.files import read_json
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.checkpoint.layouts import INDEX, PICKLES, SINGLE
 from sage_hub.checkpoint.tensorfile import file_sha256
-from sage_hub.errors import SageHubError, UsageError
+from sage_hub.errors import CorruptCheckpointError, SageHubError, UsageError
 from sage_hub.evaluation.answers import stays_here
 from sage_hub.repair.belongs import belongs, code_of
 from sage_hub.repair.plan import UNKNOWN, Plan
@@ -44,7 +45,8 @@ PATH = re.compile(r"[/~\\]|\.{1,2}/|[A-Za-z]:[/\\]")  # of a machine; no repo be
 PICKLE, WEIGHTS, ARCHIVE = "a pickle", "weights that were not sanitized", "an archive"
 RECORD, HIDDEN = "the record of an earlier release", "a hidden file"
 ANSWERS = "answers of models, which may be what had to go"
-NEVER = (PICKLE, WEIGHTS, ARCHIVE, RECORD, ANSWERS)  # whoever asks for it
+ALIKE = "named as another file but for its case, which not every disk tells apart"
+NEVER = (PICKLE, WEIGHTS, ARCHIVE, RECORD, ANSWERS, ALIKE)  # whoever asks for it
 
 
 def sort_files(unlearned: Checkpoint) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -63,12 +65,41 @@ def sort_files(unlearned: Checkpoint) -> tuple[tuple[str, ...], dict[str, str]]:
             carried.append(name)
         else:
             left_behind[name] = why_left(name)
-    return tuple(carried), left_behind
+    alike = _alike(unlearned, (), carried)
+    left_behind |= dict.fromkeys(alike, ALIKE)
+    return tuple(name for name in carried if name not in alike), left_behind
+
+
+def check_cases(unlearned: Checkpoint) -> None:
+    """Raise CorruptCheckpointError if two shards are one file where case is not told apart."""
+    seen: dict[str, str] = {}
+    for shard in unlearned.headers:
+        if (other := seen.setdefault(_folded(shard), shard)) != shard:
+            raise CorruptCheckpointError(
+                f"{other} and {shard} of {unlearned.name} differ in case alone, and would be one "
+                "file on many disks; save the model again under names of its own."
+            )
+
+
+def _alike(unlearned: Checkpoint, carried: Sequence[str], more: Iterable[str]) -> set[str]:
+    """Those of `more` that many disks would take for a file of the release, or for one before."""
+    written = (*unlearned.headers, INDEX, "README.md", "SHA256SUMS", *carried)
+    taken = {_folded(name): name for name in written}
+    return {
+        name
+        for name in more
+        if taken.setdefault(_folded(name), name) != name or _folded(name).startswith("sage/")
+    }
+
+
+def _folded(name: str) -> str:
+    """The same for names that a disk may take for one."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def why_left(name: str) -> str:
     """Why a file that is not known to belong to a model stays behind."""
-    if name.startswith("sage/") or name == "SHA256SUMS":
+    if name.startswith("sage/") or name.startswith("SHA256SUMS"):
         return RECORD
     if stays_here(name):
         return ANSWERS
@@ -103,12 +134,15 @@ def bring(plan: Plan, globs: Sequence[str]) -> Plan:
     Not what may hold weights: they were not sanitized. A hidden file must be named in full. A glob
     that brings nothing is a problem of the plan.
     """
-    carried, problems = set(plan.carried), list[SageHubError]()
+    carried, left = set(plan.carried), plan.left_behind
+    problems = list[SageHubError]()
     for glob in globs:
         asked = {n: why for n, why in plan.left_behind.items() if fnmatchcase(n, glob)}
         brought = {
             n for n, why in asked.items() if why not in NEVER and (why != HIDDEN or n == glob)
         }
+        alike = dict.fromkeys(_alike(plan.unlearned, sorted(carried), sorted(brought)), ALIKE)
+        asked, left, brought = asked | alike, left | alike, brought - alike.keys()
         carried |= brought
         if not brought and not any(fnmatchcase(name, glob) for name in plan.carried):
             problems.append(
@@ -117,7 +151,7 @@ def bring(plan: Plan, globs: Sequence[str]) -> Plan:
     return replace(
         plan,
         carried=tuple(sorted(carried)),
-        left_behind={n: why for n, why in plan.left_behind.items() if n not in carried},
+        left_behind={n: why for n, why in left.items() if n not in carried},
         problems=(*plan.problems, *problems),
     )
 

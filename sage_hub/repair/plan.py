@@ -156,8 +156,8 @@ class Plan:
 
     def check_unchanged(self) -> None:
         """Raise CorruptCheckpointError if a file of either side is not what it was at first."""
-        self.base.files.check_unchanged()
-        self.unlearned.files.check_unchanged()
+        self.base.check_unchanged()
+        self.unlearned.check_unchanged()
 
     def base_shards(self, shard: str) -> list[str]:
         """The shards of the base that `shard` of the unlearned side needs, in that order."""

@@ -17,5 +17,6 @@ class Run:
     ranks: Ranks = ALONE  # the processes that do it together
     stats_cache: Path | None = None  # where statistics are looked for and kept
     record: Path | None = None  # where card and record are left too
+    sign: str | None = None  # the command that signs the sums of a release
     save_retain: Path | None = None  # where the rows that the base writes are left
     answers: Path | None = None  # where `eval` leaves what models made of each row

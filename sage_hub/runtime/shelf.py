@@ -32,11 +32,22 @@ def keep(kind: str, key: str, found: Any) -> None:
 
 def agree(kind: str, key: str, found: Any) -> Any:
     """Keep `found`, JSON, unless another run was first; what is kept then."""
-    _put(kind, key, found, os.link)
+    _put(kind, key, found, _unless_there)
     try:
         return recall(kind, key)
-    except LookupError:  # a disk that cannot be written, or knows no links
+    except LookupError:  # a disk that cannot be written
         return found
+
+
+def _unless_there(new: Path, path: Path) -> None:
+    """Give `new` the name of `path`. Raises OSError if that is there, or cannot be."""
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system that knows no links
+        with path.open("xb") as file:
+            file.write(new.read_bytes())
 
 
 def _put(kind: str, key: str, found: Any, move: Callable[[Path, Path], None]) -> None:

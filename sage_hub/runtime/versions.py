@@ -7,7 +7,10 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-LIBRARIES = ("sage-hub", "torch", "transformers", "safetensors", "huggingface_hub", "numpy")
+LIBRARIES = (
+    *("sage-hub", "torch", "transformers", "tokenizers", "jinja2", "safetensors"),
+    *("huggingface_hub", "numpy"),
+)
 
 
 def versions() -> dict[str, str]:

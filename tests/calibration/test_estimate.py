@@ -182,7 +182,15 @@ def test_plan_of_two_sides_is_a_dry_run_with_its_price(
     assert "Calibration on at most 131072 tokens" in out
     assert main(["plan", *sides, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {"plan", "settings", "problems", "warnings", "estimate", "memory"} == found.keys()
+    assert {
+        "plan",
+        "settings",
+        "problems",
+        "warnings",
+        "local",
+        "estimate",
+        "memory",
+    } == found.keys()
     assert sorted(pair.rglob("*")) == before
 
 

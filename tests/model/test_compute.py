@@ -166,7 +166,7 @@ def test_statistics_of_another_type_are_used_and_told(
     capsys.readouterr()
     assert main(["sanitize", *both]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "The statistics were made in float32; this run computes in bfloat16." in said
+    assert 'were made with compute_dtype "float32"; this run has "bfloat16".' in said
     manifest = json.loads((tmp_path / "out" / "sage" / "manifest.json").read_text())
     assert manifest["settings"]["compute_dtype"] == "bfloat16"
     assert manifest["statistics"]["settings"]["compute_dtype"] == "float32"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,21 @@ from support.loopback_hub import LoopbackHub
 
 from sage_hub.checkpoint.files import LocalFiles
 from sage_hub.checkpoint.index import Checkpoint
-from sage_hub.checkpoint.layouts import PICKLES
+from sage_hub.checkpoint.layouts import INDEX, PICKLES
 from sage_hub.checkpoint.pair import open_pair
 from sage_hub.cli.main import main
 from sage_hub.errors import UsageError
 from sage_hub.repair.belongs import belongs
-from sage_hub.repair.beside import ARCHIVES, DATA, NEVER, OTHER_WEIGHTS, bring, sort_files, why_left
+from sage_hub.repair.beside import (
+    ALIKE,
+    ARCHIVES,
+    DATA,
+    NEVER,
+    OTHER_WEIGHTS,
+    bring,
+    sort_files,
+    why_left,
+)
 from sage_hub.repair.matching import make_plan
 from sage_hub.settings import Settings, as_words
 
@@ -269,3 +279,56 @@ def test_a_path_stays_where_the_base_is_a_folder_and_is_told_of(
     assert main(["sanitize", *both, "--retain", str(tmp_path / "retain.jsonl")]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "names a folder of the machine it was made on (base_model_name_or_path)" in said
+
+
+def test_of_names_that_many_disks_take_for_one_the_first_comes_along(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a disk that tells no case apart one would be written over the other."""
+    names = (
+        "LICENSE",
+        "license",
+        "Config.json",
+        "readme.md",
+        "Sage/notes.txt",
+        "é.txt",
+        "e\u0301.txt",
+    )
+    for name in names:
+        (pair / "unlearned" / name).parent.mkdir(exist_ok=True)
+        (pair / "unlearned" / name).write_text("{}")
+    if len({path.name for path in (pair / "unlearned").iterdir()} & {*names}) < len(names) - 1:
+        pytest.skip("this disk tells no case apart")
+    both = ["sanitize", str(pair / "base"), str(pair / "unlearned"), "--gain", "1", "-q"]
+    both += ["--retain", str(pair / "retain.jsonl")]
+    assert main([*both, "--carry", "*.txt", "--output", "out"]) == 0
+    left = json.loads(Path("out/sage/manifest.json").read_text())["left_behind"]
+    assert {name for name, why in left.items() if why == ALIKE} == {
+        "license",
+        "Sage/notes.txt",
+        "é.txt",
+    }
+    there = {path.relative_to("out").as_posix() for path in Path("out").rglob("*")}
+    assert {"LICENSE", "config.json", "README.md", "e\u0301.txt"} <= there
+    assert len({unicodedata.normalize("NFC", name).casefold() for name in there}) == len(there)
+    capsys.readouterr()
+    for name in ("Config.json", "readme.md", "Sage/*"):
+        assert main([*both, "--carry", name, "--output", "other"]) == 2
+        assert f"brings nothing: {name.replace('*', 'notes.txt')} stays behind whoever asks" in (
+            capsys.readouterr().err
+        )
+
+
+def test_shards_that_many_disks_take_for_one_are_refused(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    side = pair / "unlearned"
+    index = json.loads((side / INDEX).read_text())
+    first, second = sorted({*index["weight_map"].values()})[:2]
+    other = first.replace("model", "MODEL")
+    (side / second).rename(side / other)
+    places = {n: other if at == second else at for n, at in index["weight_map"].items()}
+    (side / INDEX).write_text(json.dumps(index | {"weight_map": places}))
+    both = ["sanitize", str(pair / "base"), str(side), "--output", "out", "--dry-run"]
+    assert main([*both, "--retain", str(pair / "retain.jsonl")]) == 17
+    assert "differ in case alone, and would be one file on many disks" in capsys.readouterr().err
