@@ -33,6 +33,7 @@ from sage_hub.errors import DiskSpaceError, SageHubError, TargetError, note_kept
 from sage_hub.evaluation.answers import beside, check_ours
 from sage_hub.record.manifest import MANIFEST
 from sage_hub.repair.plan import Plan
+from sage_hub.runtime.disk import sync, write_whole
 from sage_hub.runtime.progress import Progress
 from sage_hub.runtime.run import Run
 
@@ -75,7 +76,7 @@ class Work:
         """Note that `shard` is finished."""
         path = self._note(shard)
         path.parent.mkdir(exist_ok=True)
-        _write_atomically(path, json.dumps(record))
+        write_whole(path, json.dumps(record))
 
     def recall(self, shard: str) -> dict[str, Any] | None:
         """What was kept of `shard` by this run or an earlier one; None if it is not finished."""
@@ -96,6 +97,7 @@ class Work:
         except TargetError as error:  # it came meanwhile; what was made is not lost for it
             error.final = False
             raise
+        sync(self.release)  # a name that is on the disk sooner than its files would lie
         if self.output.exists():
             self.output.rename(self._old)
         answers = beside(self.release)  # first, as the same command makes them with the release
@@ -124,7 +126,7 @@ class Work:
                 )
             self.clear()
         self.release.mkdir(exist_ok=True)
-        _write_atomically(path, self.fingerprint)
+        write_whole(path, self.fingerprint)
 
     def clear(self) -> None:
         """Remove everything but the lock."""
@@ -203,15 +205,6 @@ def _locked(work: Work, *, force: bool) -> FileLock:
             "output."
         ) from None
     return lock
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def check_output(output: Path, sources: Sequence[Path | None] = (), *, force: bool) -> None:

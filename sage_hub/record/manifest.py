@@ -22,6 +22,7 @@ from sage_hub.repair.control import Control
 from sage_hub.repair.gain import Chosen
 from sage_hub.repair.plan import Plan
 from sage_hub.repair.write import TensorRecord
+from sage_hub.runtime.disk import write_whole
 from sage_hub.runtime.versions import hardware, versions
 from sage_hub.settings import Settings
 
@@ -159,7 +160,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` as readable JSON. Raises ValueError for NaN or Inf, which JSON has not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, text + "\n")
 
 
 def read_record(path: Path) -> dict[str, Any]:
