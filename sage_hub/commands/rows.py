@@ -159,8 +159,8 @@ def _without_forgotten(job: Job, rows: Records, scratch: Path) -> Records:
 def _kept(path: Path) -> dict[str, Records] | None:
     try:
         found: dict[str, Records] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    except (OSError, ValueError):
+        return found if all(isinstance(found[which], list) for which in (GUARD, "retain")) else None
+    except (OSError, LookupError, TypeError, ValueError, RecursionError):
         return None
 
 

@@ -33,6 +33,7 @@ from sage_hub.errors import DiskSpaceError, SageHubError, TargetError, note_kept
 from sage_hub.evaluation.answers import beside, check_ours
 from sage_hub.record.manifest import MANIFEST
 from sage_hub.repair.plan import Plan
+from sage_hub.repair.write import ShardRecord
 from sage_hub.runtime.disk import sync, write_whole
 from sage_hub.runtime.progress import Progress
 from sage_hub.runtime.run import Run
@@ -86,9 +87,13 @@ class Work:
         return record if file_sha256(written) == record["sha256"] else None
 
     def note(self, shard: str) -> dict[str, Any] | None:
-        """What was kept of `shard`, whether its file is still here or not."""
-        path = self._note(shard)
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        """What was kept of `shard`, be its file here or not; None if that is damaged."""
+        try:
+            record: dict[str, Any] = json.loads(self._note(shard).read_text(encoding="utf-8"))
+            ShardRecord.from_json(record)
+            return record if isinstance(record["bytes"], int) else None
+        except (OSError, LookupError, TypeError, ValueError, RecursionError):
+            return None
 
     def finish(self, *, force: bool) -> None:
         """Give the release its name, in place of what was there before."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from sage_hub.calibration.statistics import Statistics
 from sage_hub.checkpoint.index import Checkpoint
-from sage_hub.errors import TargetError
+from sage_hub.errors import CorruptCheckpointError, TargetError, first_line
 from sage_hub.evaluation.comparison import Difference, Result
 from sage_hub.evaluation.evaluate import Evaluation
 from sage_hub.evaluation.relearning import RECIPE
@@ -170,6 +171,23 @@ def read_record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+@contextmanager
+def as_written(name: str) -> Iterator[None]:
+    """Within it a record that was read is taken for what sage-hub writes, wherever it is from.
+
+    What fails then is the record's fault: raises CorruptCheckpointError, about that of `name`.
+    """
+    try:
+        yield
+    except (
+        *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError),
+    ) as error:
+        raise CorruptCheckpointError(
+            f"The record of {name} is not as sage-hub writes it ({first_line(error)}); it was "
+            "changed, or is of another version."
+        ) from None
 
 
 def check_record(folder: Path, output: Path | None) -> None:
