@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from support.adapters import make_adapter
 from support.hostile import damaged
 from support.pico import CHAT, proxies
-from support.soak import SECRET, Tally, soak, within
+from support.soak import SECRET, Tally, within
 
 from sage_hub.calibration.journal import Journal
 from sage_hub.calibration.statistics import check_belongs, is_whole, open_statistics
+from sage_hub.checkpoint import architecture
 from sage_hub.checkpoint.adapter import open_adapter
 from sage_hub.checkpoint.files import open_files
 from sage_hub.checkpoint.index import open_checkpoint, read_index
@@ -29,7 +33,7 @@ from sage_hub.cli.main import main
 from sage_hub.commands.card import rewrite
 from sage_hub.commands.review import review
 from sage_hub.commands.rows import _kept
-from sage_hub.errors import SageHubError, UsageError
+from sage_hub.errors import ArchitectureError, SageHubError, StatisticsError, UsageError
 from sage_hub.evaluation.answers import read_answers
 from sage_hub.evaluation.imported import read_results
 from sage_hub.method.spectra import Spectrum
@@ -337,26 +341,35 @@ KINDS: Mapping[str, Kind] = {
     "cards of sources": Kind("cards/README.md", read_front_matter, 4_000),
     "tokenizer.json": Kind("pair/base/tokenizer.json", read_carried, 500),
 }
-FEW = 25
+FEW, CHUNK = 25, 500
+
+
+def chunks() -> Iterator[Any]:
+    """Each kind with the seeds of a test: few always, and all others in the soak."""
+    for name, kind in KINDS.items():
+        yield pytest.param(name, range(FEW), id=f"{name}-few")
+        for first in range(FEW, FEW + kind.many, CHUNK):
+            some = range(first, min(first + CHUNK, FEW + kind.many))
+            yield pytest.param(name, some, id=f"{name}-from {first}", marks=pytest.mark.soak)
 
 
 def test_the_soak_tries_a_hundred_thousand() -> None:
     assert sum(kind.many for kind in KINDS.values()) >= 100_000
 
 
-@pytest.mark.parametrize("count", [FEW, soak(None)], ids=["few", "many"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name, seeds", chunks())
 def test_a_damaged_file(
-    name: str, count: int | None, place: Place, monkeypatch: pytest.MonkeyPatch, tally: Tally
+    name: str, seeds: range, place: Place, monkeypatch: pytest.MonkeyPatch, tally: Tally
 ) -> None:
     monkeypatch.setattr(limits, "SECONDS", 1.0)
+    monkeypatch.setattr(architecture, "LONGEST_BUILD", 2.0)
     kind = KINDS[name]
     if kind.read is use_template:  # the pictures are drawn by the kinds "for a card"
         monkeypatch.setattr(card, "draw", lambda *_: {"bias": "sage/bias.png"})
     path = place.folder / kind.name
     whole = path.read_bytes()
     try:
-        for seed in tally.each(range(FEW) if count else range(FEW, kind.many + FEW)):
+        for seed in tally.each(seeds):
             content = damaged(whole, Random(f"{name} {seed}"))
             if content == whole:
                 continue
@@ -381,3 +394,60 @@ def try_one(kind: Kind, place: Place, path: Path) -> str:
         assert "Internal error" not in said
         return "refused in one line"
     return ACCEPTED
+
+
+def altered(path: Path, key: str, how: Callable[[Any], Any]) -> None:
+    """Change an entry of the metadata of a statistics file, which is JSON."""
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+    metadata[key] = json.dumps(how(json.loads(metadata[key])))
+    save_file(load_file(path), path, metadata=metadata)
+
+
+STATISTICS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    "no numbers": ("scalars", lambda s: {"retain": {k: {} for k in s["retain"]}}),
+    "a text for a number": (
+        "scalars",
+        lambda s: {"retain": {k: {**own, "trace": "1"} for k, own in s["retain"].items()}},
+    ),
+    "a site that is none": (
+        "scalars",
+        lambda s: {"retain": {"x": next(iter(s["retain"].values()))}},
+    ),
+    "a set without rows": ("scalars", lambda s: {**s, "forget": s["retain"]}),
+    "no set": ("scalars", lambda s: []),
+    "sites of another size": ("sites", lambda sites: [{**site, "size": 7} for site in sites]),
+    "a model that is no text": ("origin", lambda o: {**o, "model": 5}),
+    "no rank": ("origin", lambda o: {**o, "settings": {"energy": 0.9}}),
+    "no rows": ("origin", lambda o: {**o, "data": {}}),
+    "rows without hashes": ("origin", lambda o: {**o, "data": {"retain": {"name": "a"}}}),
+}
+
+
+@pytest.mark.parametrize("what", STATISTICS)
+def test_statistics_that_do_not_fit_together_are_refused(
+    what: str, place: Place, tmp_path: Path
+) -> None:
+    path = tmp_path / "statistics.safetensors"
+    path.write_bytes(place.of("statistics.safetensors"))
+    altered(path, *STATISTICS[what])
+    with pytest.raises(StatisticsError, match="damaged; make it anew"):
+        read_statistics(place, path)
+    assert not is_whole(path)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"retain": 1, "guard": []}', "", "5"])
+def test_rows_that_the_base_has_not_written_are_written_anew(content: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(content)
+    assert _kept(tmp_path / "rows.json") is None
+
+
+def test_a_config_of_endless_layers_is_refused(
+    place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(architecture, "LONGEST_BUILD", 0.5)
+    side = shutil.copytree(place.folder / "pair" / "base", tmp_path / "base")
+    config = json.loads((side / "config.json").read_text())
+    (side / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2**63}))
+    with within(SECONDS), pytest.raises(ArchitectureError, match="runs for more than"):
+        assert open_checkpoint(str(side)).architecture
