@@ -418,6 +418,11 @@ STATISTICS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "no set": ("scalars", lambda s: []),
     "sites of another size": ("sites", lambda sites: [{**site, "size": 7} for site in sites]),
     "a model that is no text": ("origin", lambda o: {**o, "model": 5}),
+    "a rank in words": ("origin", lambda o: {**o, "settings": {"energy": 0.9, "rank": "5"}}),
+    "an endless number": (
+        "scalars",
+        lambda s: {"retain": {k: {**own, "trace": 10**400} for k, own in s["retain"].items()}},
+    ),
     "no rank": ("origin", lambda o: {**o, "settings": {"energy": 0.9}}),
     "no rows": ("origin", lambda o: {**o, "data": {}}),
     "rows without hashes": ("origin", lambda o: {**o, "data": {"retain": {"name": "a"}}}),

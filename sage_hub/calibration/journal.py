@@ -134,7 +134,14 @@ class Journal:
             try:
                 block = json.loads(line)
                 whole = _is_whole(block, size)
-            except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+            except (
+                LookupError,
+                TypeError,
+                ValueError,
+                AttributeError,
+                RuntimeError,
+                OverflowError,
+            ):
                 whole = False
             if not whole:
                 break
@@ -150,9 +157,10 @@ def _is_whole(block: Mapping[str, Any], size: int) -> bool:
         if not all(isinstance(one, (int, float)) for one in numbers) or "missed" not in entry:
             return False
         for dtype, shape, start in (entry["parts"][part] for part in ("basis", "values")):
+            ends.append(start)
             ends.append(start + torch.empty(shape, dtype=DTYPES[dtype], device="meta").nbytes)
     lists = all(isinstance(one, list) for one in block["note"].values())
-    return lists and all(0 <= end <= size for end in ends)
+    return lists and all(type(end) is int and 0 <= end <= size for end in ends)
 
 
 def _line(about: Mapping[str, Any]) -> bytes:

@@ -221,7 +221,14 @@ def open_statistics(path: Path) -> Iterator[Statistics]:
                 _file=reader,
             )
             _check_metadata(statistics)
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ):
             raise StatisticsError(
                 f"The metadata of {path} are damaged; make it anew with `sage-hub stats`."
             ) from None
@@ -234,7 +241,7 @@ def _check_metadata(found: Statistics) -> None:
     texts = [origin.model, origin.weights, origin.tokenizer, *found.site_of]
     if origin.commit is not None:
         texts.append(origin.commit)
-    float(origin.settings["energy"]), int(origin.settings["rank"] or 0)
+    numbers = [float(origin.settings["energy"]), origin.settings["rank"] or 0]
     for which in found._scalars.keys() | {"retain"}:
         about = origin.data[which]
         texts += [about["name"], about["fingerprint"], *about["row_hashes"]]
@@ -242,11 +249,11 @@ def _check_metadata(found: Statistics) -> None:
             values = found._file.header.tensors[f"{which}/{site}/values"]
             basis = found._file.header.tensors[f"{which}/{site}/basis"]
             fits = basis.shape == (*values.shape, sizes[site]) and len(values.shape) == 1
-            numbers = [own["trace"], own["tokens"], own["missed"] or 0, *own["outputs"].values()]
+            numbers += [own["trace"], own["tokens"], own["missed"] or 0, *own["outputs"].values()]
             if not (fits and {basis.dtype, values.dtype} <= FLOATS):
                 raise ValueError(f"{which}/{site} has another shape or type")
-            if not all(math.isfinite(number) for number in numbers):
-                raise ValueError(f"{which}/{site} has a number that is none")
+    if not all(math.isfinite(number) for number in numbers):
+        raise ValueError("a number is none")
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("a name is no text")
 

@@ -182,7 +182,7 @@ def as_written(name: str) -> Iterator[None]:
     try:
         yield
     except (
-        *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError),
+        *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError),
     ) as error:
         raise CorruptCheckpointError(
             f"The record of {name} is not as sage-hub writes it ({first_line(error)}); it was "
