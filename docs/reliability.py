@@ -31,6 +31,7 @@ def together(runs: list[dict[str, Any]]) -> dict[str, Any]:
     last = max(runs, key=lambda run: run["date"])
     return {
         **last,
+        "whole": all(run["whole"] for run in runs),
         "failures": sum(run["failures"] for run in runs),
         "seconds": dict(sorted(seconds.items())),
         "ended": [[*key, n] for key, n in sorted(ended.items())],
@@ -52,7 +53,9 @@ def _figures(figures: dict[str, Any]) -> str:
     failures = figures["failures"] or "none"
     lines = [
         f"On {figures['date']}, {figures['machine']}, Python {figures['python']}. "
-        f"Tests that failed: {failures}.",
+        f"Tests that failed: {failures}."
+        + " The run was stopped before it had tried all that it tries."
+        * (not figures["whole"]),
         "",
         *("| what was done | times | how it ended | minutes |", "|---|---|---|---|"),
         *(

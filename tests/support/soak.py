@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import signal
@@ -76,6 +77,7 @@ class Figures:
         self.ended: Counter[tuple[str, str, str]] = Counter()
         self.seconds: Counter[str] = Counter()
         self.repeat: list[str] = []
+        self.whole = True  # it was not stopped before its end
         self._failed: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -89,11 +91,15 @@ class Figures:
         for part, kind, ending, times in told["ended"]:
             self.ended[part, kind, ending] += times
         spent = self.seconds.pop(report.nodeid, 0.0)
-        if told["ended"]:  # all of a test is of one part, but for what is told of its phases
-            self.seconds[told["ended"][0][0]] += spent
+        # All of a test is of one part, but for what is told of its phases.
+        for part in [part for part, *_ in told["ended"] if not part.endswith("by phase")][:1]:
+            self.seconds[part] += spent
         if report.nodeid in self._failed:
             only = "" if told["seed"] is None else f" --seed {told['seed']}"
             self.repeat.append(f"pytest -n 0 -m '' '{report.nodeid}'{only}")
+
+    def pytest_keyboard_interrupt(self) -> None:
+        self.whole = False
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if self.ended:
@@ -111,6 +117,7 @@ class Figures:
             "date": datetime.now(timezone.utc).date().isoformat(),
             "machine": _machine(),
             "python": platform.python_version(),
+            "whole": self.whole,
             "failures": len(self.repeat),
             "seconds": {part: round(self.seconds[part]) for part, _, _ in self.ended},
             "ended": [[*key, times] for key, times in sorted(self.ended.items())],
@@ -132,7 +139,9 @@ def table(ended: Counter[tuple[str, str, str]]) -> str:
 
 def _machine() -> str:
     try:
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        told = Path("/proc/cpuinfo").read_text()
     except OSError:
-        found = None
-    return found[1] if found else platform.machine()
+        told = ""
+    found = re.search(r"model name\s*: (.+)", told)
+    wide = ", AVX-512" * ("avx512f" in told)
+    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores{wide}"
