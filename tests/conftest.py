@@ -37,6 +37,7 @@ import torch  # noqa: E402
 from hypothesis import is_hypothesis_test, settings  # noqa: E402
 from support.pico import make_pair  # noqa: E402
 from support.quick import hurry, take_time  # noqa: E402
+from support.soak import Figures, Tally  # noqa: E402
 
 from sage_hub.settings import Settings  # noqa: E402
 
@@ -46,8 +47,15 @@ settings.register_profile("lean", max_examples=40, deadline=None)
 settings.register_profile("soak", max_examples=2_000, deadline=None)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="try this case of a test alone, of those by seed")
+    parser.addoption("--figures", metavar="FILE", help="write what was tried, as JSON")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("soak" if is_soak(config) else "lean")
+    if not hasattr(config, "workerinput"):  # of xdist's processes the first tells
+        config.pluginmanager.register(Figures(config.getoption("--figures")))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -96,6 +104,14 @@ def _no_time_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     hurried = SimpleNamespace(**{**vars(time), "sleep": lambda _: None})
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", hurried)
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
+    """Where a test counts what it tries, for the table at the end."""
+    own = Tally(request.config.getoption("--seed"))
+    yield own
+    request.node.user_properties.append(("tally", own.told()))
 
 
 @pytest.fixture(scope="session")

@@ -134,3 +134,14 @@ def test_the_site_has_every_page() -> None:
     assert sorted(pages(config["nav"])) == sorted(
         page.relative_to(docs).as_posix() for page in docs.rglob("*.md")
     )
+
+
+def test_the_figures_of_the_soak_are_those_that_it_wrote() -> None:
+    """If not, `python docs/reliability.py` makes them of docs/reliability.json."""
+    made = runpy.run_path(str(ROOT / "docs" / "reliability.py"))
+    text = made["PAGE"].read_text(encoding="utf-8")
+    figures = json.loads(made["KEPT"].read_text(encoding="utf-8"))
+    assert text == made["page"](text, figures)
+    part, *_ = figures["ended"][0]
+    figures["ended"].append([part, "another kind", "ended", 7])
+    assert "| another kind | 7 | 7 ended |" in made["page"](text, made["together"]([figures]))

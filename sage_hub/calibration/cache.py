@@ -11,6 +11,7 @@ from sage_hub.calibration.statistics import VERSION, stored_energy
 from sage_hub.checkpoint.files import digest
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.rows.proxies import Proxy
+from sage_hub.runtime.disk import sync
 from sage_hub.runtime.versions import versions
 from sage_hub.settings import OF_PROMPTS, Settings
 
@@ -49,6 +50,7 @@ def link(there: Path, here: Path) -> None:
             new.hardlink_to(there)
         except OSError:  # another disk
             shutil.copyfile(there, new)
+            sync(new)
         new.replace(here)
     finally:
         new.unlink(missing_ok=True)

@@ -145,12 +145,34 @@ class Journal:
         for line in lines[1:]:
             try:
                 block = json.loads(line)
-            except ValueError:
-                break
-            if block["end"] > size:
+                whole = _is_whole(block, size)
+            except (
+                LookupError,
+                TypeError,
+                ValueError,
+                AttributeError,
+                RuntimeError,
+                OverflowError,
+            ):
+                whole = False
+            if not whole:
                 break
             found.append(block)
         return found
+
+
+def _is_whole(block: Mapping[str, Any], size: int) -> bool:
+    """Whether all that a line names lies in the first `size` bytes of the numbers."""
+    ends = [block["end"]]
+    for entry in block["entries"].values():
+        numbers = [*entry["outputs"].values(), entry["trace"], entry["tokens"]]
+        if not all(isinstance(one, (int, float)) for one in numbers) or "missed" not in entry:
+            return False
+        for dtype, shape, start in (entry["parts"][part] for part in ("basis", "values")):
+            ends.append(start)
+            ends.append(start + torch.empty(shape, dtype=DTYPES[dtype], device="meta").nbytes)
+    lists = all(isinstance(one, list) for one in block["note"].values())
+    return lists and all(type(end) is int and 0 <= end <= size for end in ends)
 
 
 def _line(about: Mapping[str, Any]) -> bytes:

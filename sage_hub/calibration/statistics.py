@@ -8,6 +8,7 @@ which model, tokenizer, data and settings they belong to. docs/formats.md descri
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 from sage_hub.calibration.journal import Journal
 from sage_hub.checkpoint.hubfiles import HubFiles
 from sage_hub.checkpoint.tensorfile import (
+    FLOATS,
     TensorReader,
     dtype_name,
     file_sha256,
@@ -137,8 +139,16 @@ class Statistics:
         return which in self._scalars
 
     def spectrum(self, which: str, site: Site) -> Spectrum:
-        """The spectrum of `site` on the set `which`, mapped from the file, not copied."""
-        scalars = self._scalars[which][site.name]
+        """The spectrum of `site` on the set `which`, mapped from the file, not copied.
+
+        Raises StatisticsError if it is not there.
+        """
+        scalars = self._scalars.get(which, {}).get(site.name)
+        if scalars is None:
+            raise StatisticsError(
+                f"The statistics have nothing of {site.name} on the {which} set; make them anew "
+                "with `sage-hub stats`."
+            )
         return Spectrum(
             basis=self._file.map(f"{which}/{site.name}/basis"),
             values=self._file.map(f"{which}/{site.name}/values"),
@@ -210,11 +220,42 @@ def open_statistics(path: Path) -> Iterator[Statistics]:
                 _scalars=json.loads(metadata["scalars"]),
                 _file=reader,
             )
-        except (KeyError, TypeError, ValueError):
+            _check_metadata(statistics)
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ):
             raise StatisticsError(
                 f"The metadata of {path} are damaged; make it anew with `sage-hub stats`."
             ) from None
         yield statistics
+
+
+def _check_metadata(found: Statistics) -> None:
+    """Raise an error of Python's own if something is not what `write_statistics` writes."""
+    origin, sizes = found.origin, {site.name: site.size for site in found.sites}
+    texts = [origin.model, origin.weights, origin.tokenizer, *found.site_of]
+    if origin.commit is not None:
+        texts.append(origin.commit)
+    numbers = [float(origin.settings["energy"]), origin.settings["rank"] or 0]
+    for which in found._scalars.keys() | {"retain"}:
+        about = origin.data[which]
+        texts += [about["name"], about["fingerprint"], *about["row_hashes"]]
+        for site, own in found._scalars[which].items():
+            values = found._file.header.tensors[f"{which}/{site}/values"]
+            basis = found._file.header.tensors[f"{which}/{site}/basis"]
+            fits = basis.shape == (*values.shape, sizes[site]) and len(values.shape) == 1
+            numbers += [own["trace"], own["tokens"], own["missed"] or 0, *own["outputs"].values()]
+            if not (fits and {basis.dtype, values.dtype} <= FLOATS):
+                raise ValueError(f"{which}/{site} has another shape or type")
+    if not all(math.isfinite(number) for number in numbers):
+        raise ValueError("a number is none")
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a name is no text")
 
 
 def is_whole(path: Path) -> bool:

@@ -39,6 +39,7 @@ from transformers.utils import logging as transformers_logging
 
 from sage_hub.checkpoint.tensorfile import row_count
 from sage_hub.errors import ArchitectureError, first_line
+from sage_hub.runtime.limits import limited
 
 # Conversions at load that stack the experts, and join the parts of each.
 ROWS_STAY_WHOLE = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
@@ -46,6 +47,7 @@ ROWS_STAY_WHOLE = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 
 WRAPPERS = re.compile(
     r"^((module|_orig_mod)\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
+LONGEST_BUILD = 60.0  # seconds on a CPU for the modules of a model, which take a few at most
 EXPERT_KINDS = ("gate_up_proj", "up_proj", "down_proj")  # fused (expert, out, in) parameters
 
 
@@ -256,7 +258,8 @@ def build_empty(
     code.
     """
     try:
-        with quiet_transformers(), torch.device("meta"):
+        # As many layers as the config says: a count that nobody has weights for may not end.
+        with quiet_transformers(), torch.device("meta"), limited(LONGEST_BUILD):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             dtype = wanted or config.dtype or first
             model = _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)

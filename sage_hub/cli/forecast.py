@@ -52,7 +52,7 @@ def forecast_text(found: Estimate) -> Iterator[Part]:
     if found.patched_passes:
         yield (
             f"Unlearning depth, with {found.patched_passes} passes of the base over at most "
-            f"{ROWS} forget rows, from the patched layer on: {_duration(found.depth_seconds)}"
+            f"{ROWS} forget rows, from the patched layer on: {in_time(found.depth_seconds)}"
         )
     if found.written_tokens:
         yield f"The base writes rows, as none are given: {in_time(found.writing_seconds)}"

@@ -25,7 +25,14 @@ from sage_hub.publish.sending import commit_release, finished, is_published, mak
 from sage_hub.publish.target import Publication
 from sage_hub.publish.upload import Upload
 from sage_hub.record.card import describe
-from sage_hub.record.manifest import MANIFEST, leave_record, make_manifest, make_report, write_json
+from sage_hub.record.manifest import (
+    MANIFEST,
+    as_written,
+    leave_record,
+    make_manifest,
+    make_report,
+    write_json,
+)
 from sage_hub.record.release import Release, Terms, stop_at_gates
 from sage_hub.repair.beside import carry_files, write_index
 from sage_hub.repair.control import Control, choose_control
@@ -235,7 +242,8 @@ def _finished(job: Job, work: Work) -> Release | None:
 
     def look() -> Release | None:
         found = finished(work, job.has_made, job.run.progress)
-        return _conclude(job, work.output, *found) if found else None
+        with as_written(str(work.output)):
+            return _conclude(job, work.output, *found) if found else None
 
     return job.run.ranks.once(look)
 

@@ -9,7 +9,7 @@ from typing import Any
 from sage_hub.checkpoint.files import open_files, read_json
 from sage_hub.checkpoint.location import Location, parse_location
 from sage_hub.commands.job import output_of
-from sage_hub.errors import CorruptCheckpointError, NotFoundError, ResultsError, first_line
+from sage_hub.errors import NotFoundError, ResultsError
 from sage_hub.evaluation.answers import (
     PAGE,
     Answers,
@@ -20,7 +20,7 @@ from sage_hub.evaluation.answers import (
 )
 from sage_hub.publish.verify import manifest_of
 from sage_hub.record.content import answers_command, release_content
-from sage_hub.record.manifest import REPORT, REPORT_VERSION
+from sage_hub.record.manifest import REPORT, REPORT_VERSION, as_written
 from sage_hub.record.page import page_of
 
 
@@ -53,19 +53,15 @@ def review(
     kept = Path(answers) if answers else beside(output_of(location))
     found, lacks = _answers(kept, manifest, asked=answers is not None)
     if found is None:
-        again = answers_command(manifest, _typed(location, release), str(kept))
+        with as_written(files.name):
+            again = answers_command(manifest, _typed(location, release), str(kept))
         lacks += [
             "To have them: sage-hub eval with base, unlearned and release, in this order, where "
             "local models and sets lie. This is the command, with the settings of the release:",
             again,
         ]
-    try:
+    with as_written(files.name):
         text = page_of(release_content(manifest, report, found, lacks))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptCheckpointError(
-            f"The record of {files.name} is not as sage-hub writes it ({first_line(error)}); it "
-            "was changed, or is of another version."
-        ) from None
     write_for_owner(page, text)
     return Review(page, None if found is None else kept, tuple(lacks))
 

@@ -20,6 +20,7 @@ from sage_hub.publish.folder import Work
 from sage_hub.rows.encoding import encoder_of
 from sage_hub.rows.forms import parse_rows
 from sage_hub.rows.proxies import Proxy, Row
+from sage_hub.runtime.disk import write_whole
 from sage_hub.runtime.run import Run
 from sage_hub.settings import GUARD
 
@@ -111,9 +112,7 @@ def _write(job: Job, work: Work) -> dict[str, Records]:
         f"The base wrote {len(rows)} rows. {len(rows) - len(left)} of them are left out, as the "
         "unlearned model has lost far more of them than of the others, or as they were given."
     )
-    partial = work.rows.with_suffix(".partial")
-    partial.write_text(json.dumps(sets), encoding="utf-8")
-    partial.replace(work.rows)
+    write_whole(work.rows, json.dumps(sets))
     return sets
 
 
@@ -160,8 +159,8 @@ def _without_forgotten(job: Job, rows: Records, scratch: Path) -> Records:
 def _kept(path: Path) -> dict[str, Records] | None:
     try:
         found: dict[str, Records] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    except (OSError, ValueError):
+        return found if all(isinstance(found[which], list) for which in (GUARD, "retain")) else None
+    except (OSError, LookupError, TypeError, ValueError, RecursionError):
         return None
 
 

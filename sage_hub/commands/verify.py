@@ -13,6 +13,7 @@ from sage_hub.errors import NotFoundError, UsageError, VerificationError
 from sage_hub.evaluation.written import NAME
 from sage_hub.publish.verify import Verification, read_manifest, verify
 from sage_hub.record import card
+from sage_hub.record.manifest import as_written
 from sage_hub.runtime.places import scratch
 from sage_hub.runtime.run import Run
 from sage_hub.settings import Settings
@@ -49,23 +50,26 @@ def _rebuild(release: str, run: Run) -> list[str]:
     from the current folder. Returns each difference in one sentence.
     """
     manifest = read_manifest(release)
-    base, unlearned = (
-        card.recorded_source(manifest["sources"][side]) for side in ("base", "unlearned")
-    )
-    settings = Settings.from_record(manifest["settings"]).without_evaluation()
+    with as_written(release):
+        base, unlearned = (
+            card.recorded_source(manifest["sources"][side]) for side in ("base", "unlearned")
+        )
+        settings = Settings.from_record(manifest["settings"]).without_evaluation()
+        given, local = manifest["statistics"].get("file"), card.local_inputs(manifest)
+        needed = {base, unlearned, *settings.sets.values(), given}
+        written = any(about["name"] == NAME for about in manifest["statistics"]["data"].values())
+        theirs = dict(manifest["versions"])
     device = settings.device
     try:
         on_device(settings)
     except UsageError:  # made on a GPU, and there is none
         settings = on_device(replace(settings, device="auto"))
-    needed = {base, unlearned, *settings.sets.values(), manifest["statistics"].get("file")}
-    for name in card.local_inputs(manifest):
+    for name in local:
         if name in needed and not Path(name).exists():
             raise NotFoundError(
                 f"{release} was made from {name}, and the record does not say in which folder; run "
                 "this where it is."
             )
-    written = any(about["name"] == NAME for about in manifest["statistics"]["data"].values())
     if written:
         run.progress.note(f"{WRITTEN[0].upper()}{WRITTEN[1:]}.")
     with scratch() as folder:
@@ -74,7 +78,7 @@ def _rebuild(release: str, run: Run) -> list[str]:
             unlearned,
             folder / "rebuilt",
             settings=settings,
-            statistics=manifest["statistics"].get("file"),
+            statistics=given,
             run=run,
         )
     found = made.manifest["files"]
@@ -84,7 +88,7 @@ def _rebuild(release: str, run: Run) -> list[str]:
         if found.get(name) != sha256
     ]
     ours = made.manifest["versions"]
-    changed = {lib: v for lib, v in manifest["versions"].items() if ours.get(lib) != v}
+    changed = {lib: v for lib, v in theirs.items() if ours.get(lib) != v}
     if differences and settings.device != device:
         differences.append(f"it was made on {device}, and here on {settings.device}")
     if differences and written:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from sage_hub.errors import NotFoundError, ResultsError, TargetError
 from sage_hub.evaluation.metrics import METRICS, Seen
 from sage_hub.rows.proxies import Row
+from sage_hub.runtime.disk import write_whole
 
 FORMAT, VERSION = "sage-hub-answers", 1
 SUFFIX, PAGE = ".answers.jsonl", ".review.html"  # a page of answers has them in it
@@ -91,12 +91,7 @@ def write_answers(path: Path, seen: AsSeen, release: str | None = None) -> None:
 
 def write_for_owner(path: Path, text: str) -> None:
     """Write `text`, whole or not at all, so that no other user of the machine can read it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    made = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(made, "w", encoding="utf-8") as file:
-        file.write(text)
-    partial.replace(path)
+    write_whole(path, text, mode=0o600)
 
 
 def read_answers(path: Path) -> Answers:

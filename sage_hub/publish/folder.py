@@ -33,6 +33,8 @@ from sage_hub.errors import DiskSpaceError, SageHubError, TargetError, note_kept
 from sage_hub.evaluation.answers import beside, check_ours
 from sage_hub.record.manifest import MANIFEST
 from sage_hub.repair.plan import Plan
+from sage_hub.repair.write import ShardRecord
+from sage_hub.runtime.disk import sync, write_whole
 from sage_hub.runtime.places import alone_in
 from sage_hub.runtime.progress import Progress
 from sage_hub.runtime.run import Run
@@ -77,7 +79,7 @@ class Work:
         """Note that `shard` is finished."""
         path = self._note(shard)
         path.parent.mkdir(exist_ok=True)
-        _write_atomically(path, json.dumps(record))
+        write_whole(path, json.dumps(record))
 
     def recall(self, shard: str) -> dict[str, Any] | None:
         """What was kept of `shard` by this run or an earlier one; None if it is not finished."""
@@ -87,9 +89,13 @@ class Work:
         return record if file_sha256(written) == record["sha256"] else None
 
     def note(self, shard: str) -> dict[str, Any] | None:
-        """What was kept of `shard`, whether its file is still here or not."""
-        path = self._note(shard)
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        """What was kept of `shard`, be its file here or not; None if that is damaged."""
+        try:
+            record: dict[str, Any] = json.loads(self._note(shard).read_text(encoding="utf-8"))
+            ShardRecord.from_json(record)
+            return record if isinstance(record["bytes"], int) else None
+        except (OSError, LookupError, TypeError, ValueError, RecursionError):
+            return None
 
     def finish(self, *, force: bool) -> None:
         """Give the release its name, in place of what was there before."""
@@ -98,6 +104,7 @@ class Work:
         except TargetError as error:  # it came meanwhile; what was made is not lost for it
             error.final = False
             raise
+        sync(self.release)  # a name that is on the disk sooner than its files would lie
         if self.output.exists():
             self.output.rename(self._old)
         answers = beside(self.release)  # first, as the same command makes them with the release
@@ -126,8 +133,8 @@ class Work:
                 )
             self.clear()
         self.release.mkdir(exist_ok=True)
-        _write_atomically(self.folder / DAY, self.day or "")
-        _write_atomically(path, self.fingerprint)
+        write_whole(self.folder / DAY, self.day or "")
+        write_whole(path, self.fingerprint)
 
     def clear(self) -> None:
         """Remove everything but the lock."""
@@ -213,15 +220,6 @@ def _locked(work: Work, *, force: bool) -> AbstractContextManager[object]:
         f"Another run is writing {work.output} at this moment; wait for it, or choose another "
         "output.",
     )
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def check_output(output: Path, sources: Sequence[Path | None] = (), *, force: bool) -> None:

@@ -18,7 +18,7 @@ from sage_hub.method.sage import Gains
 from sage_hub.publish.folder import Work
 from sage_hub.publish.upload import Upload
 from sage_hub.publish.verify import manifest_of, verify, verify_files
-from sage_hub.record.manifest import MANIFEST, REPORT, leave_record, read_record
+from sage_hub.record.manifest import MANIFEST, REPORT, as_written, leave_record, read_record
 from sage_hub.record.release import Release, Terms, stop_at_gates
 from sage_hub.record.sums import SUMS, is_edited, is_of_record, signatures_in
 from sage_hub.repair.plan import Plan
@@ -140,7 +140,8 @@ def published(upload: Upload, work: Work, terms: Terms, run: Run) -> Release | N
             shutil.copyfile(files.path(name), folder / name)
         manifest, report = (read_record(folder / name) for name in (MANIFEST, REPORT))
         before, edited = _said(folder), is_edited(folder, CARD)
-        report = terms.conclude(folder, manifest, report)
+        with as_written(files.name):
+            report = terms.conclude(folder, manifest, report)
         leave_record(folder, run.record)
         made = stop_at_gates(Release(upload.url, manifest, report))
         if _said(folder) == before:

@@ -41,7 +41,7 @@ def verify(release: str, progress: Progress = SILENT) -> Verification:
 def verify_files(files: Files, progress: Progress = SILENT) -> Verification:
     """The same of files that are open."""
     manifest = manifest_of(files)
-    stated = _stated_hashes(manifest, files.name)
+    stated = stated_hashes(manifest, files.name)
     sums, faults = _sums_of(files)
     present = [name for name in {**stated, **sums} if name in files.sizes]
     found = {
@@ -92,7 +92,8 @@ def _differences(
 
 def is_of_release(name: str, manifest: Mapping[str, Any]) -> bool:
     """Whether the file `name` was written with this manifest, and not added by somebody."""
-    return name in manifest.get("files", ()) or is_of_record(name)
+    stated = manifest.get("files")
+    return (isinstance(stated, dict) and name in stated) or is_of_record(name)
 
 
 def read_manifest(release: str) -> dict[str, Any]:
@@ -109,7 +110,8 @@ def manifest_of(files: Files) -> dict[str, Any]:
     return read_json(files, MANIFEST)
 
 
-def _stated_hashes(manifest: Mapping[str, Any], name: str) -> dict[str, str]:
+def stated_hashes(manifest: Mapping[str, Any], name: str) -> dict[str, str]:
+    """File -> SHA-256, of the release `name`. Raises CorruptCheckpointError if there are none."""
     stated = manifest.get("files")
     if not isinstance(stated, dict) or not stated:
         raise CorruptCheckpointError(

@@ -30,6 +30,7 @@ from sage_hub.record.tables import (
     robustness_table,
 )
 from sage_hub.repair.plan import Plan
+from sage_hub.runtime.disk import write_whole
 from sage_hub.runtime.limits import limited, text_of
 from sage_hub.settings import MODELS, SETS, as_words
 
@@ -121,7 +122,7 @@ def write_card(
         failure = UsageError(f"The card template {path.name} fails: {first_line(error)}.")
         failure.final = False  # all but the card is done, and fits another template
         raise failure from None
-    (folder / "README.md").write_text(page, encoding="utf-8")
+    write_whole(folder / "README.md", page)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from sage_hub.calibration.statistics import Statistics
 from sage_hub.checkpoint.index import Checkpoint
-from sage_hub.errors import TargetError
+from sage_hub.errors import CorruptCheckpointError, TargetError, first_line
 from sage_hub.evaluation.comparison import Difference, Result
 from sage_hub.evaluation.evaluate import Evaluation
 from sage_hub.evaluation.relearning import RECIPE
@@ -22,6 +23,7 @@ from sage_hub.repair.control import Control
 from sage_hub.repair.gain import Chosen
 from sage_hub.repair.plan import Plan
 from sage_hub.repair.write import TensorRecord
+from sage_hub.runtime.disk import write_whole
 from sage_hub.runtime.versions import hardware, versions
 from sage_hub.settings import Settings
 
@@ -159,7 +161,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` as readable JSON. Raises ValueError for NaN or Inf, which JSON has not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, text + "\n")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -169,6 +171,23 @@ def read_record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+@contextmanager
+def as_written(name: str) -> Iterator[None]:
+    """Within it a record that was read is taken for what sage-hub writes, wherever it is from.
+
+    What fails then is the record's fault: raises CorruptCheckpointError, about that of `name`.
+    """
+    try:
+        yield
+    except (
+        *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError),
+    ) as error:
+        raise CorruptCheckpointError(
+            f"The record of {name} is not as sage-hub writes it ({first_line(error)}); it was "
+            "changed, or is of another version."
+        ) from None
 
 
 def check_record(folder: Path, output: Path | None) -> None:

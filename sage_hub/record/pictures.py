@@ -25,15 +25,16 @@ MARKERS = {"base": "s", "reference": "P", "unlearned": "X", "control": "v", "san
 
 def draw(folder: Path, manifest: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, str]:
     """Draw what the record has figures for into `folder`: name of a picture -> its file's name."""
+    figures = {
+        "tradeoff": tradeoff(manifest, report),
+        "bias": bias_by_layer(manifest),
+        "profile": bias_by_strength(manifest),
+    }
     folder.mkdir(exist_ok=True)
     for earlier in folder.glob("*.png"):
         earlier.unlink()
     made = {}
-    for name, figure in (
-        ("tradeoff", tradeoff(manifest, report)),
-        ("bias", bias_by_layer(manifest)),
-        ("profile", bias_by_strength(manifest)),
-    ):
+    for name, figure in figures.items():
         if figure is not None:
             figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
             made[name] = f"sage/{name}.png"

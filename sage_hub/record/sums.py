@@ -11,6 +11,7 @@ from typing import Any
 from sage_hub.checkpoint.files import LocalFiles
 from sage_hub.checkpoint.tensorfile import file_sha256
 from sage_hub.record.manifest import MANIFEST, REPORT
+from sage_hub.runtime.disk import write_whole
 
 SUMS = "SHA256SUMS"
 SIGNATURE = f"{SUMS}.*"
@@ -46,7 +47,7 @@ def write_sums(folder: Path, manifest: Mapping[str, Any]) -> None:
     record = [name for name in LocalFiles(folder).sizes if is_of_record(name) and name != SUMS]
     sums = manifest["files"] | {name: file_sha256(folder / name) for name in record}
     text = "".join(_line(name, sha256) for name, sha256 in sorted(sums.items()))
-    (folder / SUMS).write_text(text, encoding="utf-8")
+    write_whole(folder / SUMS, text)
 
 
 def read_sums(text: str) -> dict[str, str]:

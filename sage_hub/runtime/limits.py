@@ -37,8 +37,10 @@ def text_of(render: Callable[[], str]) -> str:
 
 
 @contextmanager
-def limited() -> Iterator[None]:
-    """Raise TooMuchError where what runs within takes more than SECONDS, or ROOM of memory.
+def limited(seconds: float | None = None) -> Iterator[None]:
+    """Raise TooMuchError where what runs within takes more than `seconds`, or ROOM of memory.
+
+    SECONDS, if nothing else is said.
 
     The time is bounded on Unix, the memory on Linux, both in the main thread, where each command
     does its work: nothing else can be interrupted from within a process.
@@ -46,7 +48,7 @@ def limited() -> Iterator[None]:
     if not hasattr(signal, "setitimer") or threading.current_thread() != threading.main_thread():
         yield
         return
-    with _memory(ROOM), _time(SECONDS):
+    with _memory(ROOM), _time(SECONDS if seconds is None else seconds):
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,47 @@ def test_a_calibration_goes_on_behind_its_finished_blocks(
     for name in ("2.safetensors", "3.safetensors"):
         assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(path.name for path in output.iterdir()) == ["2.safetensors", "3.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"end": 1.5},
+        {"end": 10**400},
+        {"entries": {"retain/site.1": {}}},
+        {"entries": []},
+        {"note": [1]},
+        *(
+            {
+                "entries": {
+                    "a": {"trace": 1, "tokens": 1, "missed": None, "outputs": {}, "parts": own}
+                }
+            }
+            for own in (
+                {},
+                *(
+                    {"basis": [dtype, shape, start], "values": ["F32", [1], 0]}
+                    for dtype, shape, start in (
+                        ("F32", [2**62, 2**62], 0),
+                        ("F32", [-1], 0),
+                        ("F33", [1], 0),
+                        ("F32", [1], -4),
+                        ("F32", [1], 0.5),
+                        ("F32", [10**6], 0),
+                    )
+                ),
+            )
+        ),
+    ],
+    ids=lambda change: str(change)[:60],
+)
+def test_a_block_that_was_tampered_with_is_made_again(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    with Journal(tmp_path / "journal", "key") as journal:
+        fill(journal, range(2))
+    index = tmp_path / "journal" / "blocks.jsonl"
+    head, first, second = index.read_text().splitlines()
+    index.write_text("\n".join([head, first, json.dumps({**json.loads(second), **change}), ""]))
+    with Journal(tmp_path / "journal", "key") as journal:
+        check(journal, 1)

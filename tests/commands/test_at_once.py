@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 from support.loopback_hub import LoopbackHub
 from support.processes import PROCESSES, run_hurried
+from support.soak import SECRET, Tally, seeds
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_with_the_same_caches(on_hub: LoopbackHub, pair: Path, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("seed", seeds(2, 19))
+def test_with_the_same_caches(
+    on_hub: LoopbackHub, pair: Path, tmp_path: Path, seed: int, tally: Tally
+) -> None:
     """Both download the same files into the same HF_HOME, and share what they calibrate."""
     words = ["sanitize", "org/base", "org/unlearned", "--gain", "1", "--quiet"]
     words += ["--retain", str(pair / "retain.jsonl"), "--heldout", str(pair / "heldout.jsonl")]
@@ -32,3 +35,6 @@ def test_with_the_same_caches(on_hub: LoopbackHub, pair: Path, tmp_path: Path, s
     assert all(other == first for other in others)
     kept = sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_file())
     assert len(kept) == 1, kept  # the statistics, and nothing half made
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(SECRET.search(data.decode("latin-1")) for data in written)
+    tally.count("Parallel runs", "three of a command, with the same caches", "equal bytes", 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import pytest
 from sage_hub.errors import DiskSpaceError, NetworkError, NonFiniteError, TargetError
 from sage_hub.publish.folder import Work, check_disk, check_output, working_on
 from sage_hub.record.manifest import MANIFEST
+from sage_hub.repair.write import ShardRecord
 from sage_hub.runtime.run import Run
 
 
@@ -122,7 +124,8 @@ def begin(output: Path, error: BaseException) -> None:
     """Finish one shard of a release and fail."""
     with working(output) as work:
         (work.release / "a.safetensors").write_text("shard")
-        work.keep("a.safetensors", {"sha256": sha256(b"shard").hexdigest()})
+        made = ShardRecord("a.safetensors", sha256(b"shard").hexdigest(), ())
+        work.keep("a.safetensors", {**asdict(made), "bytes": 5})
         raise error
 
 
