@@ -149,7 +149,7 @@ def operations(source: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
 
 
 @pytest.mark.parametrize("power", [True, False], ids=["power lost", "killed"])
-@pytest.mark.parametrize("seed", seeds(4, 44))
+@pytest.mark.parametrize("seed", seeds(4, 60))
 def test_killed_at_any_operation_on_the_disk(
     seed: int,
     power: bool,
