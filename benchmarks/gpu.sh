@@ -26,9 +26,9 @@ die() {
   exit 2
 }
 
-[ $# -eq 2 ] && [ "$1" = --tofu ] || die "usage: benchmarks/gpu.sh --tofu DIR (the rest: see its head)"
+[ $# -eq 2 ] && [ "$1" = --tofu ] || die "usage: benchmarks/gpu.sh --tofu DIR (see its head)"
 tofu=$2
-[ -f "$tofu/forget10.json" ] || die "$tofu has no forget10.json; --tofu names the folder of TOFU's files."
+[ -f "$tofu/forget10.json" ] || die "$tofu has no forget10.json; --tofu names TOFU's folder."
 
 found_device=cpu
 if nvidia-smi -L >/dev/null 2>&1; then found_device=cuda; fi
@@ -47,6 +47,7 @@ flock -n 9 || die "Another run, or a step that one has left behind, is at work i
 
 steps=()
 child=
+spare=60 # seconds that are kept for the last step
 
 summarize() { # one line a step: how it ended, seconds, the last thing it said
   local name
@@ -66,7 +67,8 @@ note() { # NAME ENDED SECONDS SAID
 
 # step NAME SECONDS COMMAND…: unless it is done, for so long at most and no longer than is left
 step() {
-  local name=$1 most=$2 began=$SECONDS left=$((60 * minutes - SECONDS)) status=0 ended from said
+  local name=$1 most=$2 began=$SECONDS left=$((60 * minutes - spare - SECONDS))
+  local status=0 ended from said
   if ((most > left)) || [ "$small" = 1 ]; then most=$left; fi
   shift 2
   if [ -e "$state/$name.done" ]; then
@@ -89,7 +91,8 @@ step() {
     124 | 137) ended="stopped: its time was over" ;;
     *) ended="failed ($status)" ;;
   esac
-  said=$(tail -c "+$((from + 1))" "$out/log.txt" | tr '\r' '\n' | grep '[^[:space:]]' | tail -n 1 | cut -c -160) || true
+  said=$(tail -c "+$((from + 1))" "$out/log.txt" | tr '\r' '\n' | grep '[^[:space:]]' |
+    tail -n 1 | cut -c -160) || true
   note "$name" "$ended" "$((SECONDS - began))" "$said"
 }
 
@@ -152,30 +155,35 @@ fi
 # and SmolLM2, unlearned there
 
 real=benchmarks/real_model scripts=() rows=24 length=4000 size=full gigabytes=1
-methods=(NPO GradDiff RMU GradAscent SimNPO) moments=(exact "rank 64")
+methods=(NPO GradDiff RMU GradAscent SimNPO) moments=(exact "rank 64") some=()
 if [ "$small" = 1 ]; then
   scripts=("$real/small.py") rows=4 length=500 size=cpu gigabytes=0.02 methods=(NPO) moments=(exact)
+  some=(--rows 8)
 fi
 pair=$state/pair
-step pair 150 "$PYTHON" "${scripts[@]}" "$real/pair.py" "$pair" --tofu "$tofu" --cache "$state/cache"
+step pair 150 "$PYTHON" "${scripts[@]}" "$real/pair.py" "$pair" --tofu "$tofu" \
+  --cache "$state/cache"
 step reference 120 "$PYTHON" benchmarks/reference.py "$pair" --device "${devices[@]}" \
   --json "$out/reference.json"
 
 # 4. A process for each GPU
 
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')
-step ranks 60 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$gpus" benchmarks/ranks.py
+step ranks 60 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$gpus" \
+  benchmarks/ranks.py
 tests torchrun 90 tests/runtime/test_ranks.py::test_several_processes_make_the_release_of_one
 
 # 5. Times, beside the CPU's
 
-step release 150 "$PYTHON" benchmarks/release.py "$pair" --device "${devices[@]}" --json "$out/release.json"
+step release 150 "$PYTHON" benchmarks/release.py "$pair" "${some[@]}" --device "${devices[@]}" \
+  --json "$out/release.json"
 for one in "${devices[@]}"; do
   step "calibration-$one" 90 "$PYTHON" benchmarks/calibration.py --model "$pair/base" \
     --tokens "$length" --repeats 1 --only "${moments[@]}" --device "$one"
   step "streaming-$one" 90 "$PYTHON" benchmarks/streaming.py --folder "$state/pairs" \
     --gigabytes "$gigabytes" --repeats 1 --device "$one"
-  step "compute-$one" 60 "$PYTHON" benchmarks/compute.py --model "$pair/base" --repeats 1 --device "$one"
+  step "compute-$one" 60 "$PYTHON" benchmarks/compute.py --model "$pair/base" --repeats 1 \
+    --device "$one"
   if "$PYTHON" -c 'import importlib.util as i, sys; sys.exit(not i.find_spec("lm_eval"))'; then
     step "evaluation-$one" 60 "$PYTHON" benchmarks/evaluation.py --model "$pair/base" \
       --rows "$rows" --repeats 2 --threads "$threads" --device "$one"
@@ -186,16 +194,18 @@ done
 
 # 6. What brings knowledge back
 
-step robustness 150 "$PYTHON" benchmarks/release.py "$pair" --robustness --device "$device" \
-  --json "$out/robustness.json"
+step robustness 150 "$PYTHON" benchmarks/release.py "$pair" "${some[@]}" --robustness \
+  --device "$device" --json "$out/robustness.json"
 
 # 7. All of TOFU, as far as the time goes; the next run goes on with it
 
-step tofu "$((60 * minutes - SECONDS - 40))" "$PYTHON" "${scripts[@]}" "$real/run.py" --tofu "$tofu" \
+step tofu "$((60 * minutes))" "$PYTHON" "${scripts[@]}" "$real/run.py" --tofu "$tofu" \
   --cache "$state/cache" --size "$size" --seeds 0 --levels strong --stages headline \
   --methods "${methods[@]}" --threads "$threads" --no-report
 rm -f "$state/results.done" # as there may be more of them now
-step results 60 "$PYTHON" "$real/report.py" --cache "$state/cache" --size "$size" --results "$out/tofu.json"
+spare=0
+step results 60 "$PYTHON" "$real/report.py" --cache "$state/cache" --size "$size" \
+  --results "$out/tofu.json"
 
 cat "$out/summary.md"
 if grep -q 'failed' "$out/summary.md"; then exit 1; fi

@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("pair", type=Path, metavar="PAIR")
     parser.add_argument("--device", nargs="+", default=["cpu"])
+    parser.add_argument("--rows", type=int, metavar="N", help="of each set, at most")
     parser.add_argument("--robustness", action="store_true", help="evaluate that too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write times and figures")
     args = parser.parse_args()
@@ -37,7 +38,7 @@ def main() -> None:
     found = []
     for device in args.device:
         for kind, options in kinds.items():
-            report = release(args.pair, [*options, "--device", device])
+            report = release(args.pair, [*options, "--device", device], args.rows)
             found.append({"device": device, "kind": kind, "report": report})
             print_row(f"{device} {kind}", *(f"{report['seconds'][s]:.1f}" for s in STAGES))
             if args.json:  # as it comes
@@ -45,12 +46,15 @@ def main() -> None:
                 args.json.write_text(json.dumps(made, indent=1) + "\n")
 
 
-def release(pair: Path, options: list[str]) -> dict[str, Any]:
-    """The report of a release of `pair`, which is not kept."""
+def release(pair: Path, options: list[str], rows: int | None) -> dict[str, Any]:
+    """The report of a release of `pair`, which is not kept; `rows` of each set, or all."""
     with tempfile.TemporaryDirectory() as scratch:
         words = ["sanitize", str(pair / "base"), str(pair / "unlearned"), *options]
         for name in ("retain", "forget", "heldout"):
-            words += [f"--{name}", str(pair / f"{name}.jsonl")]
+            lines = (pair / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+            some = Path(scratch, f"{name}.jsonl")
+            some.write_text("\n".join(lines[:rows]), encoding="utf-8")
+            words += [f"--{name}", str(some)]
         words += ["--no-chat-template", "--quiet", "--output", f"{scratch}/release"]
         command = [sys.executable, "-m", "sage_hub", *words]
         if status := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:

@@ -44,8 +44,9 @@ def test_the_stages_of_a_release_are_timed(
     made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = made / "found.json"
-    run(release, monkeypatch, str(made), "--json", str(file))
+    run(release, monkeypatch, str(made), "--rows", "7", "--json", str(file))
     runs = json.loads(file.read_text())["runs"]
     assert [one["kind"] for one in runs] == ["search", "pass"]
     assert all(set(release.STAGES) <= one["report"]["seconds"].keys() for one in runs)
+    assert {one["rows"] for one in runs[0]["report"]["data"].values()} == {7}
     assert "cpu search" in capsys.readouterr().out
