@@ -400,7 +400,8 @@ def test_batches_of_an_epoch_hold_every_row_once() -> None:
 
 ELSEWHERE = """
 import torch
-from support.pretend_device import NAME, pretending
+from support.pretend_device import NAME, appear, pretending
+appear()
 from test_real_model import ROWS, _inputs, _spectrum, _step, _tiny_model
 from test_real_model import evaluate, methods, rounding, train
 from plan import STAGES

@@ -109,18 +109,23 @@ def no_gradients(mode: bool = True) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def pretending() -> Iterator[None]:
-    """The device is there, from now on; within this, tensors can be made on it."""
+def appear() -> None:
+    """From now on the device is there. To be called before what decorates with inference mode."""
     _setup_privateuseone_for_python_backend(NAME)
     torch.set_num_threads(1)
     torch.inference_mode = no_gradients
+
+
+@contextmanager
+def pretending() -> Iterator[None]:
+    """Within it tensors can be made on the device."""
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor() makes its tensors there, then sends
     with Pretend():
         yield
 
 
 if __name__ == "__main__":
+    appear()
     from sage_hub.cli.main import main
     from support.quick import hurry
 
