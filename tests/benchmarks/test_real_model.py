@@ -26,6 +26,7 @@ import methods  # noqa: E402
 import pair  # noqa: E402
 import points  # noqa: E402
 import relearning  # noqa: E402
+import robustness  # noqa: E402
 import rounding  # noqa: E402
 import sweep  # noqa: E402
 import tables  # noqa: E402
@@ -410,7 +411,8 @@ def spectrum(seed):
     made = _spectrum(_inputs(seed))
     return methods.Spectrum(made.basis.float(), made.values, made.trace, made.tokens)
 
-site = methods.Site(spectrum(1), spectrum(2), 0.5, "model.layers.1.x")
+fisher = torch.rand(2, 7, 5)
+site = methods.Site(spectrum(1), spectrum(2), 0.5, "model.layers.1.x", lambda: tuple(fisher))
 moment = methods.moment(site.retain)
 strengths = {one.method: one.strength for stage in STAGES.values() for one in stage}
 assert strengths.keys() <= methods.METHODS.keys()
@@ -500,6 +502,7 @@ def test_the_benchmark_runs_from_rows_to_tables(
         model = LlamaForCausalLM(make_config(num_hidden_layers=3, tie_word_embeddings=True))
         return model, make_tokenizer()
 
+    monkeypatch.setattr(robustness, "RELEARNED", 5)
     tofu = tmp_path / "tofu"
     tofu.mkdir()
     for seed, (name, count) in enumerate({"forget01": 20, "retain99": 60}.items()):
