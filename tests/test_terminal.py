@@ -69,6 +69,12 @@ def test_nothing_is_cut_and_nothing_sticks_out(width: int) -> None:
     assert text.replace("\n", "").count("met:") == 2
 
 
+@pytest.mark.parametrize("width", [48, 80])
+def test_a_command_stays_one_line(width: int) -> None:
+    command = "  sage-hub push ./a-base ./an-unlearned-model --retain retain.jsonl --to ./a-release"
+    assert command in shown(["Run it again:", "", command], width).splitlines()
+
+
 def test_a_table_that_is_too_wide_is_several_with_the_same_rows() -> None:
     narrow, wide = (COLOUR.sub("", shown(SUMMARY[:1], width)).split() for width in (60, 80))
     assert wide.count("heldout") == 1

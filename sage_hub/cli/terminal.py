@@ -90,11 +90,14 @@ def _rendered(part: Part, room: int) -> Iterator[RenderableType]:
 
 
 def _styled(cell: str | Cell, room: int | None = None) -> Text:
-    """For rich, but never read as its markup; wrapped between words if there is a `room`."""
+    """For rich, but never read as its markup; wrapped between words if there is a `room`.
+
+    A line that is indented is a command, to be copied whole.
+    """
     from rich.text import Text
 
     text = printable(as_cell(cell).text)
-    if room is not None:
+    if room is not None and not text.startswith("  "):
         text = textwrap.fill(text, room, break_long_words=False, break_on_hyphens=False)
     return Text(text, STYLES.get(as_cell(cell).verdict, ""))
 
