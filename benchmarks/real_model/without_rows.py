@@ -2,13 +2,13 @@
 
     python benchmarks/real_model/without_rows.py --tofu DIR --proxies none "own 25" general
 
-The retain proxy is what the base writes (none), some rows of the right domain (own N), general
-texts, or what the base writes with forget rows among it (mixed N), as it is or without what the
-unlearned model has lost far more of (filtered N). The gain is settled by guard rows that the base
-wrote, and by nothing else; forget and held-out rows are for the figures. Models are evaluated in
-bfloat16, as they are stored. With --robust also after rounding to int4, and on the forget rows that
-are not relearned. Every evaluated gain is kept in --cache, so that a run goes on where it was
-stopped. Prints a table in Markdown.
+The retain proxy is what the base writes (none), some rows of the right domain (own N), both of
+these (both N), general texts, or what the base writes with forget rows among it (mixed N), as it is
+or without what the unlearned model has lost far more of (filtered N). The gain is settled by guard
+rows that the base wrote, and by nothing else; forget and held-out rows are for the figures. Models
+are evaluated in bfloat16, as they are stored. With --robust also after rounding to int4, and on the
+forget rows that are not relearned. Every evaluated gain is kept in --cache, so that a run goes on
+where it was stopped. Prints a table in Markdown.
 """
 
 from __future__ import annotations
@@ -240,6 +240,8 @@ class Desk:
             return rows.proxies["general"]
         if kind == "none":
             return self._fit(source, Proxy("retain", written), RETAIN_ROWS)
+        if kind == "both":
+            return Proxy("retain", (*rows.keep.rows[:many], *written[: RETAIN_ROWS - many]))
         mixed = (*written[: RETAIN_ROWS - many], *rows.forget.rows[:many])
         found = Proxy("retain", mixed)
         return self._fit(source, found, RETAIN_ROWS) if kind == "filtered" else found
