@@ -241,7 +241,7 @@ class TensorReader:
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of `tensor` as a file holds them (little-endian, C order)."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(bytearray())
 
 
 def layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> dict[str, TensorInfo]:

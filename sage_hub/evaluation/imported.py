@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,16 +76,17 @@ def from_lm_eval(model: str, content: Mapping[str, Any], source: str) -> Iterato
             if not how or metric.endswith("_stderr") or not _is_number(value):
                 continue
             error = figures.get(f"{metric}_stderr,{how}")
-            known = _part(better, task).get(metric)
+            known, count = _part(better, task).get(metric), _part(counts, task).get("effective")
+            ends = (value - 1.96 * error, value + 1.96 * error) if _is_number(error) else None
             yield Result(
                 model,
                 task,
                 metric if how == "none" else f"{metric}_{how.replace('-', '_')}",
                 None,
                 float(value),
-                (value - 1.96 * error, value + 1.96 * error) if _is_number(error) else None,
+                ends if ends and all(map(_is_number, ends)) else None,
                 "not stated" if known is None else ("higher" if known else "lower"),
-                int(_part(counts, task).get("effective") or 0),
+                count if isinstance(count, int) else 0,
                 source,
             )
 
@@ -132,4 +133,7 @@ def _part(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is one that a float can be."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max

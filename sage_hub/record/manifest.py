@@ -160,8 +160,12 @@ def _plain(part: Result | Difference) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` as readable JSON. Raises ValueError for NaN or Inf, which JSON has not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    write_whole(path, text + "\n")
+    write_whole(path, as_json(content))
+
+
+def as_json(content: Mapping[str, Any]) -> str:
+    """`content` as `write_json` writes it."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from sage_hub.errors import GateError, UsageError
 from sage_hub.evaluation.comparison import Result
 from sage_hub.record.card import write_card
 from sage_hub.record.gates import Gate, Outcome, facts_of
-from sage_hub.record.manifest import REPORT, read_record, with_results, write_json
+from sage_hub.record.manifest import REPORT, as_json, read_record, with_results
 from sage_hub.record.signing import sign
 from sage_hub.record.sums import is_edited, signatures_in, write_sums
+from sage_hub.runtime.disk import write_whole
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ def write_record(
             f"{link.relative_to(folder)} of {folder} is a link, and what is written to it would "
             "come to lie elsewhere; give a folder that holds the files themselves."
         )
+    text = as_json(report)  # what cannot be written leaves the card as it is
     write_card(folder, manifest, report, template)
-    write_json(folder / REPORT, report)
+    write_whole(folder / REPORT, text)
     write_sums(folder, manifest)
     if signer is not None:
         sign(folder, signer)

@@ -79,6 +79,33 @@ def test_anything_else_is_refused(content: object, tmp_path: Path) -> None:
         read_results("base", str(tmp_path / "nothing"))
 
 
+@pytest.mark.parametrize("count", ["12", float("nan"), None, [3], {"rows": 3}])
+def test_what_is_no_count_is_none(count: object, tmp_path: Path) -> None:
+    content = LM_EVAL | {"n-samples": {"wmdp_bio": {"effective": count}}}
+    found = read_results("base", write(tmp_path / "results_1.json", content))
+    assert {result.rows for result in found} == {0}
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), float("inf"), float("nan"), True, "0.5"])
+def test_what_no_float_can_be_is_no_result(number: object, tmp_path: Path) -> None:
+    figures = {"acc,none": 0.31, "acc_stderr,none": number, "acc_norm,none": number}
+    found = read_results(
+        "base", write(tmp_path / "results_1.json", {"results": {"wmdp_bio": figures}})
+    )
+    assert [(one.metric, one.interval) for one in found] == [("acc", None)]
+    content = OPEN_UNLEARNING | {"something_new": {"agg_value": number}}
+    found = read_results("base", write(tmp_path / "TOFU_EVAL.json", content))
+    assert "something_new" not in {one.metric for one in found}
+
+
+def test_an_interval_without_end_is_none(tmp_path: Path) -> None:
+    figures = {"acc,none": 1.0, "acc_stderr,none": 1.7e308}
+    found = read_results(
+        "base", write(tmp_path / "results_1.json", {"results": {"wmdp_bio": figures}})
+    )
+    assert [one.interval for one in found] == [None]
+
+
 def test_they_are_in_the_record_the_gates_and_the_card(pair: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "results_1.json", LM_EVAL)
     out = tmp_path / "out"
