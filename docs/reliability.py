@@ -1,6 +1,6 @@
 """Write the figures of docs/reliability.md: `python docs/reliability.py FIGURES.json …`.
 
-The files are those that `pytest -m soak --figures FILE` writes, of a whole soak or of its parts.
+The files are those that `pytest -m soak --figures=FILE` writes, of a whole soak or of its parts.
 They are kept, as one, in docs/reliability.json; without a file the page is made of that.
 """
 
