@@ -38,7 +38,7 @@ def write(cache: Path, size: str, results: Path) -> None:
     known = json.loads(results.read_text())["sources"] if results.is_file() else []
     found = gather(cache, size, known)
     results.write_text(json.dumps(found, separators=(",", ":"), sort_keys=True) + "\n")
-    if results == results_of(size):
+    if results.resolve() == results_of(size):
         render()
 
 
