@@ -1,4 +1,4 @@
-"""What `sage-hub plan` says of models of 1 to 397 billion parameters: the tables of docs/scale.md.
+"""What `sage-hub plan` says of models of 1 to 395 billion parameters: the tables of docs/scale.md.
 
     python benchmarks/scale.py
 
@@ -44,7 +44,7 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
         | {"num_attention_heads": 64},
         32,
     ),
-    "397B mixture": (
+    "395B mixture": (
         {
             "architectures": ["Qwen3MoeForCausalLM"],
             "model_type": "qwen3_moe",
@@ -89,7 +89,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name, plan in plans.items():
         parts = ("pass", "search", "evaluation", "writing")
-        times = " | ".join(in_time(plan[f"{part}_seconds"]) for part in parts)
+        seconds = [plan[f"{part}_seconds"] for part in parts]
+        times = " | ".join(in_time(one) if one else "–" for one in seconds)
         print(f"| **{name}** | {plan['parameters'] / 1e9:.1f}B | {times} |")
 
 
