@@ -184,24 +184,8 @@ def explain(
     if isinstance(error, SageHubError):
         return None
     if may_pass(error):
-        said = _what_passed(error, repo)
         often = f", {tries} times in {seconds:.0f} s" if tries > 1 else ""
-        if isinstance(error, DamagedError):
-            return CorruptCheckpointError(f"{said}{often}; run the same command again.")
-        again = "check the network and HF_ENDPOINT, and run the same command again"
-        again += _as_folder(repo)
-        if type(error).__name__ in UNCONNECTED:
-            return NetworkError(
-                f"{repo} cannot be reached: no connection to {constants.ENDPOINT}{often} ("
-                f"{first_line(error)}); give a {_copy_of(repo)} of this machine instead, or {again}"
-            )
-        if status_of(error) is None:
-            return NetworkError(f"{said}{often}; {again}")
-        response = _response(error)
-        asked = _seconds_asked_for(response.headers) if response is not None else 0.0
-        if asked > LONGEST_WAIT:
-            often += f", and asks to wait {asked:.0f} s"
-        return NetworkError(f"{said}{often}; run the same command again later.")
+        return _explain_what_may_pass(error, repo, often)
     if isinstance(error, GatedRepoError):
         return AccessError(
             f"{repo} is gated: accept its conditions on its Hub page, then {LOG_IN}."
@@ -242,6 +226,27 @@ def explain(
     if isinstance(error, HFValidationError):
         return UsageError(f"{repo!r} is not a valid repo name: {first_line(error)}")
     return _explain_answer(error, repo) if status_of(error) is not None else None
+
+
+def _explain_what_may_pass(error: BaseException, repo: str, often: str) -> SageHubError:
+    """What was tried in vain, `often` being how many times."""
+    said = _what_passed(error, repo)
+    if isinstance(error, DamagedError):
+        return CorruptCheckpointError(f"{said}{often}; run the same command again.")
+    again = "check the network and HF_ENDPOINT, and run the same command again"
+    again += _as_folder(repo)
+    if type(error).__name__ in UNCONNECTED:
+        return NetworkError(
+            f"{repo} cannot be reached: no connection to {constants.ENDPOINT}{often} ("
+            f"{first_line(error)}); give a {_copy_of(repo)} of this machine instead, or {again}"
+        )
+    if status_of(error) is None:
+        return NetworkError(f"{said}{often}; {again}")
+    response = _response(error)
+    asked = _seconds_asked_for(response.headers) if response is not None else 0.0
+    if asked > LONGEST_WAIT:
+        often += f", and asks to wait {asked:.0f} s"
+    return NetworkError(f"{said}{often}; run the same command again later.")
 
 
 def _explain_answer(error: BaseException, repo: str) -> SageHubError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 from pathlib import Path
@@ -444,3 +445,8 @@ def test_empty_metadata_on_the_hub_is_no_reason_to_crash(hub: LoopbackHub) -> No
     header = hub_header(hub, {"__metadata__": None, "a": field(0, 8)})
     assert header.metadata == {}
     assert header.tensors.keys() == {"a"}
+
+
+def test_the_bytes_of_an_empty_tensor_can_be_read_into() -> None:
+    """As a journal reads what it has, which of a damaged one may be nothing."""
+    assert io.BytesIO(b"more").readinto(raw_bytes(torch.empty(0, 3))) == 0

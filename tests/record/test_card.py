@@ -16,7 +16,9 @@ from sage_hub.cli.main import main
 from sage_hub.commands.card import rewrite
 from sage_hub.errors import NotFoundError, SageHubError, UsageError
 from sage_hub.record.card import find_template
+from sage_hub.record.manifest import MANIFEST, REPORT, read_record
 from sage_hub.record.pictures import bias_by_layer, draw, tradeoff
+from sage_hub.record.release import write_record
 from sage_hub.runtime import limits
 
 
@@ -110,6 +112,22 @@ def test_nothing_is_written_through_a_link(
     before = sorted(tmp_path.rglob("*"))
     assert main(["card", str(copy), "--quiet"]) in (NotFoundError.status, UsageError.status)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_report_that_cannot_be_written_leaves_the_card(release: Path) -> None:
+    before = {file: file.read_bytes() for file in release.rglob("*") if file.is_file()}
+    manifest, report = (read_record(release / name) for name in (MANIFEST, REPORT))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_record(
+            release,
+            manifest,
+            {
+                **report,
+                "card": {**report["card"], "warnings": ["Not said before."]},
+                "seconds": {"pass": float("nan")},
+            },
+        )
+    assert {file: file.read_bytes() for file in before} == before
 
 
 @pytest.mark.parametrize(
