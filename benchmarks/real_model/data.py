@@ -42,7 +42,7 @@ class Size:
 
 CPU = Size("cpu", "forget01", "retain99", 7, 3, 100, 60, 40)
 MIDDLE = Size("middle", "forget05", "retain95", 30, 10, 400, 200, 40)
-FULL = Size("full", "forget10", "retain90", 120, 60, 400, 400, 117)
+FULL = Size("full", "forget10", "retain90", 120, 60, 400, 400, 60)
 GEMMA = replace(CPU, name="gemma")  # the second model
 SIZES = {size.name: size for size in (CPU, MIDDLE, FULL, GEMMA)}
 
@@ -52,7 +52,8 @@ class Rows:
     """The sets of one seed; `choices` are questions, each with its candidate answers, right first.
 
     `keep` are all rows of the proxy authors, in random order, `texts` passages of the
-    general-purpose proxy.
+    general-purpose proxy. Held-out rows with wrong answers are those of TOFU's retain_perturbed
+    that are learned, but not in the main proxy; of few authors there may be none.
     """
 
     forget: Proxy
@@ -61,6 +62,7 @@ class Rows:
     texts: Proxy
     proxies: Mapping[str, Proxy]  # retain proxies: the main one, and others to compare with it
     choices: Mapping[str, tuple[Proxy, ...]]
+    perturbed: Mapping[str, Proxy]  # with wrong answers, as TOFU's own figures want them
 
 
 def read_rows(tofu: str | None, size: Size, seed: int) -> Rows:
@@ -85,6 +87,14 @@ def read_rows(tofu: str | None, size: Size, seed: int) -> Rows:
     keep = parse_rows(proxy, "proxy")
     parts = {MAIN: size.proxy_rows, "quarter": size.proxy_rows // 4, "half": size.proxy_rows // 2}
     proxies = {name: Proxy("retain", keep[:rows]) for name, rows in parts.items()}
+    unseen = {record["question"] for record in proxy[size.proxy_rows :] + heldout}
+    perturbed = {
+        "forget": _records(tofu, f"{size.forget}_perturbed"),
+        "heldout": [
+            record for record in _records(tofu, "retain_perturbed") if record["question"] in unseen
+        ],
+        **{name: _records(tofu, f"{name}_perturbed") for name in BYSTANDERS},
+    }
     return Rows(
         forget=Proxy("forget", parse_rows(_records(tofu, size.forget), "forget")),
         keep=Proxy("keep", keep),
@@ -97,6 +107,11 @@ def read_rows(tofu: str | None, size: Size, seed: int) -> Rows:
             "facts": Proxy("retain", parse_rows(facts[: size.proxy_rows], "facts")),
         },
         choices=choices,
+        perturbed={
+            name: Proxy(name, parse_rows(records, name))
+            for name, records in perturbed.items()
+            if records
+        },
     )
 
 

@@ -103,7 +103,7 @@ def read_sources(results: Mapping[str, Any]) -> list[Source]:
     plain = {
         (row["source"], row["seed"]): row
         for row in points
-        if row["source"] in ("base", "reference")
+        if row["source"] in ("base", "reference") and row["what"] == "core"
     }
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in points:

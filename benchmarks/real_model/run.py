@@ -21,6 +21,7 @@ import relearning
 import report
 import robustness
 import rounding
+import tofu
 import torch
 from build import METHODS, Workshop
 from data import SIZES
@@ -28,7 +29,9 @@ from filelock import FileLock, Timeout
 from plan import STAGES
 from sweep import Bench, restore
 
-STAGE_NAMES = (*STAGES, "robustness", "relearning", "rounding")
+# What is more than a list of repairs and gains.
+STUDIES = {"robustness": robustness.run, "relearning": relearning.run, "tofu": tofu.run}
+STAGE_NAMES = (*STAGES, *STUDIES, "rounding")
 
 
 def main() -> None:
@@ -83,11 +86,8 @@ def _do(stage: str, bench: Bench, say: Callable[[str], None]) -> None:
 
 def _points(stage: str, bench: Bench) -> Iterator[dict]:
     yield bench.unlearned
-    if stage == "robustness":
-        yield from robustness.run(bench)
-        return
-    if stage == "relearning":
-        yield from relearning.run(bench)
+    if stage in STUDIES:
+        yield from STUDIES[stage](bench)
         return
     if stage == "rounding":
         gain = robustness.matched(bench, rounding.REPAIR)

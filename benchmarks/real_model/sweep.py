@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -240,10 +240,7 @@ class Bench:
 
     def core(self) -> dict[str, Any]:
         """Probability of every forget and held-out row."""
-        return {
-            name: [round(p, 5) for p in probabilities(self.model, rows)]
-            for name, rows in self.sets.items()
-        }
+        return self._known_by(self.model)
 
     def run(self, config: Config) -> Iterator[dict[str, Any]]:
         """Evaluate `config` at its gains, rising, until it forgets as much as is asked.
@@ -288,8 +285,10 @@ class Bench:
         (row,) = self.run(replace(SCALED, gains=(1.0,)))
         return row
 
-    def plain(self, name: str) -> dict[str, Any]:
-        """The "base" or the "reference", evaluated with the same rows."""
+    def plain(
+        self, name: str, what: str = "core", measure: Callable[[Path], dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
+        """The "base" or the "reference", by `measure` of its folder; else as `core` has it."""
         folder = getattr(self.shop, name)
         ledger = Ledger(self.ledger.path.with_name(f"{name}.jsonl"))
         about = {
@@ -297,18 +296,20 @@ class Bench:
             "size": self.shop.size.name,
             "source": name,
             "made": folder.name,
-            "what": "core",
+            "what": what,
             "version": VERSION,
         }
         row = ledger.get(about)
-        if row is None:
-            model = self.shop.load(folder)
-            found = {
-                which: [round(p, 5) for p in probabilities(model, rows)]
-                for which, rows in self.sets.items()
-            }
-            row = ledger.put(about, found)
-        return row
+        return row or ledger.put(about, (measure or self._core_of)(folder))
+
+    def _core_of(self, folder: Path) -> dict[str, Any]:
+        return self._known_by(self.shop.load(folder))
+
+    def _known_by(self, model: Any) -> dict[str, Any]:
+        return {
+            name: [round(p, 5) for p in probabilities(model, rows)]
+            for name, rows in self.sets.items()
+        }
 
 
 def truncated(spectrum: Spectrum) -> Spectrum:

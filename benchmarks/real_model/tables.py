@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from data import BYSTANDERS
 from frontier import Recovery, gain_at, mean
 from points import DRAWS, USUAL, Row, Source, finished, is_like, point
+from scipy.stats import ks_2samp
+
+from sage_hub.evaluation.comparison import UTILITY
 
 NAMES = {
     "scaled": "αΔ (WiSE-FT)",
@@ -314,10 +318,7 @@ def table_robust(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
             row = own.get("bystanders")
             if row is None or ("int8" not in own and row["gain"] != 0):
                 continue  # not all of it was measured
-            shares = ", shares" if row.get("weigh") else ""
-            label = (
-                f"{NAMES[row['method']]} {describe(row['strength'])}{shares}, γ={row['gain']:.3g}"
-            )
+            label = _named(row)
             if row["method"] == "scaled":
                 named = {0: "the base", 1: "the source"}
                 label = named.get(row["gain"], f"αΔ, α={row['gain']:.2f}")
@@ -416,6 +417,49 @@ def _losses(row: Row, which: str) -> Iterator[str]:
             yield f"{value:.2f}"
 
 
+def table_tofu(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
+    """Forget quality, and model utility with what it is made of."""
+    plain = {
+        (row["source"], row["seed"]): row
+        for row in results["points"]
+        if row["what"] == "tofu" and row["source"] in ("base", "reference")
+    }
+    lines = []
+    for seed in dict.fromkeys(s.seed for s in sources):
+        own = [s for s in sources if s.seed == seed]
+        trained = plain.get(("reference", seed))
+        if trained is None:
+            continue
+        lines.append(["", "the base", *_tofu(plain["base", seed], trained)])
+        lines.append(["", "retain-only", *_tofu(trained, trained)])
+        for s in own:
+            for row in (row for row in s.rows if row["what"] == "tofu"):
+                name = "the source" if row["method"] == "scaled" else _named(row)
+                lines.append([s.name, name, *_tofu(row, trained)])
+    head = ["source", "repair", "forget quality", "D", "forget: probability", "ROUGE-L"]
+    head += ["model utility", "held-out: probability, ROUGE-L, truth ratio"]
+    return _table([*head, "real authors", "world facts"], lines)
+
+
+def _tofu(row: Row, trained: Row) -> list[str]:
+    """The cells of a row; forget quality is as TOFU has it, against the `trained` model."""
+    test = ks_2samp(row["ratios"], trained["ratios"])
+    found = {name: _three(value) for name, value in row["figures"].items()}
+    parts = [
+        ", ".join(found.get(f"{which}.{metric}", "–") for metric in UTILITY)
+        for which in ("heldout", *BYSTANDERS[::-1])
+    ]
+    forget = (found[f"forget.{metric}"] for metric in UTILITY[:2])
+    own = f"{test.pvalue:.2g}" if row is not trained else "", f"{test.statistic:.2f}"
+    return [*own, *forget, found.get("all.model_utility", "–"), *parts]
+
+
+def _named(row: Row) -> str:
+    """The repair of a row, with its gain."""
+    shares = ", shares" if row.get("weigh") else ""
+    return f"{NAMES[row['method']]} {describe(row['strength'])}{shares}, γ={row['gain']:.3g}"
+
+
 def table_seconds(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
     """What it took at least to make the updates, by the sources that change every weight."""
     found: dict[str, list[float]] = {}
@@ -447,6 +491,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "parts": _variants(PARTS),
     "relearning": table_relearning,
     "rounding": table_rounding,
+    "tofu": table_tofu,
     "seconds": table_seconds,
 }
 

@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "real_model"
 sys.path.insert(0, str(FOLDER))
 
+import data  # noqa: E402
 import evaluate  # noqa: E402
 import frontier  # noqa: E402
 import methods  # noqa: E402
@@ -30,6 +31,7 @@ import robustness  # noqa: E402
 import rounding  # noqa: E402
 import sweep  # noqa: E402
 import tables  # noqa: E402
+import tofu  # noqa: E402
 import train  # noqa: E402
 from methods import Site  # noqa: E402
 
@@ -488,6 +490,43 @@ def test_a_sweep_that_was_stopped_is_not_taken_for_one_that_fell_short() -> None
     assert points.finished([row, {**row, "gain": 12.0}], 0.1)
 
 
+def _write_tofu(folder: Path, counts: dict[str, int]) -> None:
+    """Files of made-up rows under TOFU's names, each with as many as is asked."""
+    folder.mkdir()
+    for seed, (name, count) in enumerate(counts.items()):
+        rows = make_rows(count, seed)
+        write_rows(folder / f"{name}.json", rows)
+        perturbed = "retain" if name.startswith("retain") else name
+        _write_perturbed(folder, perturbed, rows[:400], name not in data.BYSTANDERS)
+
+
+def _write_perturbed(folder: Path, name: str, rows: list[dict[str, Any]], reworded: bool) -> None:
+    told = [
+        row
+        | {"perturbed_answer": ["w1", "w2 w3"]}
+        | ({"paraphrased_answer": row["answer"]} if reworded else {})
+        for row in rows
+    ]
+    write_rows(folder / f"{name}_perturbed.json", told)
+
+
+@pytest.mark.parametrize("name", data.SIZES)
+def test_every_size_is_drawn_from_files_as_large_as_tofus(name: str, tmp_path: Path) -> None:
+    size = data.SIZES[name]
+    forget, retain = int(size.forget[-2:]) * 40, int(size.retain[-2:]) * 40
+    counts = {size.forget: forget, size.retain: retain, "real_authors": 100, "world_facts": 117}
+    _write_tofu(tmp_path / "tofu", counts)
+    rows = data.read_rows(str(tmp_path / "tofu"), size, 0)
+    assert {len(rows.forget.rows), len(rows.perturbed["forget"].rows)} == {forget}
+    assert len(rows.heldout.rows) == 20 * size.heldout_authors
+    assert {len(questions) for questions in rows.choices.values()} == {size.bystanders}
+    assert all(len(proxy.rows) for proxy in rows.proxies.values())
+    seen = {row.prompt for row in rows.proxies[data.MAIN].rows}
+    learned = {row.prompt for row in (*rows.keep.rows, *rows.heldout.rows)}
+    if "heldout" in rows.perturbed:
+        assert {row.prompt for row in rows.perturbed["heldout"].rows} <= learned - seen
+
+
 # The whole of it, in small
 
 
@@ -495,7 +534,6 @@ def test_the_benchmark_runs_from_rows_to_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import build
-    import data
     from plan import SCALED, Config
 
     def small_model() -> tuple[Any, Any]:
@@ -503,18 +541,13 @@ def test_the_benchmark_runs_from_rows_to_tables(
         return model, make_tokenizer()
 
     monkeypatch.setattr(robustness, "RELEARNED", 5)
-    tofu = tmp_path / "tofu"
-    tofu.mkdir()
-    for seed, (name, count) in enumerate({"forget01": 20, "retain99": 60}.items()):
-        write_rows(tofu / f"{name}.json", make_rows(count, seed))
-    for name in data.BYSTANDERS:
-        rows = [row | {"perturbed_answer": ["w1", "w2 w3"]} for row in make_rows(6, 9)]
-        write_rows(tofu / f"{name}_perturbed.json", rows)
+    few = {"forget01": 20, "retain99": 60, "real_authors": 6, "world_facts": 6}
+    _write_tofu(tmp_path / "tofu", few)
     monkeypatch.setattr(build, "load_smollm2", small_model)
     monkeypatch.setattr(build, "LEARN", {"epochs": 1, "batch": 8, "rate": 1e-2})
     monkeypatch.setattr(build, "MOST_STEPS", 4)
     size = data.Size("small", "forget01", "retain99", 2, 1, 16, 10, 3)
-    shop = build.Workshop(tmp_path / "cache", size, 0, str(tofu), say=lambda _: None)
+    shop = build.Workshop(tmp_path / "cache", size, 0, str(tmp_path / "tofu"), say=lambda _: None)
 
     sage = {"strength": 10, "energy": 0.9}
     configs = [
@@ -537,6 +570,10 @@ def test_the_benchmark_runs_from_rows_to_tables(
         assert [row["distance"] for row in undone[1:4]] == sorted(
             row["distance"] for row in undone[1:4]
         )
+        own = list(tofu.run(bench))
+        assert {row["what"] for row in own} == {"tofu"}
+        assert own[0]["figures"]["all.model_utility"] >= 0
+        assert len(own[0]["ratios"]) == 20
         # What stays as it was, and what a repair is made of.
         source, kept = bench.unlearned, [bench.update(config)[1] for config in configs]
         bench.apply(SCALED, bench.update(SCALED)[0], 1.0)
