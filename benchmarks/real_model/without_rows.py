@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import train
 from build import METHODS, Workshop
-from data import CPU, tokens
+from data import SIZES, tokens
 from evaluate import losses, probabilities, quantized
 from frontier import mean
 from robustness import RELEARN, RELEARNED
@@ -83,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--tofu", metavar="DIR")
     parser.add_argument("--cache", type=Path, default=Path("real-model-cache"), metavar="DIR")
+    parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
     parser.add_argument("--sources", nargs="+", default=METHODS, metavar="METHOD[/LEVEL]")
     parser.add_argument("--proxies", nargs="+", default=["none"], metavar="PROXY")
@@ -99,7 +100,7 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |")
     print("|---" * len(columns) + "|")
     for seed in options.seeds:
-        desk = Desk(Workshop(options.cache, CPU, seed, options.tofu, "cpu", say))
+        desk = Desk(Workshop(options.cache, SIZES[options.size], seed, options.tofu, "cpu", say))
         for source in options.sources:
             for proxy in options.proxies:
                 cells = desk.line(source, proxy, options.keep, robust=options.robust)
