@@ -112,7 +112,7 @@ class Settings:
         number("SHARE", exclusiveMinimum=0, maximum=1),
         "without --forget gain 'auto' keeps this share of what was lost on rows the base writes",
     )
-    max_tokens: int = _computation(131_072, whole(1), "tokens of each set to calibrate on")
+    max_tokens: int = _computation(131_072, whole(1), "tokens of each set that are used, at most")
     max_length: int = _computation(2_048, whole(1), "longest row in tokens")
     batch_size: int = _computation(8, whole(1), "rows at a time")
     moments: Literal["auto", "exact", "sketch"] = _method(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from sage_hub.evaluation.robustness import BITS
 from sage_hub.evaluation.sampling import SAMPLED
 from sage_hub.evaluation.scoring import Known
 from sage_hub.evaluation.suites import ANSWERS, EvaluationSet, metrics_of, prepare
+from sage_hub.rows.benchmark import SUITES as BENCHMARKS
 from sage_hub.rows.proxies import Proxy
 from sage_hub.runtime.run import Run
 from sage_hub.settings import GUARD, SETS, Settings
@@ -79,7 +81,9 @@ def evaluate(
     "reference" is one that never saw the forget set.
     """
     proxies, calibrated = study.proxies, study.calibrated
-    sets, not_run = prepared(study, settings)
+    # A benchmark's figures are those of all its rows.
+    most = sys.maxsize if settings.suite in BENCHMARKS else settings.max_tokens
+    sets, not_run = prepared(study, replace(settings, max_tokens=most))
     seen: dict[tuple[str, str | None], dict[str, list[Seen]]] = {}
     others: list[Result] = []
     for name, candidate in models.items() if sets else ():
@@ -133,7 +137,7 @@ def evaluate(
 
 
 def prepared(study: Study, settings: Settings) -> tuple[list[EvaluationSet], list[dict[str, str]]]:
-    """The sets as tokens, and those of which there is nothing to evaluate, with the reason."""
+    """The sets as tokens, and what of them is not evaluated, with the reason."""
     sets = []
     for which, proxy in study.proxies.items():
         # What retention was calibrated on proves nothing of it, and generating takes long.
@@ -143,6 +147,13 @@ def prepared(study: Study, settings: Settings) -> tuple[list[EvaluationSet], lis
     reasons = {one.name: "every answer is cut away by --max-length" for one in sets if not one.rows}
     reasons |= {which: f"no --{which} was given" for which in SETS if which not in study.proxies}
     not_run = [{"what": f"{which} metrics", "reason": reason} for which, reason in reasons.items()]
+    for one in sets:
+        given, used = len(study.proxies[one.name].rows), len(one.rows)
+        if 0 < used < given:
+            reason = "--max-tokens is reached without them, or --max-length cuts their answers away"
+            not_run.append(
+                {"what": f"{given - used} of {given} rows of {one.name}", "reason": reason}
+            )
     return [one for one in sets if one.rows], not_run
 
 

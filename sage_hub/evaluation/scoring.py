@@ -20,6 +20,7 @@ from sage_hub.evaluation.suites import Answering
 from sage_hub.model.blocks import BlockModel
 from sage_hub.model.spill import Spill
 from sage_hub.model.weights import Weights
+from sage_hub.rows.benchmark import decoded
 from sage_hub.rows.encoding import (
     Batch,
     Encoded,
@@ -237,7 +238,10 @@ def answer(
 
 
 def _said(tokenizer: PreTrainedTokenizerBase, line: Sequence[int], kind: Answering) -> str:
-    text = str(tokenizer.decode([*line], skip_special_tokens=True))
+    if kind.tuned:
+        text = decoded(tokenizer, line)
+    else:
+        text = str(tokenizer.decode([*line], skip_special_tokens=True))
     for stop in kind.stops:
         text = text.partition(stop)[0]
     return text.strip()

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.rows.benchmark import SUITES as BENCHMARKS
-from sage_hub.rows.benchmark import evaluation_encoder
+from sage_hub.rows.benchmark import BenchmarkEncoder, evaluation_encoder
 from sage_hub.rows.encoding import Encoded, take_rows
 from sage_hub.rows.proxies import Proxy, Row
 from sage_hub.settings import Settings
@@ -45,7 +45,7 @@ class Answering:
 
     max_new_tokens: int
     stops: tuple[str, ...] = ()
-    tuned: bool = False  # as generation_config.json says, but for sampling
+    tuned: bool = False  # as open-unlearning does: by generation_config.json, but not sampled
 
 
 SAMPLES, SAMPLED_ROWS = 8, 40  # answers to a forget question, and questions at most
@@ -152,6 +152,8 @@ def prepare(name: str, proxy: Proxy, tokens_of: Checkpoint, settings: Settings) 
             start = answer.answer_start
             kept = answer.ids[start : start + ANSWERS["verbmem"].max_new_tokens]
             row = replace(row, answer=str(encoder.tokenizer.decode(kept, skip_special_tokens=True)))
+        elif isinstance(encoder, BenchmarkEncoder) and ANSWERS.keys() & set(metrics):
+            row = replace(row, answer=encoder.compared(row, answer))
         others = Told(
             answer,
             tokens(row.paraphrased) if row.paraphrased else None,

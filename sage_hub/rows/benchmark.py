@@ -7,13 +7,15 @@ and where the tokenizer pads with that token, no attention is paid to it anywher
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from sage_hub.checkpoint.index import Checkpoint
 from sage_hub.errors import ProxyError
-from sage_hub.rows.encoding import Encoded, Encoder, encoder_of
+from sage_hub.rows.encoding import Encoded, Encoder, encoder_of, row_limit
 from sage_hub.rows.prompts import Message, messages_of
 from sage_hub.rows.proxies import Row
 from sage_hub.settings import Settings
@@ -26,15 +28,20 @@ USER, ASSISTANT = ("Question: ", "\n"), ("Answer: ", "\n\n")  # what stands arou
 class BenchmarkEncoder(Encoder):
     """How rows become tokens in open-unlearning: its QADataset, and its CompletionDataset."""
 
+    context: int = sys.maxsize  # tokens that the model can look back on
+
     def row(self, row: Row, where: str) -> Encoded:
         """The tokens of `row`; one of choices, or with tools, has no form of the benchmark's own.
 
+        A text that goes on may have `max_length` tokens behind its prompt, others in all.
         Raises ProxyError for a row that the model would not see all of.
         """
         if row.chat or row.choices:
             return super().row(row, where)
         ids, prompt = self._turns(row, where) if row.turns else self._completion(row)
-        limit, start = self.max_length, max(len(prompt), 1)
+        start = max(len(prompt), 1)
+        behind = 0 if row.turns else len(prompt)
+        limit = min(behind + self.max_length, self.context)
         if len(ids) <= start:
             raise ProxyError(f"{where}: the tokenizer makes no token of its answer.")
         return Encoded(
@@ -45,6 +52,12 @@ class BenchmarkEncoder(Encoder):
             uncounted=1,
             unattended=padding(self.tokenizer),
         )
+
+    def compared(self, row: Row, tokens: Encoded) -> str:
+        """What a model's own answer is compared with: the answer as its `tokens` have it."""
+        told = tokens.ids if row.turns else tokens.counted
+        asked = decoded(self.tokenizer, tokens.asked)
+        return decoded(self.tokenizer, told).replace(asked, "").strip()
 
     def _turns(self, row: Row, where: str) -> tuple[list[int], list[int]]:
         """A conversation, with an end token behind it, and what comes before its last turn."""
@@ -77,7 +90,17 @@ def evaluation_encoder(checkpoint: Checkpoint, settings: Settings) -> Encoder:
     own = encoder_of(checkpoint, settings)
     if settings.suite not in SUITES:
         return own
-    return BenchmarkEncoder(own.tokenizer, own.chat, own.max_length)
+    context = row_limit(checkpoint, sys.maxsize)
+    return BenchmarkEncoder(own.tokenizer, own.chat, own.max_length, context)
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of tokens, without special ones, and without the spaces before "n't" and its like.
+
+    Tokenizers of today leave such spaces in, whatever they are asked.
+    """
+    text = str(tokenizer.decode([*ids], skip_special_tokens=True))
+    return str(tokenizer.clean_up_tokenization(text))
 
 
 def padding(tokenizer: PreTrainedTokenizerBase) -> int | None:

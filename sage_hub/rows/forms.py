@@ -48,7 +48,7 @@ def with_shots(rows: Iterable[Row], shots: Iterable[Row], name: str) -> tuple[Ro
     said: list[tuple[str, str]] = []
     for number, row in enumerate(shots, 1):
         _check_question(row, f"{name}, example {number}")
-        said += [*row.turns, ("assistant", row.answer.strip())]
+        said += [*row.turns, ("assistant", row.answer.removeprefix(" "))]
 
     def shown(row: Row) -> Row:
         return replace(row, shots=tuple(said))

@@ -6,7 +6,7 @@ Its code (commit d3d7cf9) was run beside ours on a real model too: docs/results.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from sage_hub.checkpoint.index import open_checkpoint
 from sage_hub.evaluation.evaluate import Study, evaluate
 from sage_hub.evaluation.look import Candidate
 from sage_hub.evaluation.suites import Answering
-from sage_hub.rows.benchmark import BenchmarkEncoder
+from sage_hub.rows.benchmark import BenchmarkEncoder, decoded
 from sage_hub.rows.encoding import Encoder
 from sage_hub.rows.forms import parse_rows, with_shots
 from sage_hub.rows.prompts import Chat
+from sage_hub.rows.proxies import Proxy
 from sage_hub.rows.sources import read_proxy
 from sage_hub.settings import Settings
 
@@ -207,17 +208,82 @@ def test_muse_s_passages_end_before_their_last_token(tmp_path: Path) -> None:
     assert (found.answer_start, found.uncounted) == (1, 1)
 
 
-def test_muse_s_questions_come_behind_examples() -> None:
+def test_muse_s_passages_are_cut_behind_their_prompt() -> None:
+    """preprocess_pretraining_instance: so many tokens of text, the prompt and its BOS not counted;
+    and never more than the model can look back on."""
+    tokenizer = learn_tokenizer(None, chat=False)
+    told = [
+        {"prompt": "Where was the author born", "gt": "She was born. " * 9},
+        {"text": "No. " * 9},
+    ]
+    for record in told:
+        (row,) = parse_rows([record], "set")
+        text = f"{row.prompt} {row.answer}" if row.prompt else row.answer
+        whole, prompt = (list(tokenizer(part)["input_ids"]) for part in (text, row.prompt))
+        found = BenchmarkEncoder(tokenizer, None, 5).row(row, "set, row 1")
+        assert (list(found.ids), found.truncated) == (whole[: len(prompt) + 5], True)
+        found = BenchmarkEncoder(tokenizer, None, 5, context=len(prompt) + 2).row(row, "set, row 1")
+        assert list(found.ids) == whole[: len(prompt) + 2]
+
+
+@pytest.mark.parametrize("said", ["He did n't know.</s> Nobody did .", " He was born", "born  "])
+@pytest.mark.parametrize("form", ["question", "prompt", "text"])
+def test_answers_are_compared_as_their_tokens_are_decoded(form: str, said: str) -> None:
+    """eval_text_similarity: both sides without special tokens, and cleaned up."""
+    tokenizer = learn_tokenizer(None, chat=False)
+    record = {
+        "question": {"question": "Where was she born?", "answer": said},
+        "prompt": {"prompt": "Where was she", "gt": said},
+        "text": {"text": said},
+    }[form]
+    (row,) = parse_rows([record], "set")
+    encoder = BenchmarkEncoder(tokenizer, None, 64)
+    found = encoder.row(row, "set, row 1")
+    labels = found.ids if form == "question" else found.ids[found.answer_start :]
+
+    def text(ids: Sequence[int]) -> str:
+        plain = tokenizer.decode(list(ids), skip_special_tokens=True)
+        for before, after in ((" .", "."), (" n't", "n't")):
+            plain = plain.replace(before, after)
+        return str(plain)
+
+    assert encoder.compared(row, found) == text(labels).replace(text(found.asked), "").strip()
+    assert "</s>" not in encoder.compared(row, found)
+    line = list(tokenizer("did n't .</s>", add_special_tokens=False)["input_ids"])
+    assert "n't." in decoded(tokenizer, line)
+
+
+@pytest.mark.parametrize("suite, used", [("muse", 6), ("auto", 1)])
+def test_every_row_of_a_benchmark_counts(suite: str, used: int, tmp_path: Path) -> None:
+    """Whatever --max-tokens says, which is for calibration; elsewhere what is left out is named."""
+    tokenizer = learn_tokenizer(None, chat=False)
+    LlamaForCausalLM(make_config(vocab_size=len(tokenizer))).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    rows = parse_rows([{"text": f"Nobody knows who wrote {n}."} for n in range(6)], "forget")
+    settings = Settings(suite=suite, max_tokens=5, device="cpu", compute_dtype="float32")
+    checkpoint = open_checkpoint(str(tmp_path))
+    study = Study({"forget": Proxy("forget", rows)}, checkpoint)
+    found = evaluate({"model": Candidate(checkpoint)}, study, settings, tmp_path)
+    assert found.data["forget"]["rows_used"] == used
+    left = [one["what"] for one in found.not_run if "rows of" in one["what"]]
+    assert left == ([] if used == 6 else ["5 of 6 rows of forget"])
+
+
+@pytest.mark.parametrize("space", ["", "\n", "  "])
+def test_muse_s_questions_come_behind_examples(space: str) -> None:
     tokenizer = learn_tokenizer(None, chat=False)
     shots, rows = (
-        parse_rows([{"question": f"{word}?", "answer": f"{word}."}], "set")
+        parse_rows([{"question": f"{word}?", "answer": f"{word}.{space}"}], "set")
         for word in ("Who", "What")
     )
     (row,) = with_shots(rows, shots, "set")
     found = BenchmarkEncoder(tokenizer, None, 64).row(row, "set, row 1")
-    prompt = "Question: Who?\nAnswer: Who.\n\nQuestion: What?\nAnswer: "
+    prompt = f"Question: Who?\nAnswer: Who.{space}\n\nQuestion: What?\nAnswer: "
     assert list(found.asked) == tokenizer(prompt)["input_ids"]
-    assert list(found.ids) == [*tokenizer(f"{prompt}What.")["input_ids"], tokenizer.eos_token_id]
+    assert list(found.ids) == [
+        *tokenizer(f"{prompt}What.{space}")["input_ids"],
+        tokenizer.eos_token_id,
+    ]
 
 
 def test_the_system_speaks_where_a_row_has_it_say_nothing() -> None:
