@@ -179,6 +179,12 @@ def _search(manifest: Record) -> Iterator[Remark]:
             f"The search for the gain ended before it reached {search['of']}: a larger one would "
             "harm retained rows more than the source does.",
         )
+    if search.get("outcome") == "largest" and "of" in search:
+        yield Remark(
+            "bad",
+            f"The largest gain that is tried does not reach {search['of']}: the filter leaves too "
+            "little of the update. A softer one leaves more (a smaller strength or energy).",
+        )
 
 
 def _gates(report: Record) -> Remark:

@@ -291,6 +291,11 @@ def _words(level: Level, outcome: str, source: Level, of: str) -> str:
     """How the search ended, for a person."""
     if outcome == "reached":
         return f"brings forgetting to {of}"
+    if outcome == "largest":
+        return (
+            f"is the largest that is tried, and misses {of}: the filter leaves too little of the "
+            "update. A softer one leaves more (a smaller --strength or --energy)"
+        )
     if level.harms(source):
         return f"knows retained rows less than the source does; nothing is turned up to {of}"
     return f"is as far as it goes without harming retained rows; it misses {of}"

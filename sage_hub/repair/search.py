@@ -77,7 +77,8 @@ def search(
 
     Within a factor of CLOSE, from the guess `start`. One at which retained rows are less known than
     by the source is too large whatever it forgets; where none reaches the target below that, the
-    largest that is not too large is taken ("held back"). "reached" otherwise.
+    largest that is not too large is taken ("held back"). "largest" where even LARGEST is neither
+    enough nor too large, "reached" otherwise.
     """
     known = dict(tried)
 
@@ -105,7 +106,7 @@ def search(
         left = math.log(now / below) if below and math.isfinite(now) else math.inf
         halved = math.isfinite(width) and left > width / 2
     if math.isinf(high):
-        return low, "held back", known
+        return low, "largest", known
     reached = known[high].forget <= goal.target and not known[high].harms(goal.source)
     if reached or not low:
         return high, "reached" if reached else "held back", known

@@ -116,6 +116,10 @@ def test_gates_and_a_search_that_was_held_back() -> None:
     assert ("bad", "1 of 2 gates is not met: c >= d (1 against 2).") in said(gates=[met, failed])
     held = {"gain_search": {"outcome": "held back", "of": "the unlearned model's level"}}
     assert any("ended before it reached the unlearned" in text for _, text in said(held))
+    missed = {"gain_search": {"outcome": "largest", "of": "the unlearned model's level"}}
+    assert any("does not reach the unlearned model's level" in text for _, text in said(missed))
+    kept = {"gain_search": {"outcome": "largest", "keep": 0.89}}  # and 64 keeps it
+    assert not any("does not reach" in text for _, text in said(kept))
 
 
 def test_an_answer_that_is_the_base_s_again_is_bad_whatever_the_mean_says() -> None:

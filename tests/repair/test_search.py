@@ -65,7 +65,7 @@ def test_the_smallest_gain_that_reaches_the_target(
     gain, outcome, tried = run(falling(rate), target, start)
     exact = 1 + math.log(0.8 / target) / rate
     if exact > LARGEST:
-        assert (gain, outcome) == (LARGEST, "held back")
+        assert (gain, outcome) == (LARGEST, "largest")
         return
     assert outcome == "reached"
     assert exact <= gain * (1 + 1e-9)
@@ -80,7 +80,7 @@ def test_a_target_that_is_reached_already_takes_no_gain() -> None:
 @given(st.floats(0.02, 1), st.floats(1, 60))
 def test_no_gain_harms_retained_rows_more_than_the_source(harm: float, start: float) -> None:
     gain, outcome, tried = run(falling(0.01, harm), 0.01, start)
-    assert outcome == "held back"
+    assert outcome == "held back" if harm * LARGEST > 1 else "largest"
     assert gain == 1 or tried[gain].retain >= SOURCE.retain
     allowed = 1 / harm
     assert gain >= min(max(1.0, allowed / CLOSE), LARGEST) / ROUNDED
