@@ -78,6 +78,10 @@ DEFAULTS = [  # how near the default, the first, comes to the best of those arou
     _sage(10, 0.9, weigh=1.0, gains=FINE),
     Config("hard", {"energy": 0.99}, weigh=1.0, gains=FINE),
 ]
+LARGEST = [  # the largest gain that the product tries
+    _sage(100, 0.99, gains=(64.0,)),
+    _sage(100, 0.99, weigh=1.0, gains=(64.0,)),
+]
 WEIGHED = [
     _sage(10, 0.9, weigh=1.0, match=True),
     Config("hard", {"energy": 0.9}, weigh=1.0),
@@ -165,6 +169,7 @@ STAGES = {
     "core": CORE,
     "best": BEST,
     "defaults": DEFAULTS,
+    "largest": LARGEST,
     "weighed": WEIGHED,
     "sharpness": SHARPNESS,
     "peers": PEERS,

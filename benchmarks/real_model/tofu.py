@@ -25,7 +25,7 @@ from sage_hub.evaluation.metrics import wrong_to_right
 from sage_hub.runtime.ranks import Ranks
 from sage_hub.settings import Settings
 
-SETTINGS = Settings(chat_template=False, max_length=256, generate_rows=400)
+SETTINGS = Settings(chat_template=False, max_length=256, generate_rows=40)
 REPAIRS = (
     Config("sage", {"strength": 100, "energy": 0.99}, LARGE, weigh=1.0),
     Config("sage", {"strength": 100, "energy": 0.99}, LARGE),
