@@ -433,7 +433,8 @@ def table_tofu(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
         lines.append(["", "the base", *_tofu(plain["base", seed], trained)])
         lines.append(["", "retain-only", *_tofu(trained, trained)])
         for s in own:
-            for row in (row for row in s.rows if row["what"] == "tofu"):
+            rows = [row for row in s.rows if row["what"] == "tofu"]
+            for row in sorted(rows, key=lambda row: row["method"] != "scaled"):
                 name = "the source" if row["method"] == "scaled" else _named(row)
                 lines.append([s.name, name, *_tofu(row, trained)])
     head = ["source", "repair", "forget quality", "D", "forget: probability", "ROUGE-L"]
