@@ -150,7 +150,7 @@ def prepared(study: Study, settings: Settings) -> tuple[list[EvaluationSet], lis
     for one in sets:
         given, used = len(study.proxies[one.name].rows), len(one.rows)
         if 0 < used < given:
-            reason = "--max-tokens is reached without them, or --max-length cuts their answers away"
+            reason = "they are beyond --max-tokens, or --max-length cuts their answers away"
             not_run.append(
                 {"what": f"{given - used} of {given} rows of {one.name}", "reason": reason}
             )
