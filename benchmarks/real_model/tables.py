@@ -400,9 +400,7 @@ def table_relearning(results: Mapping[str, Any], sources: Sequence[Source]) -> s
     lines = []
     for s in sources:
         for row in (row for row in s.rows if row["what"] == "path"):
-            shares = ", shares" if row.get("weigh") else ""
-            label = f"{NAMES[row['method']]} {describe(row['strength'])}{shares}"
-            about = [s.name, "the source" if row["method"] == "scaled" else label]
+            about = [s.name, "the source" if row["method"] == "scaled" else _repair(row)]
             figures = [mean(row[which]) for which in ("forget", "heldout", "relearned")]
             ways = [" ".join(_losses(row, which)) for which in ("forget", "heldout")]
             gain, distance = f"{row['gain']:.3g}", f"{row['distance']:.3g}"
@@ -457,8 +455,13 @@ def _tofu(row: Row, trained: Row) -> list[str]:
 
 def _named(row: Row) -> str:
     """The repair of a row, with its gain."""
+    return f"{_repair(row)}, γ={row['gain']:.3g}"
+
+
+def _repair(row: Row) -> str:
+    """The repair of a row, whatever its gain."""
     shares = ", shares" if row.get("weigh") else ""
-    return f"{NAMES[row['method']]} {describe(row['strength'])}{shares}, γ={row['gain']:.3g}"
+    return f"{NAMES[row['method']]} {describe(row['strength'])}".strip() + shares
 
 
 def table_seconds(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
@@ -467,9 +470,7 @@ def table_seconds(results: Mapping[str, Any], sources: Sequence[Source]) -> str:
     for s in sources:
         for row in s.rows if s.name != "RMU" else ():
             if row["what"] == "core" and row["seconds"][0] > 0:  # at the first gain of a sweep
-                label = f"{NAMES[row['method']]} {describe(row['strength'])}".strip()
-                label += ", shares" if row.get("weigh") else ""
-                found.setdefault(label, []).append(row["seconds"][0])
+                found.setdefault(_repair(row), []).append(row["seconds"][0])
     least = {label: min(seconds) for label, seconds in found.items() if len(seconds) >= 3}
     lines = [
         [label, f"{least[label]:.0f}", str(len(found[label]))]
